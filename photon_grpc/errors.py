@@ -1,0 +1,244 @@
+"""Every error that photon_grpc raises on purpose.
+
+The tree, with the gRPC status each branch ends in (`server/status.py` holds the one map):
+
+    PhotonError
+      RequestError              the caller's fault, never retried
+        MalformedMessageError     INVALID_ARGUMENT
+        InvalidRequestError       INVALID_ARGUMENT
+        ContextLengthError        INVALID_ARGUMENT
+        UnsupportedFeatureError   UNIMPLEMENTED
+        ModelNotFoundError        NOT_FOUND
+        RequestNotFoundError      NOT_FOUND
+        DuplicateRequestError     ALREADY_EXISTS
+      CapacityError
+        OverloadedError           UNAVAILABLE
+      LifecycleError
+        EngineStartingError       UNAVAILABLE
+        EngineDrainingError       UNAVAILABLE
+        EngineDeadError           UNAVAILABLE
+      DurationError
+        QueueTimeoutError         DEADLINE_EXCEEDED
+        FirstTokenTimeoutError    DEADLINE_EXCEEDED
+        MaxDurationError          DEADLINE_EXCEEDED
+      StreamError
+        SlowConsumerError         ABORTED
+        OperatorAbortError        ABORTED
+      StartupError              ends the process, never an RPC
+        ConfigError
+        ModelLoadError
+        UnsupportedModelError
+        BackendUnavailableError
+      InternalError             INTERNAL; fixed text for the client, detail in the log only
+        RequestFaultError
+
+Anything a client, a file or a device can cause is one of these. `ValueError` and `assert` mean a
+bug of ours and are never mapped to a client's mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field that broke a rule. `field` is the path in the proto message."""
+
+    field: str
+    description: str
+
+
+class PhotonError(Exception):
+    """Base of the tree. `message` is safe to show to a client; it never holds prompt text."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RequestError(PhotonError):
+    """The request itself is wrong; sending it again unchanged fails again."""
+
+    def __init__(self, message: str, violations: Sequence[FieldViolation] = ()) -> None:
+        super().__init__(message)
+        self.violations = tuple(violations)
+
+
+class MalformedMessageError(RequestError):
+    """The bytes are no valid protobuf message of the method's type."""
+
+
+class InvalidRequestError(RequestError):
+    """Fields that are missing, out of range or at odds with one another."""
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        text = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        super().__init__(f"invalid request: {text}", violations)
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidRequestError:
+        """The common case of a single violation."""
+        return cls([FieldViolation(field, description)])
+
+
+class ContextLengthError(RequestError):
+    """The prompt leaves no room for a single output token."""
+
+    def __init__(self, field: str, num_tokens: int, limit: int) -> None:
+        text = f"the prompt has {num_tokens} tokens, at most {limit} fit"
+        super().__init__(text, [FieldViolation(field, text)])
+        self.num_tokens = num_tokens
+        self.limit = limit
+
+
+class UnsupportedFeatureError(RequestError):
+    """A field that the schema has and this server does not implement."""
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}", [FieldViolation(field, description)])
+
+
+class _NotFoundError(RequestError):
+    resource_type: str
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no such {self.resource_type}")
+        self.name = name
+
+
+class ModelNotFoundError(_NotFoundError):
+    """The request names a model that this server does not serve."""
+
+    resource_type = "model"
+
+
+class RequestNotFoundError(_NotFoundError):
+    """An operator named a request that is not live."""
+
+    resource_type = "request"
+
+
+class DuplicateRequestError(RequestError):
+    """A live request already has this id."""
+
+    resource_type = "request"
+
+    def __init__(self, name: str) -> None:
+        super().__init__("a live request has this request_id")
+        self.name = name
+
+
+class CapacityError(PhotonError):
+    """The server is fine and too busy. `retry_after_s` is when to come back."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class OverloadedError(CapacityError):
+    """The queue is full."""
+
+
+class LifecycleError(PhotonError):
+    """The server is not in a state to take requests; another replica may be."""
+
+
+class EngineStartingError(LifecycleError):
+    """The model is not ready yet."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is starting")
+
+
+class EngineDrainingError(LifecycleError):
+    """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is draining")
+
+
+class EngineDeadError(LifecycleError):
+    """The engine failed in a step; the process is about to exit."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped")
+
+
+class DurationError(PhotonError):
+    """A clock of the request ran out."""
+
+
+class QueueTimeoutError(DurationError):
+    """Not started within `scheduling.queue_timeout`."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was not started within its queue_timeout")
+
+
+class FirstTokenTimeoutError(DurationError):
+    """No token within `scheduling.first_token_budget`."""
+
+    def __init__(self) -> None:
+        super().__init__("no token came within the first_token_budget")
+
+
+class MaxDurationError(DurationError):
+    """Ran for as long as the server lets any request run, or past its deadline."""
+
+    def __init__(self) -> None:
+        super().__init__("the request reached its deadline or the server's maximum duration")
+
+
+class StreamError(PhotonError):
+    """The stream was ended from outside the model."""
+
+
+class SlowConsumerError(StreamError):
+    """One write was pending for longer than the slow-consumer limit."""
+
+    def __init__(self) -> None:
+        super().__init__("the client read too slowly")
+
+
+class OperatorAbortError(StreamError):
+    """ControlService.Abort ended the request."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was aborted by an operator")
+
+
+class StartupError(PhotonError):
+    """The process cannot start; the command line prints the message and exits with 2."""
+
+
+class ConfigError(StartupError):
+    """A setting is unknown, malformed or at odds with another."""
+
+
+class ModelLoadError(StartupError):
+    """A model folder is incomplete, damaged or hostile. The message names file and tensor."""
+
+
+class UnsupportedModelError(StartupError):
+    """config.json asks for an architecture or option that is not implemented."""
+
+
+class BackendUnavailableError(StartupError):
+    """The chosen backend lacks a library or a device. The message says which."""
+
+
+class InternalError(PhotonError):
+    """Something that should not happen. The client gets fixed text and the request id."""
+
+    def __init__(self, message: str = "internal error") -> None:
+        super().__init__(message)
+
+
+class RequestFaultError(InternalError):
+    """The model's output for this one request was unusable (non-finite logits)."""
+
+    def __init__(self) -> None:
+        super().__init__("the model produced unusable output for this request")

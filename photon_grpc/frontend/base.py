@@ -1,0 +1,80 @@
+"""The front door: all that a transport (gRPC today, HTTP later) needs of the house behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from photon_grpc.engine.messages import EngineStats
+from photon_grpc.frontend.events import Event, GenerationResult, Tokenized
+from photon_grpc.types import ChatInput, GenerationRequest, ModelInfo
+
+
+class GenerationStream(Protocol):
+    """A running generation. Iterate inside `with`; leaving it early aborts the request.
+
+    Leaving is synchronous and idempotent because grpc.aio ends a handler with CancelledError when it
+    awaits and with GeneratorExit when it is suspended in `yield`; a plain context manager sees both.
+    Each event is made when it is asked for, so tokens that arrive during a slow write merge into the
+    next delta.
+    """
+
+    request_id: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+
+class FrontDoor(Protocol):
+    """Submits requests and answers questions about text. Lives on the event loop.
+
+    `deadline` is a moment of `time.monotonic()`. Every method raises errors of `errors.py` only.
+    """
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model. Raises EngineStartingError before it is known."""
+
+    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> GenerationStream:
+        """Check, tokenise and submit `request`. Errors before the first token are raised here or by
+        the first iteration."""
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        deadline: float | None = None,
+        validate_only: bool = False,
+    ) -> GenerationResult:
+        """Run `request` to its end; with `validate_only` check and count tokens, and stop there."""
+
+    async def tokenize(
+        self,
+        prompt: str | ChatInput,
+        *,
+        model: str = "",
+        add_special_tokens: bool | None = None,
+        return_offsets: bool = False,
+    ) -> Tokenized: ...
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True
+    ) -> str: ...
+
+    def stats(self) -> EngineStats:
+        """The engine's latest snapshot."""
+
+    def abort(self, request_id: str) -> int:
+        """End a live request for an operator; the number ended. Raises RequestNotFoundError."""
+
+    def abort_all(self) -> int:
+        """End every live request for an operator; the number ended."""
