@@ -29,6 +29,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         ModelLoadError
         UnsupportedModelError
         BackendUnavailableError
+        ListenError
       InternalError             INTERNAL; fixed text for the client, detail in the log only
         RequestFaultError
 
@@ -228,6 +229,10 @@ class UnsupportedModelError(StartupError):
 
 class BackendUnavailableError(StartupError):
     """The chosen backend lacks a library or a device. The message says which."""
+
+
+class ListenError(StartupError):
+    """A listener's address cannot be bound. The message names the listener and the address."""
 
 
 class InternalError(PhotonError):

@@ -222,3 +222,4 @@ class ModelInfo:
     default_top_k: int = 0
     default_min_p: float = 0.0
     default_repetition_penalty: float = 1.0
+    has_chat_template: bool = False
