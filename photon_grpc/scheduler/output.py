@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from photon_grpc.types import EffectiveSampling, TokenLogprobs
+from photon_grpc.types import EffectiveSampling, Finish, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +99,76 @@ class ModelOutput:
     logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     faults: dict[int, RowFault] = field(default_factory=dict)
+
+
+class FailureKind(enum.Enum):
+    """Why a request ended without a completion; `engine/client.py` maps it to an error."""
+
+    QUEUE_TIMEOUT = "queue_timeout"
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"
+    MAX_DURATION = "max_duration"
+    REQUEST_FAULT = "request_fault"
+    OPERATOR_ABORT = "operator_abort"
+    DRAINING = "draining"
+    ENGINE_DEAD = "engine_dead"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceTimings:
+    """Monotonic moments of one completion; None where it did not get that far."""
+
+    arrival: float
+    started: float | None
+    first_token: float | None
+    end: float | None
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step brought for completion `index` of the request `key`.
+
+    `finish` or `failure` is set on the last one. `prompt_logprobs` comes once, with the first token,
+    and has one entry per prompt token after the first. `timings` comes with the first token, after
+    each resumption and with the last output.
+    """
+
+    key: int
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: Finish | None = None
+    failure: FailureKind | None = None
+    cached_prompt_tokens: int = 0
+    timings: SequenceTimings | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """True when nothing more will come for this completion."""
+        return self.finish is not None or self.failure is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot after a step. The fields of the second group only ever rise.
+
+    `kv_slots_used` is the number of token slots, in blocks of live sequences, that hold a token;
+    divided by `kv_blocks_used * block_size` it says how much of the allocated memory is of use.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    kv_slots_used: int = 0
+    block_size: int = 0
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    faults: int = 0

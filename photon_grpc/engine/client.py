@@ -1,0 +1,327 @@
+"""The engine as the event loop sees it: submit, read, abort.
+
+Everything here runs on the loop; the one way in from the engine thread is `call_soon_threadsafe`, once
+per step. A stream never blocks the engine: what arrives while its reader is busy waits in one list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from photon_grpc.engine.messages import (
+    Abort,
+    AbortReason,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    EngineStopped,
+    FailureKind,
+    LoopMessage,
+    SequenceOutput,
+    Shutdown,
+    StepOutputs,
+    Submit,
+)
+from photon_grpc.engine.thread import EngineThread
+from photon_grpc.errors import (
+    DuplicateRequestError,
+    EngineDeadError,
+    EngineDrainingError,
+    EngineStartingError,
+    FirstTokenTimeoutError,
+    MaxDurationError,
+    OperatorAbortError,
+    OverloadedError,
+    PhotonError,
+    QueueTimeoutError,
+    RequestFaultError,
+    RequestNotFoundError,
+)
+from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
+from photon_grpc.runner.base import Runner
+
+_log = structlog.get_logger(__name__)
+
+_ERROR_OF_FAILURE: dict[FailureKind, Callable[[], PhotonError]] = {
+    FailureKind.QUEUE_TIMEOUT: QueueTimeoutError,
+    FailureKind.FIRST_TOKEN_TIMEOUT: FirstTokenTimeoutError,
+    FailureKind.MAX_DURATION: MaxDurationError,
+    FailureKind.REQUEST_FAULT: RequestFaultError,
+    FailureKind.OPERATOR_ABORT: OperatorAbortError,
+    FailureKind.DRAINING: EngineDrainingError,
+    FailureKind.ENGINE_DEAD: EngineDeadError,
+}
+
+
+def error_of(failure: FailureKind) -> PhotonError:
+    """The error that a caller gets for an engine's failure."""
+    return _ERROR_OF_FAILURE[failure]()
+
+
+class RequestStream:
+    """The outputs of one submitted request. Use inside `with`: leaving early aborts what still runs."""
+
+    def __init__(self, engine: AsyncEngine, key: int, request_id: str, num_completions: int) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._key = key
+        self._num_open = num_completions
+        self._pending: list[SequenceOutput] = []
+        self._num_pending_tokens = 0
+        self._last_pending = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._wake_at = 1.0
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def read(self) -> list[SequenceOutput]:
+        """Everything new, in order; waits until there is something. One reader at a time."""
+        await self.wait(1)
+        pending, self._pending = self._pending, []
+        self._num_pending_tokens = 0
+        self._last_pending = False
+        return pending
+
+    async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
+        """Return once `num_tokens` are unread, some completion has ended, or `timeout_s` has passed."""
+        while self._num_pending_tokens < num_tokens and not self._last_pending:
+            loop = asyncio.get_running_loop()
+            waiter = loop.create_future()
+            self._waiter = waiter
+            self._wake_at = num_tokens
+            timer = loop.call_later(timeout_s, _wake, waiter) if timeout_s is not None else None
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+            if timer is not None:
+                return
+
+    def abort_index(self, index: int) -> None:
+        """End one completion; its last output still comes."""
+        self._engine.post(Abort(self._key, index))
+
+    def close(self) -> None:
+        """Forget the request, aborting what is unfinished. Synchronous and idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._engine.forget(self._key, self.request_id)
+        if self._num_open:
+            self._engine.post(Abort(self._key))
+
+    def push(self, output: SequenceOutput) -> None:
+        """Take an output; called by the engine client on the loop."""
+        if output.is_last:
+            self._num_open -= 1
+            self._last_pending = True
+        self._pending.append(output)
+        self._num_pending_tokens += len(output.token_ids)
+        if self._waiter is not None and (self._num_pending_tokens >= self._wake_at or self._last_pending):
+            _wake(self._waiter)
+
+    def fail(self, failure: FailureKind) -> None:
+        """End everything that is still open with `failure`."""
+        if self._num_open:
+            self._num_open = 1
+            self.push(SequenceOutput(key=self._key, index=0, failure=failure))
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+class AsyncEngine:
+    """Owns the engine thread and every live RequestStream.
+
+    `on_stopped` hears the end of the thread, on the loop.
+    """
+
+    def __init__(
+        self,
+        runner_factory: Callable[[], Runner],
+        scheduler_options: SchedulerOptions,
+        cache_options: KVCacheOptions,
+        limits: LimitOptions,
+        *,
+        on_stopped: Callable[[PhotonError | None], None] | None = None,
+    ) -> None:
+        self._max_live = scheduler_options.max_num_seqs + limits.max_queued_requests
+        self._on_stopped = on_stopped
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = EngineThread(
+            runner_factory, scheduler_options, cache_options, self._deliver_from_thread
+        )
+        self._ready: asyncio.Future[EngineReady] | None = None
+        self._stopped: asyncio.Event | None = None
+        self._info: EngineReady | None = None
+        self._streams: dict[int, RequestStream] = {}
+        self._keys: dict[str, int] = {}
+        self._last_key = 0
+        self._num_live = 0
+        self._stats = EngineStats()
+        self._heartbeat = 0.0
+        self._dead = False
+        self._draining = False
+
+    async def start(self) -> EngineReady:
+        """Build the runner on the engine thread. Raises StartupError as the runner's factory does."""
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._stopped = asyncio.Event()
+        self._thread.start()
+        return await self._ready
+
+    @property
+    def info(self) -> EngineReady:
+        """What runs. Raises EngineStartingError before it is known."""
+        if self._info is None:
+            raise EngineStartingError
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+        return self._stats
+
+    @property
+    def heartbeat(self) -> float:
+        """Monotonic moment of the latest step."""
+        return self._heartbeat
+
+    @property
+    def num_live_requests(self) -> int:
+        """Submitted requests whose streams are not closed."""
+        return len(self._streams)
+
+    def check_admission(self) -> None:
+        """Raise what `submit` would raise whatever the request is; cheap, for use before text work."""
+        if self._dead:
+            raise EngineDeadError
+        if self._draining:
+            raise EngineDrainingError
+        if self._info is None:
+            raise EngineStartingError
+        if self._num_live >= self._max_live:
+            raise OverloadedError("the queue is full", retry_after_s=1.0)
+
+    def submit(self, request_id: str, request: EngineRequest) -> RequestStream:
+        """Hand a checked request to the engine.
+
+        Raises DuplicateRequestError for a live request_id, OverloadedError, EngineStartingError,
+        EngineDrainingError or EngineDeadError.
+        """
+        self.check_admission()
+        if request_id in self._keys:
+            raise DuplicateRequestError(request_id)
+        self._last_key += 1
+        key = self._last_key
+        stream = RequestStream(self, key, request_id, request.sampling.n)
+        self._streams[key] = stream
+        self._keys[request_id] = key
+        self._num_live += request.sampling.n
+        self._thread.post(Submit(key, request))
+        return stream
+
+    def is_live(self, request_id: str) -> bool:
+        """True while a stream of this id is open."""
+        return request_id in self._keys
+
+    def abort(self, request_id: str) -> int:
+        """End a live request for an operator. Raises RequestNotFoundError."""
+        key = self._keys.get(request_id)
+        if key is None:
+            raise RequestNotFoundError(request_id)
+        self.post(Abort(key, reason=AbortReason.OPERATOR))
+        return 1
+
+    def abort_all(self, reason: AbortReason = AbortReason.OPERATOR) -> int:
+        """End every live request; the number ended."""
+        for key in self._streams:
+            self.post(Abort(key, reason=reason))
+        return len(self._streams)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; live ones go on."""
+        self._draining = True
+
+    async def stop(self, timeout_s: float = 10.0) -> bool:
+        """End every request and the thread; False if it did not end within `timeout_s`."""
+        self._draining = True
+        if self._stopped is None:
+            return True
+        self._thread.post(Shutdown())
+        try:
+            await asyncio.wait_for(self._stopped.wait(), timeout_s)
+        except TimeoutError:
+            _log.error("engine_did_not_stop", timeout_s=timeout_s)
+            return False
+        return await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout_s)
+
+    def post(self, message: Abort) -> None:
+        """Send an abort to the engine thread; harmless once it has ended."""
+        self._thread.post(message)
+
+    def forget(self, key: int, request_id: str) -> None:
+        """Drop a closed stream; late outputs of it are ignored."""
+        stream = self._streams.pop(key, None)
+        if stream is not None and self._keys.get(request_id) == key:
+            del self._keys[request_id]
+
+    # --- from the engine thread -----------------------------------------------------------------
+
+    def _deliver_from_thread(self, message: LoopMessage) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, message)
+
+    def _deliver(self, message: LoopMessage) -> None:
+        match message:
+            case StepOutputs():
+                self._stats = message.stats
+                self._heartbeat = message.time
+                streams = self._streams
+                for output in message.outputs:
+                    if output.is_last:
+                        self._num_live -= 1
+                    stream = streams.get(output.key)
+                    if stream is not None:
+                        stream.push(output)
+            case EngineReady():
+                self._info = message
+                assert self._ready is not None
+                if not self._ready.done():
+                    self._ready.set_result(message)
+            case EngineStopped(error):
+                self._engine_stopped(error)
+
+    def _engine_stopped(self, error: PhotonError | None) -> None:
+        assert self._ready is not None
+        assert self._stopped is not None
+        self._dead = True
+        if not self._ready.done():
+            self._ready.set_exception(error or EngineDeadError())
+        for stream in list(self._streams.values()):
+            stream.fail(FailureKind.DRAINING if error is None else FailureKind.ENGINE_DEAD)
+        self._num_live = 0
+        self._stopped.set()
+        if self._on_stopped is not None:
+            self._on_stopped(error)

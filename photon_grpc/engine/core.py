@@ -1,0 +1,131 @@
+"""One engine step, synchronously: messages in, outputs out.
+
+Deterministic given its messages, the runner and the clock, so tests drive it without threads. Runs on
+the engine thread; knows ids and numbers, no text and no grpc.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from photon_grpc.engine.messages import (
+    Abort,
+    AbortReason,
+    EngineRequest,
+    FailureKind,
+    SequenceOutput,
+    StepOutputs,
+    Submit,
+)
+from photon_grpc.options import KVCacheOptions, SchedulerOptions
+from photon_grpc.runner.base import Runner
+from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
+from photon_grpc.scheduler.output import SamplerSpec
+from photon_grpc.scheduler.prefix_cache import scope_root
+from photon_grpc.scheduler.request import Request
+from photon_grpc.scheduler.scheduler import Scheduler
+
+_FAILURE_OF_ABORT = {
+    AbortReason.CANCELLED: None,
+    AbortReason.OPERATOR: FailureKind.OPERATOR_ABORT,
+    AbortReason.DRAINING: FailureKind.DRAINING,
+}
+
+
+class EngineCore:
+    """Scheduler and runner together. `clock` is monotonic seconds."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler_options: SchedulerOptions,
+        cache_options: KVCacheOptions,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(
+            KVCacheManager(runner.num_blocks, runner.block_size, prefix_caching=cache_options.prefix_caching),
+            max_num_seqs=scheduler_options.max_num_seqs,
+            max_num_batched_tokens=scheduler_options.max_num_batched_tokens,
+            priority_boost_s=scheduler_options.priority_boost_s,
+        )
+        self._clock = clock
+        self._in_flight: deque[int] = deque()
+        self._last_seq_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """False when stepping would change nothing."""
+        return self.scheduler.has_unfinished or bool(self._in_flight)
+
+    def submit(self, message: Submit) -> None:
+        """Turn a request into its `n` sequences."""
+        request = message.request
+        cache_root = scope_root(request.cache_scope)
+        for index in range(request.sampling.n):
+            self._last_seq_id += 1
+            self.scheduler.add(_sequence(self._last_seq_id, message.key, index, request, cache_root))
+
+    def abort(self, message: Abort) -> None:
+        """End sequences before the next step is planned; their blocks are free at once."""
+        self.scheduler.abort(message.key, message.index, _FAILURE_OF_ABORT[message.reason], self._clock())
+
+    def abort_all(self, failure: FailureKind) -> None:
+        """End everything."""
+        self.scheduler.abort_all(failure, self._clock())
+
+    def step(self) -> StepOutputs:
+        """Plan and launch one step; collect the oldest once the runner has enough under way.
+
+        Raises whatever the runner raises: the state of model and cache is then unknown, and the caller
+        must not step again.
+        """
+        planned = self.scheduler.schedule(self._clock())
+        if not planned.is_empty:
+            self.runner.launch(planned)
+            self._in_flight.append(planned.step)
+        outputs: list[SequenceOutput] = []
+        if self._in_flight and (planned.is_empty or len(self._in_flight) >= self.runner.max_in_flight):
+            collected = self.runner.collect()
+            expected = self._in_flight.popleft()
+            assert collected.step == expected, "the runner returned another step than the oldest"
+            outputs = self.scheduler.update(collected, self._clock())
+        return self.flush(outputs)
+
+    def flush(self, outputs: list[SequenceOutput] | None = None) -> StepOutputs:
+        """What is to be told now: `outputs`, sequences that ended outside a step, and the figures."""
+        return StepOutputs(
+            outputs=(*self.scheduler.take_ended(), *(outputs or ())),
+            stats=self.scheduler.stats(),
+            time=self._clock(),
+        )
+
+
+def _sequence(seq_id: int, key: int, index: int, request: EngineRequest, cache_root: bytes) -> Request:
+    return Request(
+        seq_id=seq_id,
+        key=key,
+        index=index,
+        prompt_token_ids=request.prompt_token_ids,
+        sampler=SamplerSpec(
+            sampling=request.sampling,
+            index=index,
+            min_tokens=request.min_tokens,
+            banned_token_ids=tuple({*request.eos_token_ids, *request.stop_token_ids}),
+            top_logprobs=request.top_logprobs,
+            # The prompt is the same for all completions; the first one tells of it.
+            prompt_top_logprobs=request.prompt_top_logprobs if index == 0 else None,
+        ),
+        max_tokens=request.max_tokens,
+        min_tokens=request.min_tokens,
+        stop_token_ids=frozenset(request.stop_token_ids),
+        eos_token_ids=frozenset(request.eos_token_ids),
+        arrival_time=request.arrival_time,
+        length_finish=request.length_finish,
+        priority=request.priority,
+        deadlines=request.deadlines,
+        cache_root=cache_root,
+        bypass_prefix_cache=request.bypass_prefix_cache,
+    )

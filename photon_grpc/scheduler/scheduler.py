@@ -1,0 +1,468 @@
+"""Continuous batching: which tokens of which sequences are computed in the next step.
+
+The rules, in order of importance:
+
+1. Running sequences go first, in the order of their rank; waiting ones are admitted with what is left
+   of the token budget. Every running sequence that needs a single token gets it before a long prefill
+   takes the rest of the budget, so a prefill never stalls a decode.
+2. When blocks run out, the running sequence of the lowest rank is preempted: its blocks are freed and
+   it is computed again later from its tokens, which nobody has to send again. Since ranks never change
+   and the first in rank can always preempt all others, someone always finishes.
+3. Admission is strictly by rank. Whoever does not fit waits, and all behind it wait too, so that a
+   long prompt cannot starve behind short ones.
+
+Pure and synchronous: no clock of its own (`now` is passed in), no torch, no threads. `schedule` may be
+called again before the step it planned is collected; progress is counted when a step is planned.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterator
+
+from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
+from photon_grpc.scheduler.output import (
+    FailureKind,
+    ModelOutput,
+    NewSequence,
+    ScheduledSequence,
+    SchedulerOutput,
+    SchedulerStats,
+    SequenceOutput,
+)
+from photon_grpc.scheduler.policy import Rank, rank
+from photon_grpc.scheduler.request import Request, RequestStatus
+from photon_grpc.types import Finish, FinishReason, TokenLogprobs
+
+
+class _RankedQueue:
+    """Requests sorted by rank; insertion and removal by binary search."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[Rank, Request]] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for _, request in self._items)
+
+    def add(self, position: Rank, request: Request) -> None:
+        bisect.insort(self._items, (position, request), key=lambda item: item[0])
+
+    def remove(self, position: Rank) -> None:
+        index = bisect.bisect_left(self._items, position, key=lambda item: item[0])
+        assert self._items[index][0] == position
+        del self._items[index]
+
+    def first(self) -> Request:
+        return self._items[0][1]
+
+    def last(self) -> Request:
+        return self._items[-1][1]
+
+    def at(self, index: int) -> Request:
+        return self._items[index][1]
+
+
+class Scheduler:
+    """Owns every live sequence from `add` to its last output."""
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        priority_boost_s: float,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs, or decodes starve")
+        self.kv = kv
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._priority_boost_s = priority_boost_s
+        self._live: dict[int, Request] = {}
+        self._by_key: dict[int, dict[int, Request]] = {}
+        self._waiting = _RankedQueue()
+        self._running = _RankedQueue()
+        self._removed: list[int] = []
+        # (moment, seq_id); entries of sequences that have ended are dropped when they come up.
+        self._timers: list[tuple[float, int]] = []
+        self._ended: list[SequenceOutput] = []
+        self._step = 0
+        self._waiting_tokens = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._preemptions = 0
+        self._faults = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while any sequence lives."""
+        return bool(self._live)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a place, preempted ones included."""
+        return len(self._waiting)
+
+    # --- requests in and out -------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Take a new sequence. The validator has made sure that it fits into an empty pool."""
+        assert request.seq_id not in self._live
+        assert self.kv.blocks_for(request.num_prompt_tokens + request.max_tokens) <= self.kv.pool.num_blocks
+        self._live[request.seq_id] = request
+        self._by_key.setdefault(request.key, {})[request.index] = request
+        self._enqueue(request)
+        clocks = request.deadlines
+        for moment in (clocks.start_by, clocks.first_token_by, clocks.end_by, clocks.finish_by):
+            if moment is not None:
+                heapq.heappush(self._timers, (moment, request.seq_id))
+
+    def abort(self, key: int, index: int | None, failure: FailureKind | None, now: float) -> None:
+        """End the sequences of a request, or one of them, at once; unknown ones have ended already."""
+        group = self._by_key.get(key, {})
+        for request in [r for i, r in group.items() if index is None or i == index]:
+            if failure is None:
+                self._end(request, now, finish=Finish(FinishReason.ABORTED))
+            else:
+                self._end(request, now, failure=failure)
+
+    def abort_all(self, failure: FailureKind, now: float) -> None:
+        """End every live sequence."""
+        for request in list(self._live.values()):
+            self._end(request, now, failure=failure)
+
+    def take_ended(self) -> list[SequenceOutput]:
+        """Last outputs that came about outside `update`: aborts and clocks that ran out."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # --- planning a step ------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> SchedulerOutput:
+        """Plan the next step and count its tokens as computed.
+
+        Invariant: a sequence that is preempted in this call has no row in the step it returns.
+        """
+        self._expire(now)
+        budget = self._max_num_batched_tokens
+        rows: list[ScheduledSequence] = []
+        budget, preempted_any = self._schedule_running(rows, budget)
+        new: list[NewSequence] = []
+        if not preempted_any:
+            budget = self._admit_waiting(new, rows, budget, now)
+        removed, self._removed = tuple(self._removed), []
+        if rows:
+            self._step += 1
+        return SchedulerOutput(
+            step=self._step,
+            removed=removed,
+            new=tuple(new),
+            rows=tuple(rows),
+            num_tokens=self._max_num_batched_tokens - budget,
+        )
+
+    def _schedule_running(self, rows: list[ScheduledSequence], budget: int) -> tuple[int, bool]:
+        single_tokens_left = sum(
+            1 for r in self._running if r.num_tokens - r.num_computed_tokens == 1 and r.wants_another_token
+        )
+        preempted_any = False
+        position = 0
+        while position < len(self._running):
+            request = self._running.at(position)
+            remaining = request.num_tokens - request.num_computed_tokens
+            if not request.wants_another_token:
+                position += 1
+                continue
+            if remaining == 1:
+                single_tokens_left -= 1
+                num_tokens = min(1, budget)
+            else:
+                num_tokens = min(remaining, budget - single_tokens_left)
+            if num_tokens <= 0:
+                position += 1
+                continue
+            new_blocks = self.kv.extend(request, num_tokens)
+            while new_blocks is None:
+                victim = self._running.last()
+                self._preempt(victim)
+                preempted_any = True
+                if victim is request:
+                    break
+                if victim.num_tokens - victim.num_computed_tokens == 1 and victim.wants_another_token:
+                    single_tokens_left -= 1
+                new_blocks = self.kv.extend(request, num_tokens)
+            if new_blocks is None:
+                break
+            rows.append(self._plan_row(request, num_tokens, tuple(new_blocks)))
+            budget -= num_tokens
+            position += 1
+        return budget, preempted_any
+
+    def _admit_waiting(
+        self, new: list[NewSequence], rows: list[ScheduledSequence], budget: int, now: float
+    ) -> int:
+        while len(self._waiting) and len(self._running) < self._max_num_seqs and budget > 0:
+            request = self._waiting.first()
+            if request.num_pending_tokens:
+                break
+            prefix = self.kv.find_prefix(request)
+            if not self.kv.fits(prefix, len(request.token_ids)):
+                break
+            self._dequeue(request)
+            self._count_prefix(request, len(prefix) * self.kv.block_size)
+            self.kv.adopt_prefix(request, prefix)
+            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_computed = request.num_computed_tokens
+            new_blocks = self.kv.extend(request, num_tokens)
+            assert new_blocks is not None, "fits() has just said so"
+            request.status = RequestStatus.RUNNING
+            request.has_news = True
+            if request.started_time is None:
+                request.started_time = now
+            self._running.add(self._rank(request), request)
+            new.append(
+                NewSequence(
+                    seq_id=request.seq_id,
+                    token_ids=tuple(request.token_ids),
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    num_computed_tokens=num_computed,
+                    block_ids=tuple(request.block_ids),
+                    sampler=request.sampler,
+                )
+            )
+            rows.append(self._plan_row(request, num_tokens, ()))
+            budget -= num_tokens
+        return budget
+
+    def _plan_row(self, request: Request, num_tokens: int, new_blocks: tuple[int, ...]) -> ScheduledSequence:
+        self.kv.advance(request, num_tokens)
+        sample = request.num_computed_tokens == request.num_tokens
+        if sample:
+            request.num_pending_tokens += 1
+        return ScheduledSequence(request.seq_id, num_tokens, sample, new_blocks)
+
+    def _count_prefix(self, request: Request, num_hits: int) -> None:
+        # A resumed sequence finds its own blocks again; that says nothing about sharing.
+        if request.num_preemptions == 0:
+            self._prefix_queries += request.num_prompt_tokens
+            self._prefix_hits += num_hits
+            self._prompt_tokens += request.num_prompt_tokens
+            request.num_cached_prompt_tokens = num_hits
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(self._rank(request))
+        self._removed.append(request.seq_id)
+        self.kv.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        request.prompt_logprobs.clear()
+        self._preemptions += 1
+        self._enqueue(request)
+
+    # --- results --------------------------------------------------------------------------------
+
+    def update(self, output: ModelOutput, now: float) -> list[SequenceOutput]:
+        """Take the tokens of a step; what is new for each sequence, and which have ended.
+
+        Results for sequences that ended since the step was planned are dropped.
+        """
+        outputs: list[SequenceOutput] = []
+        for seq_id, entries in output.prompt_logprobs.items():
+            request = self._live.get(seq_id)
+            if request is not None and request.first_token_time is None:
+                request.prompt_logprobs.extend(entries)
+        for seq_id, token_ids in zip(output.seq_ids, output.token_ids, strict=True):
+            request = self._live.get(seq_id)
+            if request is None:
+                continue
+            request.num_pending_tokens -= 1
+            if seq_id in output.faults:
+                self._faults += 1
+                outputs.append(self._finish_output(request, now, failure=FailureKind.REQUEST_FAULT))
+                self._remove(request, forget_blocks=True)
+                continue
+            outputs.append(self._accept(request, token_ids, output, now))
+        return outputs
+
+    def _accept(
+        self, request: Request, token_ids: tuple[int, ...], output: ModelOutput, now: float
+    ) -> SequenceOutput:
+        accepted = 0
+        finish: Finish | None = None
+        for token_id in token_ids:
+            request.token_ids.append(token_id)
+            accepted += 1
+            finish = self._finish_after(request, token_id)
+            if finish is not None:
+                break
+        self._generation_tokens += accepted
+        if request.status is RequestStatus.PREEMPTED:
+            self._waiting_tokens += accepted
+        logprobs = output.logprobs.get(request.seq_id, ())[:accepted]
+        if request.first_token_time is None:
+            request.first_token_time = now
+            request.has_news = True
+        if finish is not None:
+            last = self._finish_output(
+                request, now, finish=finish, token_ids=token_ids[:accepted], logprobs=logprobs
+            )
+            self._remove(request)
+            return last
+        if not request.has_news:
+            return SequenceOutput(request.key, request.index, token_ids[:accepted], logprobs)
+        request.has_news = False
+        prompt_logprobs = tuple(request.prompt_logprobs)
+        request.prompt_logprobs.clear()
+        return SequenceOutput(
+            key=request.key,
+            index=request.index,
+            token_ids=token_ids[:accepted],
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            cached_prompt_tokens=request.num_cached_prompt_tokens,
+            timings=request.timings(None),
+        )
+
+    @staticmethod
+    def _finish_after(request: Request, token_id: int) -> Finish | None:
+        num_outputs = request.num_output_tokens
+        if num_outputs >= request.min_tokens:
+            if token_id in request.eos_token_ids:
+                return Finish(FinishReason.EOS, eos_token_id=token_id)
+            if token_id in request.stop_token_ids:
+                return Finish(FinishReason.STOP, stop_token_id=token_id)
+        if num_outputs >= request.max_tokens:
+            return Finish(request.length_finish)
+        return None
+
+    # --- endings --------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            _, seq_id = heapq.heappop(self._timers)
+            request = self._live.get(seq_id)
+            if request is None:
+                continue
+            clocks = request.deadlines
+            if _passed(clocks.end_by, now):
+                self._end(request, now, failure=FailureKind.MAX_DURATION)
+            elif _passed(clocks.finish_by, now):
+                self._end(request, now, finish=Finish(FinishReason.TIME_LIMIT))
+            elif request.first_token_time is None and _passed(clocks.first_token_by, now):
+                self._end(request, now, failure=FailureKind.FIRST_TOKEN_TIMEOUT)
+            elif request.started_time is None and _passed(clocks.start_by, now):
+                self._end(request, now, failure=FailureKind.QUEUE_TIMEOUT)
+
+    def _end(
+        self,
+        request: Request,
+        now: float,
+        *,
+        finish: Finish | None = None,
+        failure: FailureKind | None = None,
+    ) -> None:
+        self._ended.append(self._finish_output(request, now, finish=finish, failure=failure))
+        self._remove(request)
+
+    @staticmethod
+    def _finish_output(
+        request: Request,
+        now: float,
+        *,
+        finish: Finish | None = None,
+        failure: FailureKind | None = None,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> SequenceOutput:
+        return SequenceOutput(
+            key=request.key,
+            index=request.index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(request.prompt_logprobs),
+            finish=finish,
+            failure=failure,
+            cached_prompt_tokens=request.num_cached_prompt_tokens,
+            timings=request.timings(now),
+        )
+
+    def _remove(self, request: Request, *, forget_blocks: bool = False) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(self._rank(request))
+            self._removed.append(request.seq_id)
+        else:
+            self._dequeue(request)
+        self.kv.free(request, forget=forget_blocks)
+        request.status = RequestStatus.FINISHED
+        del self._live[request.seq_id]
+        group = self._by_key[request.key]
+        del group[request.index]
+        if not group:
+            del self._by_key[request.key]
+
+    # --- books ----------------------------------------------------------------------------------
+
+    def _rank(self, request: Request) -> Rank:
+        return rank(request, self._priority_boost_s)
+
+    def _enqueue(self, request: Request) -> None:
+        self._waiting.add(self._rank(request), request)
+        self._waiting_tokens += len(request.token_ids)
+
+    def _dequeue(self, request: Request) -> None:
+        self._waiting.remove(self._rank(request))
+        self._waiting_tokens -= len(request.token_ids)
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters as of now."""
+        return SchedulerStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            waiting_tokens=self._waiting_tokens,
+            kv_blocks_used=self.kv.pool.num_used,
+            kv_blocks_total=self.kv.pool.num_blocks,
+            kv_slots_used=self.kv.num_slots_used,
+            block_size=self.kv.block_size,
+            steps=self._step,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            faults=self._faults,
+        )
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the books do not balance. For tests; O(blocks + sequences)."""
+        running = list(self._running)
+        waiting = list(self._waiting)
+        assert {r.seq_id for r in running} | {r.seq_id for r in waiting} == set(self._live)
+        assert len(running) + len(waiting) == len(self._live)
+        assert all(r.status is RequestStatus.RUNNING for r in running)
+        assert all(r.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) for r in waiting)
+        assert all(not r.block_ids and r.num_computed_tokens == 0 for r in waiting)
+        assert len(running) <= self._max_num_seqs
+        for queue in (running, waiting):
+            ranks = [self._rank(r) for r in queue]
+            assert ranks == sorted(ranks)
+        assert self._waiting_tokens == sum(len(r.token_ids) for r in waiting)
+        for request in running:
+            assert 0 <= request.num_computed_tokens <= request.num_tokens
+            assert request.num_output_tokens <= request.max_tokens
+        self.kv.check_invariants(running)
+
+
+def _passed(moment: float | None, now: float) -> bool:
+    return moment is not None and moment <= now
