@@ -1,0 +1,181 @@
+"""What Prometheus sees: names and meanings as vLLM's, under our prefix `photon_`.
+
+The engine's figures come as snapshots after each step. A snapshot is only kept, and turned into
+samples when somebody scrapes, so that a step costs one assignment. Finished requests are observed one
+by one. Knows numbers only: no text, no tenant, no request id. `observe_*` are called on the event
+loop; scrapes run on the threads of the exposition server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from photon_grpc.errors import ListenError
+from photon_grpc.types import FinishReason, Timings, Usage
+
+__all__ = ["EngineSnapshot", "Metrics", "MetricsServer"]
+
+# Seconds. First-token and duration buckets follow the OpenTelemetry GenAI conventions; gaps between
+# tokens start lower than theirs, because those of a small model are well under ten milliseconds.
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_TOKEN_GAP_FINE = (0.0005, 0.001, 0.002, 0.004, 0.007)
+_TOKEN_GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_DURATION = tuple(0.01 * 2**n for n in range(14))
+
+
+class EngineSnapshot(Protocol):
+    """The part of the engine's statistics that is exposed; `engine.messages.EngineStats` has it."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+    @property
+    def kv_slots_used(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def generation_tokens(self) -> int: ...
+    @property
+    def prefix_queries(self) -> int: ...
+    @property
+    def prefix_hits(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def faults(self) -> int: ...
+
+
+_COUNTERS: Sequence[tuple[str, str, Callable[[EngineSnapshot], int]]] = (
+    ("photon_prompt_tokens", "Prompt tokens of admitted requests.", lambda s: s.prompt_tokens),
+    ("photon_generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+    (
+        "photon_prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_queries,
+    ),
+    ("photon_prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits),
+    ("photon_preemptions", "Sequences preempted for want of KV blocks.", lambda s: s.preemptions),
+    ("photon_corrupted_requests", "Requests ended for unusable model output.", lambda s: s.faults),
+)
+
+
+class _EngineCollector(Collector):
+    """Samples of the latest snapshot; none before the engine's first step."""
+
+    def __init__(self) -> None:
+        self.snapshot: EngineSnapshot | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        snapshot = self.snapshot
+        return () if snapshot is None else _families(snapshot)
+
+
+def _families(snapshot: EngineSnapshot) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "photon_num_requests_running", "Sequences in the running batch.", value=snapshot.running
+    )
+    yield GaugeMetricFamily(
+        "photon_num_requests_waiting", "Sequences waiting for a place in the batch.", value=snapshot.waiting
+    )
+    if snapshot.kv_blocks_total:
+        yield GaugeMetricFamily(
+            "photon_kv_cache_usage_perc",
+            "Share of KV blocks that live sequences hold, 0 to 1.",
+            value=snapshot.kv_blocks_used / snapshot.kv_blocks_total,
+        )
+    slots = snapshot.kv_blocks_used * snapshot.block_size
+    # With no block allocated the share is undefined: no sample, rather than a figure that means nothing.
+    if slots:
+        yield GaugeMetricFamily(
+            "photon_kv_slot_utilization",
+            "Share of the token slots in allocated KV blocks that hold a token, 0 to 1.",
+            value=snapshot.kv_slots_used / slots,
+        )
+    for name, text, read in _COUNTERS:
+        yield CounterMetricFamily(name, text, value=read(snapshot))
+
+
+class Metrics:
+    """One registry per process, held by the composition root and passed to who has figures."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = _EngineCollector()
+        self.registry.register(self._engine)
+        ProcessCollector(registry=self.registry)
+        Info("photon_build", "The running version.", registry=self.registry).info({"version": version})
+        self._finished = Counter(
+            "photon_request_success",
+            "Completions that ended well, by finish reason.",
+            ["finished_reason"],
+            registry=self.registry,
+        )
+        # A label value appears with its first sample; a rate over a counter that starts at one misses it.
+        self._by_reason = {
+            reason: self._finished.labels(finished_reason=reason.name.lower()) for reason in FinishReason
+        }
+        self._first_token = self._histogram(
+            "photon_time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN
+        )
+        self._token_gap = self._histogram(
+            "photon_inter_token_latency_seconds",
+            "Time between successive tokens of one completion.",
+            _TOKEN_GAP_FINE + _TOKEN_GAP,
+        )
+        self._end_to_end = self._histogram(
+            "photon_e2e_request_latency_seconds", "Arrival to last token.", _DURATION
+        )
+        self._queue = self._histogram(
+            "photon_request_queue_time_seconds", "Arrival to first scheduling.", _DURATION
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+    def observe_step(self, snapshot: EngineSnapshot) -> None:
+        """Keep the engine's latest snapshot. Constant time; called after every step."""
+        self._engine.snapshot = snapshot
+
+    def observe_tokens(self, num_tokens: int, seconds: float) -> None:
+        """`num_tokens` of one completion came `seconds` after the ones before them."""
+        for _ in range(num_tokens):
+            self._token_gap.observe(seconds / num_tokens)
+
+    def observe_finished(self, reasons: Sequence[FinishReason], usage: Usage, timings: Timings) -> None:
+        """A request ended well, with one reason per completion."""
+        for reason in reasons:
+            self._by_reason[reason].inc()
+        self._queue.observe(timings.queue)
+        self._end_to_end.observe(timings.total)
+        if usage.output_tokens:
+            self._first_token.observe(timings.first_token)
+
+
+class MetricsServer:
+    """`/metrics` over HTTP on threads of its own, until closed."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        """Bind and serve; port 0 takes a free one. Raises ListenError."""
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
+        except OSError as error:
+            raise ListenError(f"metrics listener {host}:{port}: {error.strerror}") from error
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving and give the port back. May be called twice."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

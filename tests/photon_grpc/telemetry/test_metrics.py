@@ -1,0 +1,149 @@
+"""Metrics, read back through Prometheus' own text parser."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from photon_grpc.engine.messages import EngineStats
+from photon_grpc.errors import ListenError
+from photon_grpc.telemetry.metrics import Metrics, MetricsServer
+from photon_grpc.types import FinishReason, Timings, Usage
+
+STATS = EngineStats(
+    running=3,
+    waiting=5,
+    kv_blocks_used=10,
+    kv_blocks_total=40,
+    kv_slots_used=150,
+    block_size=16,
+    prompt_tokens=100,
+    generation_tokens=77,
+    prefix_queries=90,
+    prefix_hits=30,
+    preemptions=2,
+    faults=1,
+)
+
+
+def samples(text: str) -> dict[str, float]:
+    return {
+        sample.name + "".join(f"{{{k}={v}}}" for k, v in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def scrape(metrics: Metrics) -> dict[str, float]:
+    return samples(generate_latest(metrics.registry).decode())
+
+
+@pytest.fixture
+def server() -> Iterator[MetricsServer]:
+    metrics = Metrics("1.2.3")
+    metrics.observe_step(STATS)
+    server = MetricsServer(metrics, "127.0.0.1", 0)
+    yield server
+    server.close()
+
+
+def test_engine_figures_are_those_of_the_latest_snapshot() -> None:
+    metrics = Metrics("1.2.3")
+    metrics.observe_step(EngineStats(running=99))
+    metrics.observe_step(STATS)
+    read = scrape(metrics)
+    assert {
+        name: read[name] for name in read if not name.startswith(("process", "photon_request"))
+    }.items() >= {
+        "photon_num_requests_running": 3,
+        "photon_num_requests_waiting": 5,
+        "photon_kv_cache_usage_perc": 0.25,
+        "photon_kv_slot_utilization": 150 / 160,
+        "photon_prompt_tokens_total": 100,
+        "photon_generation_tokens_total": 77,
+        "photon_prefix_cache_queries_total": 90,
+        "photon_prefix_cache_hits_total": 30,
+        "photon_preemptions_total": 2,
+        "photon_corrupted_requests_total": 1,
+        "photon_build_info{version=1.2.3}": 1,
+    }.items()
+
+
+def test_nothing_is_claimed_before_the_first_step() -> None:
+    read = scrape(Metrics("1"))
+    assert "photon_num_requests_running" not in read
+    assert "photon_kv_cache_usage_perc" not in read
+
+
+def test_an_idle_pool_has_no_utilization() -> None:
+    metrics = Metrics("1")
+    metrics.observe_step(EngineStats(kv_blocks_total=40, block_size=16))
+    read = scrape(metrics)
+    assert read["photon_kv_cache_usage_perc"] == 0
+    assert "photon_kv_slot_utilization" not in read
+
+
+def test_finished_requests_are_counted_by_reason() -> None:
+    metrics = Metrics("1")
+    usage = Usage(prompt_tokens=4, cached_prompt_tokens=0, output_tokens=9)
+    timings = Timings(queue=0.3, prefill=0.1, first_token=0.5, decode=1.0, total=1.5, preemptions=0)
+    metrics.observe_finished([FinishReason.EOS, FinishReason.STOP], usage, timings)
+    metrics.observe_finished([FinishReason.EOS], usage, timings)
+    read = scrape(metrics)
+    assert read["photon_request_success_total{finished_reason=eos}"] == 2
+    assert read["photon_request_success_total{finished_reason=stop}"] == 1
+    assert read["photon_request_success_total{finished_reason=time_limit}"] == 0
+    assert read["photon_time_to_first_token_seconds_sum"] == pytest.approx(1.0)
+    assert read["photon_time_to_first_token_seconds_bucket{le=0.25}"] == 0
+    assert read["photon_time_to_first_token_seconds_bucket{le=0.5}"] == 2
+    assert read["photon_e2e_request_latency_seconds_sum"] == pytest.approx(3.0)
+    assert read["photon_request_queue_time_seconds_count"] == 2
+
+
+def test_a_request_without_output_has_no_first_token() -> None:
+    metrics = Metrics("1")
+    timings = Timings(queue=0.3, prefill=0.0, first_token=0.0, decode=0.0, total=0.3, preemptions=0)
+    metrics.observe_finished([FinishReason.TIME_LIMIT], Usage(4, 0, 0), timings)
+    read = scrape(metrics)
+    assert read["photon_time_to_first_token_seconds_count"] == 0
+    assert read["photon_e2e_request_latency_seconds_count"] == 1
+
+
+def test_a_merged_delta_counts_each_of_its_tokens() -> None:
+    metrics = Metrics("1")
+    metrics.observe_tokens(4, 0.4)
+    metrics.observe_tokens(1, 0.003)
+    read = scrape(metrics)
+    assert read["photon_inter_token_latency_seconds_count"] == 5
+    assert read["photon_inter_token_latency_seconds_sum"] == pytest.approx(0.403)
+    assert read["photon_inter_token_latency_seconds_bucket{le=0.004}"] == 1
+    assert read["photon_inter_token_latency_seconds_bucket{le=0.1}"] == 5
+
+
+def test_two_registries_do_not_share() -> None:
+    first, second = Metrics("1"), Metrics("1")
+    first.observe_tokens(1, 0.1)
+    assert scrape(second)["photon_inter_token_latency_seconds_count"] == 0
+
+
+def test_exposition_over_http(server: MetricsServer) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
+        read = samples(response.read().decode())
+    assert read["photon_generation_tokens_total"] == 77
+
+
+def test_closing_gives_the_port_back(server: MetricsServer) -> None:
+    server.close()
+    with socket.create_server(("127.0.0.1", server.port)):
+        pass
+    server.close()
+
+
+def test_a_port_in_use_is_a_startup_error(server: MetricsServer) -> None:
+    with pytest.raises(ListenError, match=f"metrics listener 127.0.0.1:{server.port}"):
+        MetricsServer(Metrics("1"), "127.0.0.1", server.port)
