@@ -230,8 +230,7 @@ class AsyncEngine:
         EngineDrainingError or EngineDeadError.
         """
         self.check_admission()
-        if request_id in self._keys:
-            raise DuplicateRequestError(request_id)
+        self.check_duplicate(request_id)
         self._last_key += 1
         key = self._last_key
         stream = RequestStream(self, key, request_id, request.sampling.n)
@@ -241,9 +240,10 @@ class AsyncEngine:
         self._thread.post(Submit(key, request))
         return stream
 
-    def is_live(self, request_id: str) -> bool:
-        """True while a stream of this id is open."""
-        return request_id in self._keys
+    def check_duplicate(self, request_id: str) -> None:
+        """Raise DuplicateRequestError while a stream of this id is open."""
+        if request_id in self._keys:
+            raise DuplicateRequestError(request_id)
 
     def abort(self, request_id: str) -> int:
         """End a live request for an operator. Raises RequestNotFoundError."""

@@ -60,7 +60,7 @@ class _Violations:
     def range(
         self, field: str, value: float | None, low: float, high: float, *, open_low: bool = False
     ) -> None:
-        """Check `low <= value <= high` (`low < value` with `open_low`); None and only None is "not stated"."""
+        """Check `low <= value <= high` (`low < value` with `open_low`); None is "not stated"."""
         if value is None:
             return
         inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
@@ -88,9 +88,13 @@ class Validator:
     def check(self, request: GenerationRequest, *, root: str = "spec.") -> None:
         """Everything that can be judged before the prompt is tokenised.
 
-        Raises ModelNotFoundError or InvalidRequestError with all violations.
+        Raises ModelNotFoundError, ContextLengthError for too many token_ids, or InvalidRequestError with
+        all violations.
         """
         self.check_model(request.model)
+        if isinstance(request.prompt, tuple) and request.truncate_input_tokens is None:
+            # Before any element is looked at: a message holds up to a million ids.
+            self._check_room(root + "token_ids.ids", len(request.prompt))
         wrong = _Violations(root)
         self._check_name(
             wrong, "request_id", request.request_id, self._limits.max_request_id_chars, rooted=False
@@ -139,9 +143,7 @@ class Validator:
         if not prompt_token_ids:
             wrong.add(prompt_field, "must yield at least one token")
             wrong.raise_if_any()
-        room = model.max_model_len - len(prompt_token_ids)
-        if room < 1:
-            raise ContextLengthError(root + prompt_field, len(prompt_token_ids), model.max_model_len - 1)
+        room = self._check_room(root + prompt_field, len(prompt_token_ids))
         wrong.range("stop.max_tokens", stop.max_tokens, 1, room)
         max_tokens = room if stop.max_tokens is None else stop.max_tokens
         min_tokens = stop.min_tokens or 0
@@ -186,6 +188,12 @@ class Validator:
             bypass_prefix_cache=request.cache.bypass_prefix_cache,
         )
         return CheckedRequest(engine_request, effective)
+
+    def _check_room(self, field: str, num_tokens: int) -> int:
+        room = self._model.max_model_len - num_tokens
+        if room < 1:
+            raise ContextLengthError(field, num_tokens, self._model.max_model_len - 1)
+        return room
 
     def _effective_sampling(self, request: GenerationRequest) -> EffectiveSampling:
         asked, model = request.sampling, self._model

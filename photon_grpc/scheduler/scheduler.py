@@ -162,9 +162,11 @@ class Scheduler:
         new: list[NewSequence] = []
         if not preempted_any:
             budget = self._admit_waiting(new, rows, budget, now)
+        if not rows:
+            # Nothing is launched, so nobody would hear of the removals: the next step tells them.
+            return SchedulerOutput(step=self._step, removed=(), new=(), rows=(), num_tokens=0)
         removed, self._removed = tuple(self._removed), []
-        if rows:
-            self._step += 1
+        self._step += 1
         return SchedulerOutput(
             step=self._step,
             removed=removed,

@@ -1,0 +1,503 @@
+"""The front door behind every transport: text in, text events out.
+
+Turns a GenerationRequest into ids, submits it, and turns what comes back into events. Runs on the
+event loop; tokenising and chat templates go to a small thread pool. Knows neither grpc nor tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
+
+from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
+from photon_grpc.engine.messages import EngineStats, SequenceOutput, SequenceTimings
+from photon_grpc.engine.validation import CheckedRequest, Validator
+from photon_grpc.errors import EngineStartingError
+from photon_grpc.frontend.chat import ChatRenderer
+from photon_grpc.frontend.detokenizer import Detokenizer
+from photon_grpc.frontend.events import (
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    GenerationResult,
+    PromptInfo,
+    Started,
+    Summary,
+    Tokenized,
+)
+from photon_grpc.frontend.stop_strings import StopMatcher
+from photon_grpc.frontend.tokenizer import Tokenizer
+from photon_grpc.options import LimitOptions
+from photon_grpc.types import (
+    ChatInput,
+    ChunkPolicy,
+    Finish,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+
+_T = TypeVar("_T")
+
+# Encoding a text this short takes less than the way to another thread and back.
+_INLINE_TEXT_CHARS = 1024
+_WHOLE = ChunkPolicy(max_tokens=1 << 31)
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """What is known once the model is loaded: how to turn text into ids and back, and the rules."""
+
+    tokenizer: Tokenizer
+    chat: ChatRenderer
+    validator: Validator
+
+
+class Generator:
+    """Implements `frontend.base.FrontDoor` over an AsyncEngine."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        limits: LimitOptions,
+        text_pool: Executor,
+        *,
+        field_root: str = "spec.",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._text_pool = text_pool
+        self._field_root = field_root
+        self._clock = clock
+        self._text: TextModel | None = None
+
+    def activate(self, tokenizer: Tokenizer, chat: ChatRenderer) -> None:
+        """Begin to answer; called when the engine is ready."""
+        self._text = TextModel(tokenizer, chat, Validator(self._engine.info.model, self._limits))
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model. Raises EngineStartingError before it is known."""
+        return self._engine.info.model
+
+    def stats(self) -> EngineStats:
+        """The engine's latest snapshot."""
+        return self._engine.stats
+
+    def abort(self, request_id: str) -> int:
+        """End a live request for an operator. Raises RequestNotFoundError."""
+        return self._engine.abort(request_id)
+
+    def abort_all(self) -> int:
+        """End every live request for an operator; the number ended."""
+        return self._engine.abort_all()
+
+    # --- generation -----------------------------------------------------------------------------
+
+    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> TextStream:
+        """Check, tokenise and submit a request. Raises errors of `errors.py` only."""
+        return await self._submit(request, deadline, request.chunk_policy)
+
+    async def _submit(
+        self, request: GenerationRequest, deadline: float | None, policy: ChunkPolicy
+    ) -> TextStream:
+        text = self._admit()
+        checked = await self._prepare(text, request, deadline)
+        request_id = request.request_id or uuid.uuid4().hex
+        stream = self._engine.submit(request_id, checked.engine_request)
+        return TextStream(stream, text.tokenizer, request, checked, policy, self._clock)
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        deadline: float | None = None,
+        validate_only: bool = False,
+    ) -> GenerationResult:
+        """Run a request to its end, or only check and count it."""
+        if validate_only:
+            return await self._validate(request, deadline)
+        # Without stop strings nobody needs to look before the end.
+        policy = ChunkPolicy() if request.stop.strings else _WHOLE
+        with await self._submit(request, deadline, policy) as stream:
+            return await _collect(stream)
+
+    async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
+        checked = await self._prepare(self._admit(), request, deadline)
+        num_tokens = len(checked.engine_request.prompt_token_ids)
+        return GenerationResult(
+            request_id=request.request_id or uuid.uuid4().hex,
+            completions=(),
+            prompt=_prompt_info(request, checked, ()),
+            usage=Usage(prompt_tokens=num_tokens, cached_prompt_tokens=0, output_tokens=0),
+            timings=Timings(queue=0, prefill=0, first_token=0, decode=0, total=0, preemptions=0),
+            effective=checked.effective,
+        )
+
+    async def _prepare(
+        self, text: TextModel, request: GenerationRequest, deadline: float | None
+    ) -> CheckedRequest:
+        arrival = self._clock()
+        # A policy that only this class may ask for is not the caller's to be judged by.
+        judged = (
+            request if request.chunk_policy is not _WHOLE else replace(request, chunk_policy=ChunkPolicy())
+        )
+        text.validator.check(judged, root=self._field_root)
+        self._engine.check_duplicate(request.request_id)
+        match request.prompt:
+            case str() as prompt:
+                ids = await self._encode(text, prompt, request.add_special_tokens)
+            case ChatInput() as chat:
+                ids = await self._in_text_pool(lambda: text.chat.encode(chat, field_root=self._field_root))
+            case token_ids:
+                assert token_ids is not None, "the validator refuses a missing prompt"
+                ids = token_ids
+        return text.validator.resolve(
+            request, ids, arrival_time=arrival, deadline=deadline, root=self._field_root
+        )
+
+    # --- text only ------------------------------------------------------------------------------
+
+    async def tokenize(
+        self,
+        prompt: str | ChatInput,
+        *,
+        model: str = "",
+        add_special_tokens: bool | None = None,
+        return_offsets: bool = False,
+    ) -> Tokenized:
+        """Token ids of a text or of a rendered conversation."""
+        text = self._require_text()
+        text.validator.check_model(model)
+        text.validator.check_prompt(prompt)
+        if isinstance(prompt, ChatInput):
+            return Tokenized(tuple(await self._in_text_pool(lambda: text.chat.encode(prompt))))
+        if return_offsets:
+            special = True if add_special_tokens is None else add_special_tokens
+            return await self._in_text_pool(
+                lambda: Tokenized(*text.tokenizer.encode_with_offsets(prompt, add_special_tokens=special))
+            )
+        return Tokenized(tuple(await self._encode(text, prompt, add_special_tokens)))
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True
+    ) -> str:
+        """The text of whole token ids."""
+        text = self._require_text()
+        text.validator.check_model(model)
+        text.validator.check_token_ids("token_ids", token_ids)
+        return await self._in_text_pool(
+            lambda: text.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        )
+
+    async def _encode(self, text: TextModel, prompt: str, add_special_tokens: bool | None) -> Sequence[int]:
+        special = True if add_special_tokens is None else add_special_tokens
+        if len(prompt) <= _INLINE_TEXT_CHARS:
+            return text.tokenizer.encode(prompt, add_special_tokens=special)
+        return await self._in_text_pool(lambda: text.tokenizer.encode(prompt, add_special_tokens=special))
+
+    def _admit(self) -> TextModel:
+        self._engine.check_admission()
+        return self._require_text()
+
+    def _require_text(self) -> TextModel:
+        if self._text is None:
+            raise EngineStartingError
+        return self._text
+
+    async def _in_text_pool(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._text_pool, work)
+
+
+@dataclass(slots=True)
+class _CompletionState:
+    """One completion on its way from ids to text."""
+
+    detokenizer: Detokenizer | None
+    matcher: StopMatcher | None
+    num_tokens: int = 0
+    finished: bool = False
+    timings: SequenceTimings | None = None
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What one read brought for one completion, merged."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+class TextStream:
+    """Implements `frontend.base.GenerationStream`: the events of one request, made as they are asked for."""
+
+    def __init__(
+        self,
+        stream: RequestStream,
+        tokenizer: Tokenizer,
+        request: GenerationRequest,
+        checked: CheckedRequest,
+        policy: ChunkPolicy,
+        clock: Callable[[], float],
+    ) -> None:
+        self.request_id = stream.request_id
+        self._stream = stream
+        self._request = request
+        self._checked = checked
+        self._policy = policy
+        self._clock = clock
+        stop = checked.effective.stop
+        needs_text = request.output.text or bool(stop.strings)
+        self._states = [
+            _CompletionState(
+                detokenizer=Detokenizer(tokenizer, request.output.skip_special_tokens)
+                if needs_text
+                else None,
+                matcher=StopMatcher(stop.strings, stop.include_stop) if stop.strings else None,
+            )
+            for _ in range(checked.effective.sampling.n)
+        ]
+        self._events: deque[Event] = deque()
+        self._held: list[SequenceOutput] = []
+        self._started = False
+        self._done = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self._done:
+                raise StopAsyncIteration
+            self._process(await self._read())
+        return self._events.popleft()
+
+    async def _read(self) -> list[SequenceOutput]:
+        policy = self._policy
+        if self._started and (policy.max_tokens is not None or policy.max_delay is not None):
+            # The delay counts from the first token that waits for it.
+            await self._stream.wait(1)
+            await self._stream.wait(
+                float("inf") if policy.max_tokens is None else policy.max_tokens, policy.max_delay
+            )
+        return await self._stream.read()
+
+    def _process(self, outputs: list[SequenceOutput]) -> None:
+        for output in outputs:
+            if output.failure is not None:
+                raise error_of(output.failure)
+        if not self._started:
+            self._held.extend(outputs)
+            if not self._try_start():
+                return
+            outputs, self._held = self._held, []
+        for index, pending in self._merge(outputs):
+            self._advance(index, self._states[index], pending)
+        if all(state.finished for state in self._states):
+            self._done = True
+            self._stream.close()
+            self._events.append(self._summary())
+
+    def _try_start(self) -> bool:
+        """Make the Started event, unless prompt log-probabilities are still on their way with index 0."""
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._request.output.prompt_top_logprobs is not None:
+            first = next((o for o in self._held if o.index == 0), None)
+            if first is None:
+                return False
+            prompt_logprobs = first.prompt_logprobs
+        self._started = True
+        self._events.append(
+            Started(
+                prompt=_prompt_info(self._request, self._checked, prompt_logprobs),
+                effective=self._checked.effective,
+            )
+        )
+        return True
+
+    def _merge(self, outputs: Iterable[SequenceOutput]) -> Iterable[tuple[int, _Pending]]:
+        merged: dict[int, _Pending] = {}
+        for output in outputs:
+            state = self._states[output.index]
+            if output.timings is not None:
+                state.timings = output.timings
+                state.cached_prompt_tokens = output.cached_prompt_tokens
+            if state.finished:
+                continue
+            pending = merged.get(output.index)
+            if pending is None:
+                pending = merged[output.index] = _Pending()
+            pending.token_ids.extend(output.token_ids)
+            pending.logprobs.extend(output.logprobs)
+            pending.finish = output.finish
+        return merged.items()
+
+    def _advance(self, index: int, state: _CompletionState, pending: _Pending) -> None:
+        token_ids, finish = pending.token_ids, pending.finish
+        if state.matcher is None:
+            text = self._plain_text(state, token_ids, finish)
+        else:
+            text, num_kept, stop_finish = self._matched_text(state, state.matcher, token_ids, finish)
+            token_ids = token_ids[:num_kept]
+            if stop_finish is not None:
+                if finish is None:
+                    self._stream.abort_index(index)
+                finish = stop_finish
+        state.num_tokens += len(token_ids)
+        if token_ids or text:
+            options = self._request.output
+            self._events.append(
+                Delta(
+                    index=index,
+                    text=text if options.text else "",
+                    token_ids=tuple(token_ids) if options.token_ids else (),
+                    logprobs=tuple(pending.logprobs[: len(token_ids)]),
+                    num_tokens=len(token_ids),
+                )
+            )
+        if finish is not None:
+            state.finished = True
+            self._events.append(Finished(index, finish))
+
+    def _plain_text(self, state: _CompletionState, token_ids: list[int], finish: Finish | None) -> str:
+        if state.detokenizer is None:
+            return ""
+        text = state.detokenizer.push(self._visible(token_ids, finish))
+        return text if finish is None else text + state.detokenizer.flush()
+
+    def _matched_text(
+        self, state: _CompletionState, matcher: StopMatcher, token_ids: list[int], finish: Finish | None
+    ) -> tuple[str, int, Finish | None]:
+        """Text up to a stop string, how many tokens that took, and the finish if one was found."""
+        assert state.detokenizer is not None
+        min_tokens = self._checked.effective.stop.min_tokens
+        parts: list[str] = []
+        visible = self._visible(token_ids, finish)
+        for position, token_id in enumerate(visible, start=1):
+            armed = state.num_tokens + position >= min_tokens
+            text, matched = matcher.push(state.detokenizer.push([token_id]), armed)
+            parts.append(text)
+            if matched is not None:
+                return "".join(parts), position, Finish(FinishReason.STOP, stop_string=matched)
+        if finish is not None:
+            armed = state.num_tokens + len(token_ids) >= min_tokens
+            text, matched = matcher.push(state.detokenizer.flush(), armed)
+            parts.append(text)
+            if matched is not None:
+                return "".join(parts), len(token_ids), Finish(FinishReason.STOP, stop_string=matched)
+            parts.append(matcher.flush())
+        return "".join(parts), len(token_ids), None
+
+    def _visible(self, token_ids: list[int], finish: Finish | None) -> list[int]:
+        """The tokens that show in the text: the one that ended the completion does only when asked for."""
+        ended_by_token = finish is not None and (
+            finish.eos_token_id is not None or finish.stop_token_id is not None
+        )
+        if ended_by_token and not self._checked.effective.stop.include_stop:
+            return token_ids[:-1]
+        return token_ids
+
+    def _summary(self) -> Summary:
+        states = self._states
+        return Summary(
+            usage=Usage(
+                prompt_tokens=len(self._checked.engine_request.prompt_token_ids),
+                cached_prompt_tokens=states[0].cached_prompt_tokens,
+                output_tokens=sum(state.num_tokens for state in states),
+            ),
+            timings=_timings(
+                self._checked.engine_request.arrival_time,
+                [state.timings for state in states if state.timings is not None],
+                self._clock(),
+            ),
+        )
+
+
+def _prompt_info(
+    request: GenerationRequest, checked: CheckedRequest, logprobs: tuple[TokenLogprobs, ...]
+) -> PromptInfo:
+    token_ids = checked.engine_request.prompt_token_ids
+    return PromptInfo(
+        num_tokens=len(token_ids),
+        token_ids=token_ids if request.output.echo_prompt else (),
+        # The first prompt token follows nothing, so it has no probability.
+        logprobs=(None, *logprobs) if request.output.prompt_top_logprobs is not None else (),
+    )
+
+
+def _timings(arrival: float, parts: list[SequenceTimings], now: float) -> Timings:
+    """Durations of a request from the moments of its completions: the first to get anywhere counts."""
+    started = min((t.started for t in parts if t.started is not None), default=now)
+    first_token = min((t.first_token for t in parts if t.first_token is not None), default=now)
+    end = max((t.end for t in parts if t.end is not None), default=now)
+    end = max(end, first_token)
+    return Timings(
+        queue=started - arrival,
+        prefill=first_token - started,
+        first_token=first_token - arrival,
+        decode=end - first_token,
+        total=end - arrival,
+        preemptions=sum(t.preemptions for t in parts),
+    )
+
+
+async def _collect(stream: TextStream) -> GenerationResult:
+    """Everything a stream tells, as one result."""
+    started: Started | None = None
+    summary: Summary | None = None
+    deltas: dict[int, list[Delta]] = {}
+    finishes: dict[int, Finish] = {}
+    async for event in stream:
+        match event:
+            case Started():
+                started = event
+            case Delta():
+                deltas.setdefault(event.index, []).append(event)
+            case Finished():
+                finishes[event.index] = event.finish
+            case Summary():
+                summary = event
+    assert started is not None
+    assert summary is not None
+    return GenerationResult(
+        request_id=stream.request_id,
+        completions=tuple(
+            Completion(
+                index=index,
+                text="".join(d.text for d in deltas.get(index, ())),
+                token_ids=tuple(t for d in deltas.get(index, ()) for t in d.token_ids),
+                logprobs=tuple(entry for d in deltas.get(index, ()) for entry in d.logprobs),
+                finish=finish,
+            )
+            for index, finish in sorted(finishes.items())
+        ),
+        prompt=started.prompt,
+        usage=summary.usage,
+        timings=summary.timings,
+        effective=started.effective,
+    )

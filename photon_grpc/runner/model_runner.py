@@ -1,0 +1,165 @@
+"""SchedulerOutput -> model -> tokens, on one device, synchronously.
+
+Built and used on the engine thread. Decode rows stand before prefill rows in the batch, because they
+take the vectorised path through attention.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+import torch
+
+from photon_grpc.models.config import ModelConfig
+from photon_grpc.models.fingerprint import fingerprint
+from photon_grpc.models.llama import DecoderModel
+from photon_grpc.models.loader import load_weights
+from photon_grpc.models.registry import build_model, load_config
+from photon_grpc.ops.base import AttentionMetadata
+from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.options import Options
+from photon_grpc.runner.input_batch import InputBatch, StepIndices
+from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.sampler import Sampler
+from photon_grpc.scheduler.output import ModelOutput, ScheduledSequence, SchedulerOutput
+from photon_grpc.types import ModelInfo, TokenLogprobs
+
+_log = structlog.get_logger(__name__)
+
+# Logits of so many prompt positions are held at a time when prompt log-probabilities are asked for.
+_PROMPT_LOGITS_CHUNK = 64
+
+
+class ModelRunner:
+    """Implements `runner.base.Runner` for a torch model."""
+
+    max_in_flight = 1
+
+    def __init__(
+        self, decoder: DecoderModel, model: ModelInfo, kv_cache: KVCache, *, max_num_seqs: int
+    ) -> None:
+        self.model = model
+        self.num_blocks = kv_cache.num_blocks
+        self.block_size = kv_cache.block_size
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._batch = InputBatch(max_num_seqs, model.max_model_len, kv_cache.block_size)
+        self._sampler = Sampler(model.vocab_size, kv_cache.device)
+        self._prompt_logprobs: dict[int, int] = {}
+        self._num_prompt_tokens: dict[int, int] = {}
+        self._outputs: deque[ModelOutput] = deque()
+
+    def launch(self, output: SchedulerOutput) -> None:
+        """Compute one step; its tokens wait for `collect`."""
+        with torch.inference_mode():
+            self._outputs.append(self._execute(output))
+
+    def collect(self) -> ModelOutput:
+        """The oldest launched step."""
+        return self._outputs.popleft()
+
+    def close(self) -> None:
+        """Let go of model and cache."""
+        self._outputs.clear()
+
+    def _execute(self, output: SchedulerOutput) -> ModelOutput:
+        self._update_batch(output)
+        rows = sorted(output.rows, key=lambda row: row.num_tokens > 1)
+        num_decodes = sum(row.num_tokens == 1 for row in rows)
+        starts = (
+            [self._batch.num_computed_tokens(row.seq_id) for row in rows] if self._prompt_logprobs else []
+        )
+        indices = self._batch.step(
+            [row.seq_id for row in rows], [row.num_tokens for row in rows], num_decodes
+        )
+        hidden = self._decoder.forward(
+            torch.from_numpy(indices.token_ids),
+            torch.from_numpy(indices.positions),
+            self._kv_cache,
+            _attention_metadata(indices, num_decodes),
+        )
+        prompt_logprobs = self._score_prompts(rows, starts, indices, hidden) if self._prompt_logprobs else {}
+        return self._sample(output.step, rows, indices, hidden, prompt_logprobs)
+
+    def _update_batch(self, output: SchedulerOutput) -> None:
+        for seq_id in output.removed:
+            self._batch.remove(seq_id)
+            self._sampler.remove(seq_id)
+            self._prompt_logprobs.pop(seq_id, None)
+            self._num_prompt_tokens.pop(seq_id, None)
+        for new in output.new:
+            self._batch.add(new.seq_id, new.token_ids, new.block_ids, new.num_computed_tokens)
+            self._sampler.add(new.seq_id, new.sampler, new.token_ids, new.num_prompt_tokens)
+            if new.sampler.prompt_top_logprobs is not None:
+                self._prompt_logprobs[new.seq_id] = new.sampler.prompt_top_logprobs
+                self._num_prompt_tokens[new.seq_id] = new.num_prompt_tokens
+        for row in output.rows:
+            if row.new_block_ids:
+                self._batch.append_blocks(row.seq_id, row.new_block_ids)
+
+    def _sample(
+        self,
+        step: int,
+        rows: Sequence[ScheduledSequence],
+        indices: StepIndices,
+        hidden: torch.Tensor,
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]],
+    ) -> ModelOutput:
+        sampled = [i for i, row in enumerate(rows) if row.sample]
+        if not sampled:
+            return ModelOutput(step, (), (), prompt_logprobs=prompt_logprobs)
+        seq_ids = tuple(rows[i].seq_id for i in sampled)
+        if len(sampled) < hidden.shape[0]:
+            hidden = hidden[[indices.query_starts[i + 1] - 1 for i in sampled]]
+        result = self._sampler.sample(seq_ids, self._decoder.compute_logits(hidden))
+        for seq_id, token_id in zip(seq_ids, result.token_ids, strict=True):
+            self._batch.append_token(seq_id, token_id)
+        return ModelOutput(
+            step=step,
+            seq_ids=seq_ids,
+            token_ids=tuple((token_id,) for token_id in result.token_ids),
+            logprobs={seq_id: (entry,) for seq_id, entry in result.logprobs.items()},
+            prompt_logprobs=prompt_logprobs,
+            faults=result.faults,
+        )
+
+    def _score_prompts(
+        self,
+        rows: Sequence[ScheduledSequence],
+        starts: Sequence[int],
+        indices: StepIndices,
+        hidden: torch.Tensor,
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """Log-probabilities of the prompt tokens that follow those computed in this step."""
+        scores: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            top = self._prompt_logprobs.get(row.seq_id)
+            if top is None:
+                continue
+            # The logits at position p are about the token at p + 1.
+            count = min(row.num_tokens, self._num_prompt_tokens[row.seq_id] - 1 - start)
+            if count <= 0:
+                continue
+            targets = torch.from_numpy(self._batch.token_at(row.seq_id, start + 1, start + 1 + count))
+            first = indices.query_starts[i]
+            entries: list[TokenLogprobs] = []
+            for offset in range(0, count, _PROMPT_LOGITS_CHUNK):
+                stop = min(offset + _PROMPT_LOGITS_CHUNK, count)
+                logits = self._decoder.compute_logits(hidden[first + offset : first + stop])
+                entries.extend(self._sampler.prompt_logprobs(logits, targets[offset:stop], top))
+            scores[row.seq_id] = tuple(entries)
+        return scores
+
+
+def _attention_metadata(indices: StepIndices, num_decodes: int) -> AttentionMetadata:
+    return AttentionMetadata(
+        num_decodes=num_decodes,
+        slot_mapping=torch.from_numpy(indices.slot_mapping),
+        block_tables=torch.from_numpy(indices.block_tables),
+        context_lens=torch.from_numpy(indices.context_lens),
+        query_starts=indices.query_starts,
+        context_lens_host=tuple(indices.context_lens.tolist()),
+    )

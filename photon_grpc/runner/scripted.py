@@ -1,0 +1,132 @@
+"""A runner without a model: tokens from a script, at a chosen pace.
+
+For tests of everything above the runner, and for measuring the front end alone. It keeps the same
+books as a real runner (blocks, positions) and refuses a step that a real cache could not serve, so a
+scheduler that hands out a wrong block fails here too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from photon_grpc.scheduler.output import ModelOutput, RowFault, SchedulerOutput
+from photon_grpc.types import ModelInfo
+
+Script = Callable[[tuple[int, ...], int, int], int]
+"""`(prompt_token_ids, completion index, number of outputs so far)` -> next token id."""
+
+
+def echo(prompt: tuple[int, ...], index: int, position: int) -> int:
+    """Say the prompt again and again; completion `index` starts that much later in it."""
+    return prompt[(position + index) % len(prompt)]
+
+
+@dataclass(slots=True)
+class _Row:
+    prompt: tuple[int, ...]
+    index: int
+    token_ids: list[int]
+    num_computed: int
+    block_ids: list[int] = field(default_factory=list)
+
+
+class ScriptedRunner:
+    """Implements `runner.base.Runner`.
+
+    `step_s` seconds pass per step, slept on the engine thread. `faults` maps (prompt length, output
+    position) to a row fault; `crash_at_step` raises from `launch`, as a broken device would. With
+    `check_cache` every row's whole block table is compared with its tokens in every step.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        num_blocks: int = 1024,
+        block_size: int = 16,
+        script: Script = echo,
+        step_s: float = 0.0,
+        max_in_flight: int = 1,
+        faults: dict[tuple[int, int], RowFault] | None = None,
+        crash_at_step: int | None = None,
+        check_cache: bool = True,
+    ) -> None:
+        self.model = model
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.max_in_flight = max_in_flight
+        self._script = script
+        self._step_s = step_s
+        self._faults = faults or {}
+        self._crash_at_step = crash_at_step
+        self._check_cache = check_cache
+        self._rows: dict[int, _Row] = {}
+        # Which (position, token) each cache slot holds: the content a real cache would have.
+        self._slots: dict[int, tuple[int, int]] = {}
+        self._outputs: deque[ModelOutput] = deque()
+
+    def launch(self, output: SchedulerOutput) -> None:
+        """Compute one step at once; its tokens wait for `collect`."""
+        assert len(self._outputs) < self.max_in_flight, "more steps under way than allowed"
+        if self._crash_at_step is not None and output.step >= self._crash_at_step:
+            raise RuntimeError("scripted device fault")
+        for seq_id in output.removed:
+            self._rows.pop(seq_id, None)
+        for new in output.new:
+            assert new.seq_id not in self._rows
+            self._rows[new.seq_id] = _Row(
+                new.token_ids[: new.num_prompt_tokens],
+                new.sampler.index,
+                list(new.token_ids),
+                new.num_computed_tokens,
+                list(new.block_ids),
+            )
+        for scheduled in output.rows:
+            row = self._rows[scheduled.seq_id]
+            row.block_ids.extend(scheduled.new_block_ids)
+            end = row.num_computed + scheduled.num_tokens
+            if self._check_cache:
+                for position in range(row.num_computed, end):
+                    self._slots[self._slot(row, position)] = (position, row.token_ids[position])
+            row.num_computed = end
+        seq_ids: list[int] = []
+        tokens: list[tuple[int, ...]] = []
+        faults: dict[int, RowFault] = {}
+        for scheduled in output.rows:
+            row = self._rows[scheduled.seq_id]
+            if self._check_cache:
+                self._compare_cache(row)
+            if not scheduled.sample:
+                continue
+            assert row.num_computed == len(row.token_ids), "sampling before the last token is computed"
+            position = len(row.token_ids) - len(row.prompt)
+            token = self._script(row.prompt, row.index, position)
+            fault = self._faults.get((len(row.prompt), position))
+            if fault is not None:
+                faults[scheduled.seq_id] = fault
+            row.token_ids.append(token)
+            seq_ids.append(scheduled.seq_id)
+            tokens.append((token,))
+        self._outputs.append(ModelOutput(output.step, tuple(seq_ids), tuple(tokens), faults=faults))
+
+    def collect(self) -> ModelOutput:
+        """The oldest launched step."""
+        if self._step_s:
+            time.sleep(self._step_s)
+        return self._outputs.popleft()
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+
+    def _slot(self, row: _Row, position: int) -> int:
+        return row.block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _compare_cache(self, row: _Row) -> None:
+        for position in range(row.num_computed):
+            assert self._slots.get(self._slot(row, position)) == (position, row.token_ids[position]), (
+                "the block table leads to another sequence's keys"
+            )
