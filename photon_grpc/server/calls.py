@@ -1,0 +1,144 @@
+"""The live calls of InferenceService: their clocks, and the ways the server ends one.
+
+grpc offers no way to end a call from outside its handler, so each call is a task that is cancelled
+with a reason; leaving `Call` turns that cancellation into the reason's error, while a cancellation by
+grpc itself (the client left) passes through as it is. Knows no message. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from photon_grpc.errors import EngineDrainingError, MaxDurationError, PhotonError, SlowConsumerError
+from photon_grpc.options import LimitOptions
+
+# A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
+_SWEEPS_PER_TIMEOUT = 4
+
+
+class Call:
+    """One live call; a context manager around its whole handling.
+
+    `deadline` is the moment of `time.monotonic()` at which the server ends the call.
+    """
+
+    __slots__ = ("_calls", "_deadline_timer", "_error", "_task", "_write_started", "deadline")
+
+    def __init__(self, calls: Calls, deadline: float, task: asyncio.Task[Any]) -> None:
+        self.deadline = deadline
+        self._calls = calls
+        self._task = task
+        self._error: PhotonError | None = None
+        self._write_started: float | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
+
+    def end(self, error: PhotonError) -> None:
+        """End the call with `error`; the first reason given stands."""
+        if self._error is None:
+            self._error = error
+            self._task.cancel()
+
+    async def write(self, context: Any, message: Any) -> None:
+        """Write one response, watched for a client that does not read."""
+        self._write_started = time.monotonic()
+        await context.write(message)
+        self._write_started = None
+
+    def stalled_since(self, moment: float) -> bool:
+        """Whether one write has been pending since before `moment`."""
+        return self._write_started is not None and self._write_started < moment
+
+    def __enter__(self) -> Self:
+        remaining = max(0.0, self.deadline - time.monotonic())
+        loop = asyncio.get_running_loop()
+        self._deadline_timer = loop.call_later(remaining, self.end, MaxDurationError())
+        self._calls.add(self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._deadline_timer is not None
+        self._deadline_timer.cancel()
+        self._calls.remove(self)
+        if self._error is not None and isinstance(exc, asyncio.CancelledError):
+            self._task.uncancel()
+            raise self._error from None
+
+
+class Calls:
+    """All live calls of one server, over all its listeners.
+
+    Stalled writes are found by one timer that looks at every live call, not by a timer per write:
+    a write costs two clock readings.
+    """
+
+    def __init__(self, limits: LimitOptions) -> None:
+        self._limits = limits
+        self._live: set[Call] = set()
+        self._refusing = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._sweep_timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def open(self, context: Any) -> Call:
+        """The call of the running task. Raises EngineDrainingError after `refuse`.
+
+        A client without a deadline gets the default one; nobody gets more than the maximum.
+        """
+        if self._refusing:
+            raise EngineDrainingError
+        remaining = context.time_remaining()
+        if remaining is None:
+            remaining = self._limits.default_deadline_s
+        task = asyncio.current_task()
+        assert task is not None
+        return Call(self, time.monotonic() + min(remaining, self._limits.max_deadline_s), task)
+
+    def refuse(self) -> None:
+        """Take no more calls."""
+        self._refusing = True
+
+    def end_all(self, error: PhotonError) -> None:
+        """End every live call with `error`."""
+        for call in tuple(self._live):
+            call.end(error)
+
+    async def wait_idle(self) -> None:
+        """Return once no call is live."""
+        await self._idle.wait()
+
+    def add(self, call: Call) -> None:
+        """Count `call`; done by entering it."""
+        self._live.add(call)
+        self._idle.clear()
+        if self._sweep_timer is None:
+            self._schedule_sweep()
+
+    def remove(self, call: Call) -> None:
+        """Forget `call`; done by leaving it."""
+        self._live.discard(call)
+        if not self._live:
+            self._idle.set()
+
+    def _schedule_sweep(self) -> None:
+        delay = self._limits.slow_consumer_timeout_s / _SWEEPS_PER_TIMEOUT
+        self._sweep_timer = asyncio.get_running_loop().call_later(delay, self._sweep)
+
+    def _sweep(self) -> None:
+        moment = time.monotonic() - self._limits.slow_consumer_timeout_s
+        for call in tuple(self._live):
+            if call.stalled_since(moment):
+                call.end(SlowConsumerError())
+        self._sweep_timer = None
+        if self._live:
+            self._schedule_sweep()

@@ -1,0 +1,81 @@
+"""Turns every error of a call into its status, and gives every call its request id.
+
+The id (the caller's `x-request-id` where that is usable, else a fresh one) goes into the call's
+trailing metadata at once; that is its one home, where the servicer may replace it by the id in the
+body. Knows no message type. Event loop only.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from photon_grpc.server.deserialize import Behavior
+from photon_grpc.server.status import REQUEST_ID_KEY, is_foreseen, to_status
+
+_USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_log = structlog.get_logger(__name__)
+
+
+def is_usable_id(request_id: str) -> bool:
+    """Whether `request_id` may stand in metadata and logs as it is."""
+    return _USABLE_ID.fullmatch(request_id) is not None
+
+
+def request_id_of(context: Any) -> str:
+    """The id of the call behind `context`."""
+    for key, value in context.trailing_metadata():
+        if key == REQUEST_ID_KEY:
+            assert isinstance(value, str)
+            return value
+    raise LookupError("the error interceptor is not installed")
+
+
+def set_request_id(context: Any, request_id: str) -> None:
+    """Make `request_id`, which must be usable, the id of the call behind `context`."""
+    context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+
+
+def _initial_id(context: Any) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id" and isinstance(value, str) and is_usable_id(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _guard(behavior: Behavior, method: str) -> Behavior:
+    async def guarded(request: Any, context: Any) -> Any:
+        set_request_id(context, _initial_id(context))
+        try:
+            return await behavior(request, context)
+        except grpc.aio.AbortError:
+            raise  # a status that is already sent
+        except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
+            request_id = request_id_of(context)
+            if not is_foreseen(error):
+                _log.error("call failed", method=method, request_id=request_id, exc_info=error)
+            await context.abort_with_status(to_status(error, request_id))
+
+    return guarded
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Wraps every handler that answers one request; bidirectional ones keep their own protocol."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = handler_call_details.method
+        if handler.response_streaming:
+            return handler._replace(unary_stream=_guard(handler.unary_stream, method))
+        return handler._replace(unary_unary=_guard(handler.unary_unary, method))

@@ -1,0 +1,250 @@
+"""The listeners: their options, their services, their start and their drain. Event loop only.
+
+A grpc.aio server offers all its services on all its ports, so each listener is a server of its own on
+the one loop. Knows the house only through the front door; signals are handled by whoever owns the
+process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2
+
+from photon_grpc.errors import ConfigError, EngineDrainingError, ListenError
+from photon_grpc.frontend.base import FrontDoor
+from photon_grpc.options import LimitOptions, Options, ServerOptions
+from photon_grpc.server.calls import Calls
+from photon_grpc.server.control import ControlServicer
+from photon_grpc.server.deserialize import add_service
+from photon_grpc.server.health import HealthServicer
+from photon_grpc.server.inference import InferenceServicer
+from photon_grpc.server.interceptors.call_log import CallLogInterceptor
+from photon_grpc.server.interceptors.errors import ErrorInterceptor
+from photon_grpc.server.model_info import ModelServicer
+from photon_grpc.server.reflection import add_reflection
+from photon_grpc.v1 import control_pb2, inference_pb2, model_pb2
+
+_MAX_SEND_BYTES = 4 << 20
+_SOFT_METADATA_BYTES = 8 << 10
+_HARD_METADATA_BYTES = 16 << 10
+# An abuse cap only: past it calls queue silently in the client, so admission must refuse long before.
+_STREAMS_PER_ADMITTED = 4
+# So that a connection's age never cuts a call that its own deadline would have let finish.
+_AGE_GRACE_MARGIN_S = 30.0
+# How long calls that are ended by the drain have to send their status.
+_END_GRACE_S = 2.0
+_STOP_GRACE_S = 2.0
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+_MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
+_CONTROL = control_pb2.DESCRIPTOR.services_by_name["ControlService"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPorts:
+    """Where the listeners ended up; None for one that is switched off."""
+
+    public: int
+    admin: int | None
+    probe: int | None
+
+
+def channel_options(server: ServerOptions, limits: LimitOptions, max_admitted: int) -> list[tuple[str, int]]:
+    """grpc arguments of a listener that admits `max_admitted` generations.
+
+    All three keepalive settings are needed: without the ping timeout a frozen peer is noticed only
+    after a minute. With SO_REUSEPORT a second server would share the port silently.
+    """
+    return [
+        ("grpc.keepalive_time_ms", _milliseconds(server.keepalive_time_s)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(server.keepalive_timeout_s)),
+        ("grpc.http2.ping_timeout_ms", _milliseconds(server.keepalive_timeout_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(server.min_ping_interval_s)),
+        ("grpc.max_connection_age_ms", _milliseconds(server.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", _milliseconds(limits.max_deadline_s + _AGE_GRACE_MARGIN_S)),
+        ("grpc.max_concurrent_streams", _STREAMS_PER_ADMITTED * max_admitted),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", _MAX_SEND_BYTES),
+        ("grpc.max_metadata_size", _SOFT_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", _HARD_METADATA_BYTES),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(server.handshake_timeout_s)),
+        ("grpc.max_allowed_incoming_connections", server.max_connections),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_options(server: ServerOptions) -> None:
+    """Raises ConfigError for a listener that would be reachable without protection."""
+    if not is_loopback(server.host) and not server.allow_plaintext:
+        raise ConfigError(
+            f"server.host is {server.host}: a plaintext listener off loopback needs server.allow_plaintext"
+        )
+    if server.admin_port >= 0 and not is_loopback(server.admin_host):
+        raise ConfigError(f"server.admin_host is {server.admin_host}: the admin listener stays on loopback")
+    if server.reflection not in ("admin", "public", "off"):
+        raise ConfigError(f"server.reflection is {server.reflection!r}: admin, public or off")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Server:
+    """All listeners of one process. Build it on the running loop; start it before the model loads.
+
+    Between `start` and `set_serving` calls are answered by what the front door says (it is starting)
+    and probes read NOT_SERVING.
+    """
+
+    def __init__(self, front_door: FrontDoor, options: Options) -> None:
+        """Raises ConfigError for options that would expose an unprotected listener."""
+        check_options(options.server)
+        self._options = options
+        self._calls = Calls(options.limits)
+        self._health = HealthServicer()
+        self._inference = InferenceServicer(front_door, self._calls, options.limits)
+        self._model = ModelServicer(front_door, options)
+        self._control = ControlServicer(front_door)
+        self._listeners: list[grpc.aio.Server] = []
+        self._hurried = asyncio.Event()
+
+    @property
+    def num_live_calls(self) -> int:
+        """Calls of InferenceService that are being handled."""
+        return len(self._calls)
+
+    async def start(self) -> BoundPorts:
+        """Bind and serve. Raises ListenError, with nothing left listening."""
+        server = self._options.server
+        try:
+            public = await self._listen("public", server.host, server.port, self._add_public)
+            admin = probe = None
+            if server.admin_port >= 0:
+                admin = await self._listen("admin", server.admin_host, server.admin_port, self._add_admin)
+            if server.probe_port >= 0:
+                probe = await self._listen("probe", server.probe_host, server.probe_port, self._add_health)
+        except ListenError:
+            await self._stop_listeners(0)
+            raise
+        self._health.set_live(True)
+        return BoundPorts(public, admin, probe)
+
+    def set_serving(self) -> None:
+        """The model is loaded and warm."""
+        self._health.set_ready(True)
+
+    def set_not_serving(self) -> None:
+        """Not ready, but alive."""
+        self._health.set_ready(False)
+
+    def set_dead(self) -> None:
+        """The engine is dead: neither ready nor alive."""
+        self._health.set_ready(False)
+        self._health.set_live(False)
+
+    def hurry(self) -> None:
+        """Cut every wait of a drain short, now and from now on."""
+        self._hurried.set()
+
+    async def drain(self) -> None:
+        """Leave in good order: no call in flight is lost that finishes within `drain_max_s`.
+
+        NOT_SERVING, then calls go on being accepted while load balancers notice, then new ones are
+        refused and the live ones waited for; what is left ends as draining. At the end nothing
+        listens.
+        """
+        server = self._options.server
+        self.set_not_serving()
+        _log.info("drain: not serving", live_calls=len(self._calls))
+        await self._wait(self._hurried.wait(), server.drain_propagation_s)
+        self._calls.refuse()
+        _log.info("drain: refusing calls", live_calls=len(self._calls))
+        await self._wait(self._calls.wait_idle(), server.drain_max_s)
+        if len(self._calls):
+            _log.warning("drain: ending calls", live_calls=len(self._calls))
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End what is live as draining, end every Watch, close the listeners; at most a few seconds."""
+        self._calls.refuse()
+        self._calls.end_all(EngineDrainingError())
+        try:
+            async with asyncio.timeout(_END_GRACE_S):
+                await self._calls.wait_idle()
+        except TimeoutError:
+            _log.warning("stop: calls did not end", live_calls=len(self._calls))
+        self._health.leave()
+        await self._stop_listeners(_STOP_GRACE_S)
+
+    async def _wait(self, condition: Coroutine[Any, Any, Any], limit_s: float) -> None:
+        """Until `condition`, at most `limit_s`, not at all once hurried."""
+        tasks = [asyncio.ensure_future(condition), asyncio.ensure_future(self._hurried.wait())]
+        try:
+            await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _listen(self, name: str, host: str, port: int, add_services: Any) -> int:
+        options = self._options
+        max_admitted = options.scheduler.max_num_seqs + options.limits.max_queued_requests
+        listener = grpc.aio.server(
+            interceptors=(CallLogInterceptor(), ErrorInterceptor()),
+            options=channel_options(options.server, options.limits, max_admitted),
+        )
+        add_services(listener)
+        address = _address(host, port)
+        try:
+            bound = listener.add_insecure_port(address)
+        except RuntimeError as error:
+            await listener.stop(0)
+            raise ListenError(f"the {name} listener cannot bind {address}") from error
+        await listener.start()
+        self._listeners.append(listener)
+        _log.info("listening", listener=name, address=_address(host, bound))
+        return int(bound)
+
+    def _add_health(self, listener: grpc.aio.Server) -> None:
+        add_service(listener, _HEALTH, self._health)
+
+    def _add_public(self, listener: grpc.aio.Server) -> None:
+        add_service(listener, _INFERENCE, self._inference)
+        add_service(listener, _MODEL, self._model)
+        self._add_health(listener)
+        if self._options.server.reflection == "public":
+            add_reflection(listener, [_INFERENCE.full_name, _MODEL.full_name, _HEALTH.full_name])
+
+    def _add_admin(self, listener: grpc.aio.Server) -> None:
+        add_service(listener, _CONTROL, self._control)
+        self._add_health(listener)
+        if self._options.server.reflection != "off":
+            add_reflection(listener, [_CONTROL.full_name, _HEALTH.full_name])
+
+    async def _stop_listeners(self, grace_s: float) -> None:
+        listeners, self._listeners = self._listeners, []
+        await asyncio.gather(*(listener.stop(grace_s) for listener in listeners))
