@@ -1,0 +1,660 @@
+"""The `photon-grpc` command. Turns flags into settings and settings into calls; owns no logic.
+
+Generated text goes to standard output and everything else to standard error, so that output can be
+piped. Exit codes: 0 done, 1 a request failed, 2 the command or the settings are wrong or the model
+cannot be loaded, 130 interrupted. Runs on the main thread.
+
+`app`, `llm` and what imports torch are imported by the commands that need them: help and calls to a
+running server answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from photon_grpc import __version__
+from photon_grpc.bench import LoadReport, percentile, run_load
+from photon_grpc.client import CallError, Client, Ending, Request
+from photon_grpc.config import Override, load_options, parse_assignment
+from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
+from photon_grpc.options import Options
+
+__all__ = ["app", "main"]
+
+DEFAULT_MAX_TOKENS = 256
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="photon-grpc",
+    help="A gRPC inference microservice for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_err = Console(stderr=True)
+_out = Console()
+
+# The setting behind each flag. A value of None means that the flag was not given.
+_FLAGS = {
+    "model": ("model.path", "--model"),
+    "dtype": ("model.dtype", "--dtype"),
+    "backend": ("model.backend", "--backend"),
+    "max_model_len": ("model.max_model_len", "--max-model-len"),
+    "kv_cache_memory": ("cache.kv_cache_memory_bytes", "--kv-cache-memory"),
+    "prefix_caching": ("cache.prefix_caching", "--no-prefix-caching"),
+    "max_num_seqs": ("scheduler.max_num_seqs", "--max-num-seqs"),
+    "host": ("server.host", "--host"),
+    "port": ("server.port", "--port"),
+    "reflection": ("server.reflection", "--dev"),
+}
+
+_SETTINGS_PANEL = "Settings (others through --config, --set and PHOTON_* variables)"
+_SAMPLING_PANEL = "Generation"
+
+ModelFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="DIR", help="Model folder; `demo` is the embedded model.", show_default=False
+    ),
+]
+AddressFlag = Annotated[
+    str | None,
+    typer.Option("--address", "-a", metavar="HOST:PORT", help="Call the server there.", show_default=False),
+]
+DtypeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16 or float16.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+BackendFlag = Annotated[
+    str | None,
+    typer.Option("--backend", help="auto, cpu or cuda.", rich_help_panel=_SETTINGS_PANEL, show_default=False),
+]
+KVMemoryFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-memory",
+        metavar="SIZE",
+        help="Size of the KV pool, such as 2GiB; else a share of the free memory.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+MaxModelLenFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        help="Longest prompt plus output, in tokens.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+MaxNumSeqsFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-seqs",
+        help="Sequences that run at the same time.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+PrefixCachingFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching",
+        help="Share KV blocks between requests with equal prefixes.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+ConfigFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML file of settings; also PHOTON_CONFIG.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+SetFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting of README's table; may be repeated.",
+        rich_help_panel=_SETTINGS_PANEL,
+        show_default=False,
+    ),
+]
+MaxTokensFlag = Annotated[
+    int, typer.Option("--max-tokens", "-n", help="Longest output.", rich_help_panel=_SAMPLING_PANEL)
+]
+TemperatureFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        "-t",
+        help="0 is greedy; default: the model's own.",
+        rich_help_panel=_SAMPLING_PANEL,
+        show_default=False,
+    ),
+]
+TopPFlag = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Nucleus sampling.", rich_help_panel=_SAMPLING_PANEL, show_default=False),
+]
+TopKFlag = Annotated[
+    int | None,
+    typer.Option("--top-k", help="0 is off.", rich_help_panel=_SAMPLING_PANEL, show_default=False),
+]
+SeedFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        help="Equal seeds give equal tokens.",
+        rich_help_panel=_SAMPLING_PANEL,
+        show_default=False,
+    ),
+]
+StopFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help="End before this text; may be repeated.",
+        rich_help_panel=_SAMPLING_PANEL,
+        show_default=False,
+    ),
+]
+IgnoreEosFlag = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-eos",
+        help="Go on past the end-of-sequence token.",
+        rich_help_panel=_SAMPLING_PANEL,
+        show_default=False,
+    ),
+]
+
+
+class TextSource(Protocol):
+    """Where text comes from: a server, or the model in this process."""
+
+    def stream(self, request: Request) -> Generator[str | Ending]: ...
+
+    def tokenize(
+        self, text: str, *, add_special_tokens: bool | None = None
+    ) -> tuple[list[int], list[str]]: ...
+
+
+@app.command(rich_help_panel="Serve")
+def serve(
+    model: ModelFlag = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on [127.0.0.1].", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", "-p", help="Port; 0 is a free one [50051].", show_default=False)
+    ] = None,
+    dev: Annotated[
+        bool, typer.Option("--dev", help="Serve reflection on the public listener, for grpcurl.")
+    ] = False,
+    dtype: DtypeFlag = None,
+    backend: BackendFlag = None,
+    kv_cache_memory: KVMemoryFlag = None,
+    max_num_seqs: MaxNumSeqsFlag = None,
+    max_model_len: MaxModelLenFlag = None,
+    prefix_caching: PrefixCachingFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+) -> None:
+    """Serve a model over gRPC until SIGTERM or Ctrl-C.
+
+    Prints one line with the address to standard output once the model answers.
+    """
+    options = _load(
+        config,
+        assignments,
+        model=model,
+        dtype=dtype,
+        backend=backend,
+        kv_cache_memory=kv_cache_memory,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        prefix_caching=prefix_caching,
+        host=host,
+        port=port,
+        reflection="public" if dev else None,
+    )
+    from photon_grpc.app import RunningService, run
+
+    def announce(service: RunningService) -> None:
+        admin = (
+            "" if service.admin_port is None else f" (admin {options.server.admin_host}:{service.admin_port})"
+        )
+        print(f"serving at {options.server.host}:{service.public_port}{admin}", flush=True)
+
+    raise typer.Exit(run(options, ready=announce))
+
+
+@app.command(rich_help_panel="Generate")
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads standard input.")
+    ],
+    model: ModelFlag = None,
+    address: AddressFlag = None,
+    max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    seed: SeedFlag = None,
+    stop: StopFlag = None,
+    ignore_eos: IgnoreEosFlag = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no figures.")] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    dtype: DtypeFlag = None,
+    backend: BackendFlag = None,
+    kv_cache_memory: KVMemoryFlag = None,
+    max_model_len: MaxModelLenFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+) -> None:
+    """Continue a text, printed as it is generated: in this process (--model), or by a server (--address)."""
+    text = _text(prompt)
+    request = Request(
+        text=text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos or None,
+    )
+    with _source(
+        address,
+        config,
+        assignments,
+        model=model,
+        dtype=dtype,
+        backend=backend,
+        kv_cache_memory=kv_cache_memory,
+        max_model_len=max_model_len,
+    ) as source:
+        if echo:
+            _write(text)
+        ending, _ = _print_stream(source.stream(request))
+    if ending is None:
+        raise typer.Exit(INTERRUPTED)
+    if not quiet:
+        _print_ending(ending)
+
+
+@app.command(rich_help_panel="Generate")
+def chat(
+    model: ModelFlag = None,
+    address: AddressFlag = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message to begin with.", show_default=False)
+    ] = None,
+    max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    seed: SeedFlag = None,
+    stop: StopFlag = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no figures.")] = False,
+    dtype: DtypeFlag = None,
+    backend: BackendFlag = None,
+    kv_cache_memory: KVMemoryFlag = None,
+    max_model_len: MaxModelLenFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+) -> None:
+    """Talk to a model, one line per turn: in this process (--model), or through a server (--address).
+
+    /reset forgets the conversation, /exit or the end of input leaves. Ctrl-C cuts an answer short.
+    """
+    beginning = [("system", system)] if system else []
+    with _source(
+        address,
+        config,
+        assignments,
+        model=model,
+        dtype=dtype,
+        backend=backend,
+        kv_cache_memory=kv_cache_memory,
+        max_model_len=max_model_len,
+    ) as source:
+        messages = list(beginning)
+        failed = False
+        for line in _read_turns():
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages = list(beginning)
+                _err.print("[dim]The conversation begins anew.[/dim]")
+                continue
+            if line.startswith("/"):
+                _err.print("[dim]/reset forgets the conversation, /exit leaves.[/dim]")
+                continue
+            request = Request(
+                messages=(*messages, ("user", line)),
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=tuple(stop or ()),
+            )
+            try:
+                ending, answer = _print_stream(source.stream(request))
+            except (CallError, RequestError) as error:
+                # A turn that failed is not part of the conversation; the next may succeed.
+                _print_failure(error)
+                failed = True
+                continue
+            messages += [("user", line), ("assistant", answer)]
+            if ending is None:
+                _err.print("[dim]cut short[/dim]")
+            elif not quiet:
+                _print_ending(ending)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Inspect")
+def tokenize(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text; - reads standard input.")],
+    model: ModelFlag = None,
+    address: AddressFlag = None,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens/--no-special-tokens", help="Add what the model begins with.")
+    ] = True,
+    ids_only: Annotated[bool, typer.Option("--ids", help="Print the ids alone, on one line.")] = False,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+) -> None:
+    """Show how a text becomes tokens. Loads no weights."""
+    text = _text(text)
+    if address is None:
+        from photon_grpc.model_report import tokenize_offline
+
+        options = _load(config, assignments, model=model)
+        token_ids, pieces = tokenize_offline(options, text, add_special_tokens=special_tokens)
+    else:
+        with Client(address) as client:
+            token_ids, pieces = client.tokenize(text, add_special_tokens=special_tokens)
+    if ids_only:
+        print(*token_ids)
+        return
+    table = Table("id", "text", box=None)
+    for token_id, piece in zip(token_ids, pieces, strict=True):
+        table.add_row(str(token_id), repr(piece))
+    _out.print(table, markup=False)
+    _err.print(f"[dim]{len(token_ids)} tokens[/dim]")
+
+
+@app.command(rich_help_panel="Inspect")
+def info(
+    model: ModelFlag = None,
+    dtype: DtypeFlag = None,
+    backend: BackendFlag = None,
+    kv_cache_memory: KVMemoryFlag = None,
+    max_model_len: MaxModelLenFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+) -> None:
+    """Describe a model folder and what of it fits into the memory that is free now. Loads no weights."""
+    from photon_grpc.model_report import describe_model
+
+    options = _load(
+        config,
+        assignments,
+        model=model,
+        dtype=dtype,
+        backend=backend,
+        kv_cache_memory=kv_cache_memory,
+        max_model_len=max_model_len,
+    )
+    table = Table(box=None, show_header=False)
+    for name, value in describe_model(options):
+        table.add_row(name, value)
+    _out.print(table, markup=False)
+
+
+@app.command(rich_help_panel="Inspect")
+def bench(
+    address: Annotated[
+        str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to load.")
+    ] = "127.0.0.1:50051",
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Calls under way.")] = 8,
+    num_requests: Annotated[int, typer.Option("--requests", "-r", min=1, help="Calls in all.")] = 32,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text that every call continues.")] = "def main(",
+    max_tokens: MaxTokensFlag = 64,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.001, help="Seconds a call may take.")
+    ] = 300.0,
+) -> None:
+    """Load a running server with concurrent streams and print latencies and throughput.
+
+    Every call generates --max-tokens tokens greedily, past any end-of-sequence token. For rates,
+    several processes and comparisons see tools/bench in the repository.
+    """
+    request = Request(text=prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task("calls", total=num_requests)
+        report = run_load(
+            address,
+            request,
+            concurrency=concurrency,
+            num_requests=num_requests,
+            timeout_s=timeout_s,
+            progress=lambda: progress.advance(task),
+        )
+    _out.print(_load_table(report))
+    _out.print(
+        f"{len(report.measurements)} calls, {report.output_tokens} tokens in {report.elapsed_s:.2f} s: "
+        f"{report.tokens_per_second:.1f} tokens/s",
+        highlight=False,
+    )
+    if report.errors:
+        _err.print(f"{len(report.errors)} calls failed; the first:", style="red")
+        _print_failure(report.errors[0])
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Inspect")
+def health(
+    address: Annotated[
+        str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to ask.")
+    ] = "127.0.0.1:50051",
+    wait_s: Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for SERVING.")] = 0.0,
+) -> None:
+    """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
+    with Client(address) as client:
+        if not client.wait_until_serving(wait_s):
+            _err.print(f"{address} is not serving", markup=False, highlight=False)
+            raise typer.Exit(1)
+        served = client.served_model()
+    print(f"{address} serves {served.model} (photon-grpc {served.version})")
+
+
+@app.command(rich_help_panel="Inspect")
+def version() -> None:
+    """Print the version."""
+    print(f"photon-grpc {__version__}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: runs a command and ends the process with its exit code."""
+    try:
+        app(arguments)
+    except StartupError as error:
+        _err.print(f"photon-grpc: {error.message}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except (CallError, PhotonError) as error:
+        _print_failure(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader has enough. Standard output is gone; closing it must not complain at exit.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _load(config: Path | None, assignments: Sequence[str] | None, **flags: object) -> Options:
+    overrides = [
+        Override(path, value, flag)
+        for (path, flag), value in ((_FLAGS[name], value) for name, value in flags.items())
+        if value is not None
+    ]
+    overrides += [parse_assignment(text) for text in assignments or ()]
+    return load_options(config_file=config, overrides=overrides)
+
+
+@contextmanager
+def _source(
+    address: str | None, config: Path | None, assignments: Sequence[str] | None, **flags: object
+) -> Iterator[TextSource]:
+    """The server at `address`, or else the model loaded into this process."""
+    if address is None:
+        from photon_grpc.offline import OfflineSource
+
+        options = _load(config, assignments, **flags)
+        with loading_bar() as progress:
+            source = OfflineSource(options, progress)
+        with closing(source):
+            yield source
+        return
+    given = [_FLAGS[name][1] for name, value in flags.items() if value is not None]
+    given += ["--config"] if config else []
+    given += ["--set"] if assignments else []
+    if given:
+        raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
+    with Client(address) as client:
+        yield client
+
+
+@contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, fed with bytes done and bytes in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _text(argument: str) -> str:
+    """The argument itself, or standard input for `-`. Raises BadParameter for what is not UTF-8."""
+    try:
+        raw = sys.stdin.buffer.read() if argument == "-" else argument.encode()
+        return raw.decode()
+    except UnicodeError:
+        raise typer.BadParameter("the text is not valid UTF-8") from None
+
+
+def _read_turns() -> Iterator[str]:
+    """Lines of standard input that hold something; a prompt is shown on a terminal only."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line
+
+
+def _print_stream(pieces: Generator[str | Ending]) -> tuple[Ending | None, str]:
+    """Write text as it comes; its ending (None after Ctrl-C, which ends the call) and the whole of it."""
+    text: list[str] = []
+    ending: Ending | None = None
+    with closing(pieces) as stream:
+        try:
+            for piece in stream:
+                if isinstance(piece, Ending):
+                    ending = piece
+                else:
+                    text.append(piece)
+                    _write(piece)
+        except KeyboardInterrupt:
+            ending = None
+    _write("\n")
+    return ending, "".join(text)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_ending(ending: Ending) -> None:
+    # The first token is the prefill's; the rest came in the decode time.
+    after_first = max(ending.output_tokens - 1, 0)
+    rate = (
+        f"{after_first / ending.decode_s:.1f} tokens/s" if after_first and ending.decode_s else "- tokens/s"
+    )
+    cached = f" ({ending.cached_prompt_tokens} cached)" if ending.cached_prompt_tokens else ""
+    _err.print(
+        f"{ending.prompt_tokens} prompt tokens{cached}, {ending.output_tokens} output tokens, "
+        f"first token after {ending.first_token_s * 1e3:.1f} ms, {rate}, finish: {ending.finish_reason}",
+        style="dim",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_failure(error: CallError | PhotonError) -> None:
+    """An error as a person reads it: what, which fields, when to come back."""
+    violations: list[tuple[str, str]] = []
+    if isinstance(error, RequestError):
+        violations = [(violation.field, violation.description) for violation in error.violations]
+    lines = [error.message]
+    if isinstance(error, CallError):
+        violations = list(error.violations)
+        lines = [f"{error.status}{f' ({error.reason})' if error.reason else ''}: {error.message}"]
+        if error.retry_after_s is not None:
+            lines.append(f"  try again in {error.retry_after_s:g} s")
+    lines[1:1] = [f"  {field}: {description}" for field, description in violations]
+    _err.print("\n".join(lines), style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _load_table(report: LoadReport) -> Table:
+    table = Table("milliseconds", *("p50", "p90", "p99", "max"), box=None)
+    rows = {
+        "time to first token": report.first_token_s(),
+        "between tokens": report.gaps_s(),
+        "whole call": report.total_s(),
+    }
+    for name, values in rows.items():
+        shares = (0.5, 0.9, 0.99, 1.0)
+        table.add_row(name, *(f"{percentile(values, share) * 1e3:.2f}" for share in shares))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
