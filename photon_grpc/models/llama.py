@@ -1,0 +1,173 @@
+"""The decoder that Llama 2/3.x, Mistral, Qwen2/2.5 and Qwen3 share.
+
+A pre-norm transformer with rotary, grouped-query attention and a SwiGLU MLP; what differs between the
+families (biases, q/k norm, head sizes, rope scaling) is data in `ModelConfig`. Owns weights and the
+order of operations. Knows no device (every operation is the Ops' business), no request and no batch
+policy. Used on the engine thread, under `torch.inference_mode()`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from photon_grpc.models.config import ModelConfig
+from photon_grpc.models.layers import CheckpointTensors, Linear, RotaryTable
+from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops
+
+
+class DecoderModel:
+    """A whole model, from token ids to logits. Weights are uninitialised until they are loaded."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int | None = None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self._ops = ops
+        num_positions = min(max_positions or config.max_position_embeddings, config.max_position_embeddings)
+        self._rotary = RotaryTable(config.rope, config.head_dim, num_positions, device)
+        self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self._layers = tuple(_DecoderLayer(config, ops, dtype, device) for _ in range(config.num_layers))
+        self._norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        self._head = self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding)
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, kv_cache: LayerCaches, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Hidden states after the final norm: [num_tokens, hidden_size].
+
+        `token_ids` and `positions` are int64 [num_tokens], in the row order of `metadata`. Writes the
+        keys and values of all tokens into `kv_cache`.
+        """
+        rotary = self._rotary(positions)
+        residual = self._ops.embedding(token_ids, self._embedding)
+        update: Tensor | None = None
+        for layer, layer_cache in zip(self._layers, kv_cache.layers, strict=True):
+            update = layer(update, residual, rotary, layer_cache, metadata)
+        return _add_norm(self._ops, update, residual, self._norm, self.config.rms_norm_eps)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every token of the vocabulary: [rows, hidden_size] -> [rows, vocab_size] float32."""
+        return self._ops.logits(hidden, self._head)
+
+    def checkpoint_tensors(self) -> CheckpointTensors:
+        """Every tensor that a checkpoint must have, with the storage that it fills."""
+        yield "model.embed_tokens.weight", self._embedding
+        for index, layer in enumerate(self._layers):
+            yield from layer.checkpoint_tensors(f"model.layers.{index}")
+        yield "model.norm.weight", self._norm
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", self._head
+
+
+class _DecoderLayer:
+    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self._ops = ops
+        self._eps = config.rms_norm_eps
+        self._input_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        self._attention = _Attention(config, ops, dtype, device)
+        self._post_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        self._gate_up = Linear(
+            ops,
+            config.hidden_size,
+            (("gate_proj", config.intermediate_size), ("up_proj", config.intermediate_size)),
+            bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self._down = Linear(
+            ops,
+            config.intermediate_size,
+            (("down_proj", config.hidden_size),),
+            bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+
+    def __call__(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Take the previous layer's `update` into `residual`, in place, and return this layer's.
+
+        The addition is left to the reader of a residual because it fuses with the norm that follows.
+        """
+        x = _add_norm(self._ops, update, residual, self._input_norm, self._eps)
+        attended = self._attention(x, rotary, layer_cache, metadata)
+        x = self._ops.add_rms_norm(attended, residual, self._post_norm, self._eps)
+        return self._down(self._ops.silu_and_mul(self._gate_up(x)))
+
+    def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
+        yield f"{prefix}.input_layernorm.weight", self._input_norm
+        yield from self._attention.checkpoint_tensors(f"{prefix}.self_attn")
+        yield f"{prefix}.post_attention_layernorm.weight", self._post_norm
+        yield from self._gate_up.checkpoint_tensors(f"{prefix}.mlp")
+        yield from self._down.checkpoint_tensors(f"{prefix}.mlp")
+
+
+class _Attention:
+    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self._ops = ops
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._head_dim = config.head_dim
+        self._scale = config.head_dim**-0.5
+        self._eps = config.rms_norm_eps
+        self._qkv = Linear(
+            ops,
+            config.hidden_size,
+            (("q_proj", config.q_size), ("k_proj", config.kv_size), ("v_proj", config.kv_size)),
+            bias=config.qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self._output = Linear(
+            ops,
+            config.q_size,
+            (("o_proj", config.hidden_size),),
+            bias=config.o_bias,
+            dtype=dtype,
+            device=device,
+        )
+        # One row each for q and k; no storage where the family has no such norm.
+        self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
+
+    def __call__(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer_cache: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
+        heads = self._qkv(x).view(-1, num_heads + 2 * num_kv_heads, head_dim)
+        q = heads[:, :num_heads]
+        # q and k stand side by side, so one call rotates both.
+        if len(self._qk_norm):
+            k = heads[:, num_heads : num_heads + num_kv_heads]
+            self._ops.qk_norm_rope(q, k, self._qk_norm[0], self._qk_norm[1], self._eps, *rotary)
+        else:
+            self._ops.rope(heads[:, : num_heads + num_kv_heads], *rotary)
+        kv = heads[:, num_heads:].view(-1, 2, num_kv_heads, head_dim)
+        self._ops.store_kv(kv, layer_cache, metadata.slot_mapping)
+        return self._output(self._ops.attention(q, kv, layer_cache, metadata, self._scale))
+
+    def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
+        yield from self._qkv.checkpoint_tensors(prefix)
+        yield from self._output.checkpoint_tensors(prefix)
+        for name, weight in zip(("q_norm", "k_norm"), self._qk_norm, strict=False):
+            yield f"{prefix}.{name}.weight", weight
+
+
+def _add_norm(ops: Ops, update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if update is None:
+        return ops.rms_norm(residual, weight, eps)
+    return ops.add_rms_norm(update, residual, weight, eps)

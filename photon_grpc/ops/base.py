@@ -1,0 +1,128 @@
+"""The seam between a model and the arithmetic of a device.
+
+Owns the `Ops` interface, the metadata that tells attention how the rows of a step lie in the paged
+cache, and the default compositions: a fused step is written here in terms of primitives, so a backend
+may replace it with one kernel and has its oracle from the start. Knows nothing of models, requests or
+schedulers. Used on the engine thread only.
+
+Shapes: `num_tokens` counts the query tokens of all rows of a step, laid end to end. Tensors of one
+step live on one device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Where the tokens of one step are, and what each of them may see. Built once per step.
+
+    Rows stand in this order: first `num_decodes` rows of exactly one query token, then the others, of
+    any number. Within a row the query tokens are the last ones of its context.
+    """
+
+    num_decodes: int
+    slot_mapping: Tensor
+    """[num_tokens] int64: block_id * block_size + offset, where each token's key and value go."""
+    block_tables: Tensor
+    """[num_rows, max_blocks] int64; entries behind a row's context are never used."""
+    context_lens: Tensor
+    """[num_rows] int64: tokens visible once this step's are written (positions 0..context_len - 1)."""
+    query_starts: tuple[int, ...]
+    """num_rows + 1 prefix sums of the query lengths, on the host."""
+    context_lens_host: tuple[int, ...]
+    """`context_lens`, on the host."""
+    plan: Any = field(default=None, init=False, repr=False)
+    """What the backend derived from the rest at its first use in the step; it alone reads it."""
+
+
+class LayerCaches(Protocol):
+    """The part of a KV cache that a model passes through: one tensor per layer, laid out by the Ops."""
+
+    @property
+    def layers(self) -> Sequence[Tensor]: ...
+
+
+class Ops(ABC):
+    """Everything a decoder asks of a device. Stateless between steps; injected into the model.
+
+    Results are new tensors unless a method says that it works in place. Sums, exponents and norms are
+    computed in float32 or wider whatever the storage type.
+    """
+
+    @abstractmethod
+    def kv_layer_shape(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> tuple[int, ...]:
+        """Shape of one layer's cache. Only `store_kv` and `attention` of the same Ops look inside."""
+
+    @abstractmethod
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of `weight` [vocab, hidden] for `token_ids` [num_tokens]: [num_tokens, hidden]."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [rows, in] times `weight` [out, in] transposed, plus `bias` [out]: [rows, out]."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up for `gate_up` [num_tokens, 2 * inner], gate first: [num_tokens, inner]."""
+
+    @abstractmethod
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate the heads of `x` [num_tokens, heads, head_dim] in place (Su et al., 2021).
+
+        The pairs are (i, i + head_dim / 2), as in Hugging Face checkpoints. `cos` and `sin` are float32
+        [num_tokens, 1, head_dim], gathered at the tokens' positions: cos repeated in both halves, sin
+        negated in the first.
+        """
+
+    @abstractmethod
+    def store_kv(self, kv: Tensor, layer_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write `kv` [num_tokens, 2, num_kv_heads, head_dim] (keys, values) into its slots."""
+
+    @abstractmethod
+    def attention(
+        self, q: Tensor, kv: Tensor, layer_cache: Tensor, metadata: AttentionMetadata, scale: float
+    ) -> Tensor:
+        """Causal attention of each row over its own context: [num_tokens, num_heads * head_dim].
+
+        `q` is [num_tokens, num_heads, head_dim]; query head h reads kv head h // (num_heads //
+        num_kv_heads). The step's `kv` must be in `layer_cache` already and is passed besides, for a
+        row whose whole context it is. No slot outside a row's context has any effect, whatever it holds.
+        """
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add `x` to `residual` in place and return the norm of the sum."""
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps)
+
+    def qk_norm_rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """Normalise each head of `q` and `k` over head_dim, then rotate it; both in place."""
+        q.copy_(self.rms_norm(q, q_weight, eps))
+        k.copy_(self.rms_norm(k, k_weight, eps))
+        self.rope(q, cos, sin)
+        self.rope(k, cos, sin)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Scores of `hidden` [rows, hidden] against `weight` [vocab, hidden]: [rows, vocab] float32."""
+        return self.linear(hidden, weight).float()
