@@ -152,7 +152,7 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 class AsyncEngine:
     """Owns the engine thread and every live RequestStream.
 
-    `on_stopped` hears the end of the thread, on the loop.
+    `on_step` hears each snapshot, `on_stopped` the end of the thread; both on the loop.
     """
 
     def __init__(
@@ -162,9 +162,11 @@ class AsyncEngine:
         cache_options: KVCacheOptions,
         limits: LimitOptions,
         *,
-        on_stopped: Callable[[PhotonError | None], None] | None = None,
+        on_step: Callable[[EngineStats], None],
+        on_stopped: Callable[[PhotonError | None], None],
     ) -> None:
         self._max_live = scheduler_options.max_num_seqs + limits.max_queued_requests
+        self._on_step = on_step
         self._on_stopped = on_stopped
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = EngineThread(
@@ -298,6 +300,7 @@ class AsyncEngine:
             case StepOutputs():
                 self._stats = message.stats
                 self._heartbeat = message.time
+                self._on_step(message.stats)
                 streams = self._streams
                 for output in message.outputs:
                     if output.is_last:
@@ -323,5 +326,4 @@ class AsyncEngine:
             stream.fail(FailureKind.DRAINING if error is None else FailureKind.ENGINE_DEAD)
         self._num_live = 0
         self._stopped.set()
-        if self._on_stopped is not None:
-            self._on_stopped(error)
+        self._on_stopped(error)

@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -36,6 +36,7 @@ from photon_grpc.frontend.events import (
 from photon_grpc.frontend.stop_strings import StopMatcher
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import LimitOptions
+from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import (
     ChatInput,
     ChunkPolicy,
@@ -61,6 +62,7 @@ class TextModel:
 
     tokenizer: Tokenizer
     chat: ChatRenderer
+    model: ModelInfo
     validator: Validator
 
 
@@ -73,11 +75,13 @@ class Generator:
         limits: LimitOptions,
         text_pool: Executor,
         *,
+        metrics: Metrics,
         field_root: str = "spec.",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._limits = limits
+        self._metrics = metrics
         self._text_pool = text_pool
         self._field_root = field_root
         self._clock = clock
@@ -85,12 +89,13 @@ class Generator:
 
     def activate(self, tokenizer: Tokenizer, chat: ChatRenderer) -> None:
         """Begin to answer; called when the engine is ready."""
-        self._text = TextModel(tokenizer, chat, Validator(self._engine.info.model, self._limits))
+        model = replace(self._engine.info.model, has_chat_template=chat.has_template)
+        self._text = TextModel(tokenizer, chat, model, Validator(model, self._limits))
 
     @property
     def model(self) -> ModelInfo:
         """The served model. Raises EngineStartingError before it is known."""
-        return self._engine.info.model
+        return self._require_text().model
 
     def stats(self) -> EngineStats:
         """The engine's latest snapshot."""
@@ -117,7 +122,7 @@ class Generator:
         checked = await self._prepare(text, request, deadline)
         request_id = request.request_id or uuid.uuid4().hex
         stream = self._engine.submit(request_id, checked.engine_request)
-        return TextStream(stream, text.tokenizer, request, checked, policy, self._clock)
+        return TextStream(stream, text.tokenizer, request, checked, policy, self._metrics, self._clock)
 
     async def generate(
         self,
@@ -228,7 +233,8 @@ class _CompletionState:
     detokenizer: Detokenizer | None
     matcher: StopMatcher | None
     num_tokens: int = 0
-    finished: bool = False
+    last_token_time: float | None = None
+    finish: Finish | None = None
     timings: SequenceTimings | None = None
     cached_prompt_tokens: int = 0
 
@@ -252,6 +258,7 @@ class TextStream:
         request: GenerationRequest,
         checked: CheckedRequest,
         policy: ChunkPolicy,
+        metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
         self.request_id = stream.request_id
@@ -259,6 +266,7 @@ class TextStream:
         self._request = request
         self._checked = checked
         self._policy = policy
+        self._metrics = metrics
         self._clock = clock
         stop = checked.effective.stop
         needs_text = request.output.text or bool(stop.strings)
@@ -318,10 +326,13 @@ class TextStream:
             outputs, self._held = self._held, []
         for index, pending in self._merge(outputs):
             self._advance(index, self._states[index], pending)
-        if all(state.finished for state in self._states):
+        if all(state.finish is not None for state in self._states):
             self._done = True
             self._stream.close()
-            self._events.append(self._summary())
+            summary = self._summary()
+            reasons = [state.finish.reason for state in self._states if state.finish is not None]
+            self._metrics.observe_finished(reasons, summary.usage, summary.timings)
+            self._events.append(summary)
 
     def _try_start(self) -> bool:
         """Make the Started event, unless prompt log-probabilities are still on their way with index 0."""
@@ -347,7 +358,7 @@ class TextStream:
             if output.timings is not None:
                 state.timings = output.timings
                 state.cached_prompt_tokens = output.cached_prompt_tokens
-            if state.finished:
+            if state.finish is not None:
                 continue
             pending = merged.get(output.index)
             if pending is None:
@@ -368,7 +379,12 @@ class TextStream:
                 if finish is None:
                     self._stream.abort_index(index)
                 finish = stop_finish
-        state.num_tokens += len(token_ids)
+        if token_ids:
+            now = self._clock()
+            if state.last_token_time is not None:
+                self._metrics.observe_tokens(len(token_ids), now - state.last_token_time)
+            state.last_token_time = now
+            state.num_tokens += len(token_ids)
         if token_ids or text:
             options = self._request.output
             self._events.append(
@@ -381,7 +397,7 @@ class TextStream:
                 )
             )
         if finish is not None:
-            state.finished = True
+            state.finish = finish
             self._events.append(Finished(index, finish))
 
     def _plain_text(self, state: _CompletionState, token_ids: list[int], finish: Finish | None) -> str:

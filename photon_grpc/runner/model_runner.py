@@ -7,27 +7,17 @@ take the vectorised path through attention.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import structlog
 import torch
 
-from photon_grpc.models.config import ModelConfig
-from photon_grpc.models.fingerprint import fingerprint
 from photon_grpc.models.llama import DecoderModel
-from photon_grpc.models.loader import load_weights
-from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import AttentionMetadata
-from photon_grpc.ops.torch_ops import TorchOps
-from photon_grpc.options import Options
 from photon_grpc.runner.input_batch import InputBatch, StepIndices
 from photon_grpc.runner.kv_cache import KVCache
 from photon_grpc.runner.sampler import Sampler
 from photon_grpc.scheduler.output import ModelOutput, ScheduledSequence, SchedulerOutput
 from photon_grpc.types import ModelInfo, TokenLogprobs
-
-_log = structlog.get_logger(__name__)
 
 # Logits of so many prompt positions are held at a time when prompt log-probabilities are asked for.
 _PROMPT_LOGITS_CHUNK = 64
@@ -67,6 +57,8 @@ class ModelRunner:
 
     def _execute(self, output: SchedulerOutput) -> ModelOutput:
         self._update_batch(output)
+        if output.is_empty:
+            return ModelOutput(output.step, (), ())
         rows = sorted(output.rows, key=lambda row: row.num_tokens > 1)
         num_decodes = sum(row.num_tokens == 1 for row in rows)
         starts = (

@@ -1,0 +1,135 @@
+"""From a model folder to a warm runner: backend, data type, weights, KV pool, first token.
+
+Runs on the engine thread, which owns everything made here. The KV pool is sized last, after the
+weights are loaded and a forward pass of the largest step has run, so that it takes only memory that
+nobody else will want.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import torch
+
+from photon_grpc.errors import BackendUnavailableError, ConfigError
+from photon_grpc.models.config import ModelConfig
+from photon_grpc.models.fingerprint import fingerprint
+from photon_grpc.models.llama import DecoderModel
+from photon_grpc.models.loader import load_weights
+from photon_grpc.models.registry import build_model, load_config
+from photon_grpc.ops.base import AttentionMetadata
+from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.options import Options
+from photon_grpc.runner.kv_cache import KVCache, kv_bytes_per_token, kv_memory_bytes, num_blocks_for
+from photon_grpc.runner.model_runner import ModelRunner
+from photon_grpc.runner.warmup import warm_up
+from photon_grpc.types import ModelInfo
+
+_log = structlog.get_logger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_runner(
+    folder: Path, options: Options, progress: Callable[[int, int], None] | None = None
+) -> ModelRunner:
+    """A runner whose first tokens have come out. Raises StartupError, naming what is wrong."""
+    if options.model.backend == "cuda":
+        raise BackendUnavailableError("backend cuda: this release has no CUDA kernels; use cpu or auto")
+    if options.engine.num_threads:
+        torch.set_num_threads(options.engine.num_threads)
+    config = load_config(folder)
+    dtype = resolve_dtype(options.model.dtype)
+    device = torch.device("cpu")
+    ops = TorchOps()
+    decoder = build_model(
+        config, ops, dtype=dtype, device=device, max_positions=options.model.max_model_len or None
+    )
+    load_weights(decoder, folder, progress=progress)
+    _profile(decoder, config, ops, dtype, options)
+    block_size = options.cache.block_size
+    num_blocks = num_blocks_for(kv_memory_bytes(options.cache), config, block_size, dtype)
+    max_model_len = _max_model_len(options, config, num_blocks * block_size)
+    kv_cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=device)
+    model = model_info(folder, options, config, max_model_len)
+    runner = ModelRunner(decoder, model, kv_cache, max_num_seqs=options.scheduler.max_num_seqs)
+    if options.engine.warmup:
+        warm_up(runner)
+    _log.info(
+        "model ready",
+        model=model.name,
+        architecture=config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+        kv_blocks=num_blocks,
+        kv_bytes=kv_cache.num_bytes,
+    )
+    return runner
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The data type to compute in; `auto` is float32, which CPUs are fastest and exactest in."""
+    return torch.float32 if name == "auto" else _DTYPES[name]
+
+
+def model_info(folder: Path, options: Options, config: ModelConfig, max_model_len: int) -> ModelInfo:
+    """What engine and front end need to know of the checkpoint."""
+    defaults = config.generation
+    return ModelInfo(
+        name=options.model.served_name or folder.resolve().name,
+        fingerprint=fingerprint(folder),
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=config.eos_token_ids,
+        default_temperature=defaults.temperature,
+        default_top_p=defaults.top_p,
+        default_top_k=defaults.top_k,
+        default_min_p=defaults.min_p,
+        default_repetition_penalty=defaults.repetition_penalty,
+    )
+
+
+def _max_model_len(options: Options, config: ModelConfig, pool_tokens: int) -> int:
+    stated = options.model.max_model_len
+    if stated > config.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_model_len is {stated}: the model has {config.max_position_embeddings} positions"
+        )
+    if stated > pool_tokens:
+        raise ConfigError(f"model.max_model_len is {stated}: the KV pool holds {pool_tokens} tokens")
+    allowed = stated or config.max_position_embeddings
+    if allowed > pool_tokens:
+        _log.warning("context cut to the KV pool", model_allows=allowed, kv_tokens=pool_tokens)
+    return min(allowed, pool_tokens)
+
+
+def _profile(
+    decoder: DecoderModel, config: ModelConfig, ops: TorchOps, dtype: torch.dtype, options: Options
+) -> None:
+    """One forward pass of the largest step, in a cache that is thrown away."""
+    num_tokens = options.scheduler.max_num_batched_tokens
+    num_tokens = min(num_tokens, options.model.max_model_len or config.max_position_embeddings)
+    block_size = options.cache.block_size
+    num_blocks = -(-num_tokens // block_size)
+    cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=torch.device("cpu"))
+    positions = torch.arange(num_tokens)
+    metadata = AttentionMetadata(
+        num_decodes=0,
+        slot_mapping=positions,
+        block_tables=torch.arange(num_blocks)[None],
+        context_lens=torch.tensor([num_tokens]),
+        query_starts=(0, num_tokens),
+        context_lens_host=(num_tokens,),
+    )
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.zeros(num_tokens, dtype=torch.int64), positions, cache, metadata)
+        decoder.compute_logits(hidden[-min(num_tokens, options.scheduler.max_num_seqs) :])
+
+
+def describe_kv(config: ModelConfig, options: Options) -> tuple[int, int]:
+    """`(bytes per token, tokens that fit)` of the pool these options would give now."""
+    dtype = resolve_dtype(options.model.dtype)
+    num_blocks = num_blocks_for(kv_memory_bytes(options.cache), config, options.cache.block_size, dtype)
+    return kv_bytes_per_token(config, dtype), num_blocks * options.cache.block_size
