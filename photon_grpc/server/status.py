@@ -26,15 +26,19 @@ REQUEST_ID_KEY = "photon-request-id"
 
 # Clients accept 8 KiB of metadata by default and the details travel as base64, so what echoes the
 # caller's own input is cut to these bounds.
-_MAX_MESSAGE_CHARS = 512
-_MAX_NAME_CHARS = 128
-_MAX_DESCRIPTION_CHARS = 200
+_MAX_MESSAGE_BYTES = 512
+_MAX_NAME_BYTES = 128
+_MAX_DESCRIPTION_BYTES = 200
 _MAX_VIOLATION_BYTES = 2048
 
 _MIN_RETRY_MS = 50
 _MAX_RETRY_MS = 5000
 
 Details = Callable[[errors.PhotonError], Iterator[Message]]
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    return text.encode()[:max_bytes].decode(errors="ignore")
 
 
 def _no_details(error: errors.PhotonError) -> Iterator[Message]:
@@ -46,8 +50,8 @@ def _bad_request(error: errors.PhotonError) -> Iterator[Message]:
     message = error_details_pb2.BadRequest()
     size = 0
     for violation in error.violations:
-        field = violation.field[:_MAX_NAME_CHARS]
-        description = violation.description[:_MAX_DESCRIPTION_CHARS]
+        field = _cut(violation.field, _MAX_NAME_BYTES)
+        description = _cut(violation.description, _MAX_DESCRIPTION_BYTES)
         size += len(field.encode()) + len(description.encode())
         if size > _MAX_VIOLATION_BYTES:
             break
@@ -58,7 +62,7 @@ def _bad_request(error: errors.PhotonError) -> Iterator[Message]:
 def _resource(error: errors.PhotonError) -> Iterator[Message]:
     name = getattr(error, "name", "")
     yield error_details_pb2.ResourceInfo(
-        resource_type=getattr(error, "resource_type", ""), resource_name=name[:_MAX_NAME_CHARS]
+        resource_type=getattr(error, "resource_type", ""), resource_name=_cut(name, _MAX_NAME_BYTES)
     )
 
 
@@ -164,7 +168,7 @@ def to_status(error: BaseException, request_id: str) -> RpcStatus:
         row, error = TABLE[errors.InternalError], _UNFORESEEN
     elif not is_foreseen(error):
         error = _UNFORESEEN
-    text = error.message[:_MAX_MESSAGE_CHARS]
+    text = _cut(error.message, _MAX_MESSAGE_BYTES)
     pushback = row.pushback(error)
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=row.metadata(error)),

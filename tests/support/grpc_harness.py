@@ -113,7 +113,7 @@ class RichError:
 
 def rich_error(error: grpc.RpcError) -> RichError:
     """Decode the trailers of a failed call; the packed status must agree with the call's own."""
-    trailers = {key: value for key, value in error.trailing_metadata() or ()}
+    trailers = dict(list(error.trailing_metadata() or ()))
     packed = trailers.get(GRPC_DETAILS_METADATA_KEY)
     assert isinstance(packed, bytes), f"no rich details in {error!r}"
     status = status_pb2.Status.FromString(packed)
