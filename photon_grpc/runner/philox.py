@@ -21,6 +21,7 @@ Pure; knows neither requests nor models. Used on the engine thread.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,10 @@ _SHIFT = np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _ROUNDS = 10
+
+# Beyond this many evaluations at once the intermediate arrays fall out of the cache, and rows one after
+# the other are about three times as fast.
+_CACHE_BLOCKS = 1 << 15
 
 NOISE_RANGE = -math.log(-math.log1p(-(2.0**-33))) + math.log(33 * math.log(2.0))
 """Largest noise less the smallest: a score lower than another by more can never win a draw."""
@@ -66,11 +71,20 @@ class NoiseKeys:
         self._index = np.asarray(indices, dtype=np.uint64).reshape(-1, 1)
         self._position = np.asarray(positions, dtype=np.uint64).reshape(-1, 1)
 
+    def select(self, rows: Sequence[int]) -> NoiseKeys:
+        """The keys of some of the rows."""
+        chosen = np.asarray(rows, dtype=np.intp)
+        seed = self._key[0][chosen] | (self._key[1][chosen] << _SHIFT)
+        return NoiseKeys(seed, self._index[chosen], self._position[chosen])
+
     def gumbel_all(self, vocab_size: int) -> torch.Tensor:
         """Noise of every vocabulary entry, float64 [rows, vocab_size]."""
         blocks = np.arange((vocab_size + 3) // 4, dtype=np.uint64).reshape(1, -1)
+        num_rows = len(self._index)
+        if num_rows > 1 and num_rows * blocks.size > _CACHE_BLOCKS:
+            return torch.cat([self.select([row]).gumbel_all(vocab_size) for row in range(num_rows)])
         words = np.stack(self._words(blocks), axis=-1)
-        return _gumbel(words.reshape(len(self._index), -1)[:, :vocab_size])
+        return _gumbel(words.reshape(num_rows, -1)[:, :vocab_size])
 
     def gumbel_at(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Noise of chosen entries only, float64 [rows, n] for int64 `token_ids` [rows, n]."""
