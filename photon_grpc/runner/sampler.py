@@ -40,6 +40,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -50,8 +51,10 @@ from photon_grpc.types import TokenLogprobs
 NO_TOKEN = -1
 """Stands in `SampledRows.token_ids` for a faulted row; never a valid id."""
 
+Floats = npt.NDArray[np.float32]
+
 _MIN_TEMPERATURE = 1e-6
-_FLOAT_MAX = torch.finfo(torch.float32).max
+_FLOAT_MAX = np.finfo(np.float32).max
 _LOW_32 = 0xFFFFFFFF
 
 # Ranking costs with the number of ranks, and a nucleus is mostly narrow: the first width that holds it
@@ -68,6 +71,43 @@ class SampledRows:
     faults: dict[int, RowFault]
 
 
+class _TokenCounts:
+    """How often each token occurs, as arrays of the distinct ones: their number stays small beside the
+    vocabulary."""
+
+    __slots__ = ("_counts", "_slots", "_token_ids")
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._slots: dict[int, int] = {}
+        self._token_ids = np.empty(64, dtype=np.int64)
+        self._counts = np.empty(64, dtype=np.float32)
+        for token_id in token_ids:
+            self.add(token_id)
+
+    def add(self, token_id: int) -> None:
+        slot = self._slots.get(token_id)
+        if slot is not None:
+            self._counts[slot] += 1
+            return
+        slot = len(self._slots)
+        if slot == len(self._token_ids):
+            self._token_ids = np.concatenate([self._token_ids, np.empty_like(self._token_ids)])
+            self._counts = np.concatenate([self._counts, np.empty_like(self._counts)])
+        self._slots[token_id] = slot
+        self._token_ids[slot] = token_id
+        self._counts[slot] = 1
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int64]:
+        """The distinct tokens, in the order of their first occurrence."""
+        return self._token_ids[: len(self._slots)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.float32]:
+        """The number of each of `token_ids`."""
+        return self._counts[: len(self._slots)]
+
+
 class _Sequence:
     """What the sampler keeps for one sequence."""
 
@@ -75,12 +115,12 @@ class _Sequence:
         "allowed",
         "banned",
         "bias",
-        "counts",
         "greedy",
         "index",
         "log_min_p",
         "min_tokens",
         "num_outputs",
+        "outputs",
         "params",
         "processed",
         "seen",
@@ -113,66 +153,63 @@ class _Sequence:
         self.log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
 
         self.bias = _pairs(params.logit_bias)
-        self.allowed = torch.tensor(params.allowed_token_ids) if params.allowed_token_ids else None
+        self.allowed = np.array(params.allowed_token_ids) if params.allowed_token_ids else None
         self.banned = _effective_ban(spec, vocab_size)
         # Prompt and output together, for the repetition penalty; output alone, for the other two.
-        self.seen = None
-        if params.repetition_penalty != 1:
-            self.seen = np.zeros(vocab_size, dtype=np.bool_)
-            self.seen[np.asarray(token_ids, dtype=np.int64)] = True
-        self.counts = None
-        if params.presence_penalty or params.frequency_penalty:
-            outputs = np.asarray(token_ids[num_prompt_tokens:], dtype=np.int64)
-            self.counts = np.bincount(outputs, minlength=vocab_size).astype(np.float32)
+        self.seen = _TokenCounts(token_ids) if params.repetition_penalty != 1 else None
+        counted = params.presence_penalty or params.frequency_penalty
+        self.outputs = _TokenCounts(token_ids[num_prompt_tokens:]) if counted else None
         self.processed = any(
-            part is not None for part in (self.bias, self.allowed, self.banned, self.seen, self.counts)
+            part is not None for part in (self.bias, self.allowed, self.banned, self.seen, self.outputs)
         )
 
-    def process(self, logits: Tensor) -> Tensor:
-        """Steps 3 to 7 on a copy of one row, [vocab]."""
-        row = logits.clone()
+    def process(self, logits: Floats) -> Floats:
+        """Steps 3 to 7 on a copy of one row, float32 [vocab]."""
+        row = logits.copy()
+        params = self.params
         if self.bias is not None:
-            row.index_add_(0, *self.bias)
+            np.add.at(row, *self.bias)
         if self.seen is not None:
-            penalty = self.params.repetition_penalty
-            scaled = torch.where(row < 0, row * penalty, row / penalty)
-            row = torch.where(torch.from_numpy(self.seen), scaled, row)
-        if self.counts is not None:
-            counts = torch.from_numpy(self.counts)
-            row -= self.params.frequency_penalty * counts
-            row -= self.params.presence_penalty * (counts > 0)
+            ids, penalty = self.seen.token_ids, np.float32(params.repetition_penalty)
+            values = row[ids]
+            with np.errstate(over="ignore"):  # infinity is what the maximum below is for
+                row[ids] = np.where(values < 0, values * penalty, values / penalty)
+        if self.outputs is not None:
+            ids = self.outputs.token_ids
+            row[ids] -= np.float32(params.frequency_penalty) * self.outputs.counts
+            row[ids] -= np.float32(params.presence_penalty)
         if self.allowed is not None:
             allowed = row[self.allowed]
-            row.fill_(-math.inf)
+            row.fill(-np.inf)
             row[self.allowed] = allowed
         if self.banned is not None and self.num_outputs < self.min_tokens:
-            row[self.banned] = -math.inf
-        return row.clamp_(max=_FLOAT_MAX)
+            row[self.banned] = -np.inf
+        return np.minimum(row, _FLOAT_MAX, out=row)
 
     def advance(self, token_id: int) -> None:
         """The row's token is out."""
         self.num_outputs += 1
         if self.seen is not None:
-            self.seen[token_id] = True
-        if self.counts is not None:
-            self.counts[token_id] += 1
+            self.seen.add(token_id)
+        if self.outputs is not None:
+            self.outputs.add(token_id)
 
 
-def _pairs(bias: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor] | None:
+def _pairs(bias: Sequence[tuple[int, float]]) -> tuple[npt.NDArray[np.int64], Floats] | None:
     if not bias:
         return None
     token_ids, values = zip(*bias, strict=True)
-    return torch.tensor(token_ids), torch.tensor(values, dtype=torch.float32)
+    return np.array(token_ids), np.array(values, dtype=np.float32)
 
 
-def _effective_ban(spec: SamplerSpec, vocab_size: int) -> Tensor | None:
+def _effective_ban(spec: SamplerSpec, vocab_size: int) -> npt.NDArray[np.int64] | None:
     if not spec.min_tokens or not spec.banned_token_ids:
         return None
     banned = {token_id for token_id in spec.banned_token_ids if token_id < vocab_size}
     allowed = spec.sampling.allowed_token_ids or range(vocab_size)
     if not banned or all(token_id in banned for token_id in allowed):
         return None
-    return torch.tensor(sorted(banned))
+    return np.array(sorted(banned))
 
 
 class Sampler:
@@ -213,7 +250,7 @@ class Sampler:
         faults: dict[int, RowFault] = {}
         if not (self._plain and finite.all()):
             usable = [i for i, is_finite in enumerate(finite.tolist()) if is_finite]
-            drawn = self._choose(rows, usable, logits, token_ids)
+            drawn = self._choose(rows, usable, scores, token_ids)
             for i in sorted(set(range(len(rows))) - drawn):
                 token_ids[i] = NO_TOKEN
                 faults[rows[i].seq_id] = RowFault.NON_FINITE_LOGITS
@@ -239,27 +276,27 @@ class Sampler:
 
     @staticmethod
     def _choose(
-        rows: Sequence[_Sequence], usable: Sequence[int], logits: Tensor, token_ids: list[int]
+        rows: Sequence[_Sequence], usable: Sequence[int], logits: Floats, token_ids: list[int]
     ) -> set[int]:
         """Replace the argmax in `token_ids` where a row asks for more; the rows that have a token."""
         drawn = set(usable)
         sampled: list[int] = []
-        processed: list[Tensor] = []
+        processed: list[Floats] = []
         for i in usable:
             row = rows[i]
             if row.greedy and not row.processed:
                 continue
             values = row.process(logits[i]) if row.processed else logits[i]
             if row.processed:
-                token_ids[i] = int(values.numpy().argmax())
-                if values[token_ids[i]] == -math.inf:
+                token_ids[i] = int(values.argmax())
+                if values[token_ids[i]] == -np.inf:
                     drawn.discard(i)
                     continue
             if not row.greedy:
                 sampled.append(i)
                 processed.append(values)
         if sampled:
-            draws = _draw(torch.stack(processed), [rows[i] for i in sampled])
+            draws = _draw(torch.from_numpy(np.stack(processed)), [rows[i] for i in sampled])
             for i, token_id in zip(sampled, draws, strict=True):
                 token_ids[i] = token_id
         return drawn

@@ -340,7 +340,7 @@ def test_penalties_count_what_they_should() -> None:
         row = Row(replace(NEUTRAL, **change), prompt, output)
         sampler = Sampler(6, CPU)
         sampler.add(0, row.sampler_spec, prompt + output, len(prompt))
-        assert sampler._sequences[0].process(base[0]).tolist() == expected
+        assert sampler._sequences[0].process(base[0].numpy()).tolist() == expected
 
 
 def test_penalties_follow_the_tokens_as_they_come() -> None:
