@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -27,13 +28,15 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from photon_grpc import __version__
 from photon_grpc.bench import LoadReport, percentile, run_load
-from photon_grpc.client import CallError, Client, Ending, Request
+from photon_grpc.client import CallError, Client, Ending, Request, Tokens
 from photon_grpc.config import Override, load_options, parse_assignment
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
+from photon_grpc.telemetry.logging import configure_logging
 
 __all__ = ["app", "main"]
 
@@ -205,10 +208,6 @@ class TextSource(Protocol):
 
     def stream(self, request: Request) -> Generator[str | Ending]: ...
 
-    def tokenize(
-        self, text: str, *, add_special_tokens: bool | None = None
-    ) -> tuple[list[int], list[str]]: ...
-
 
 @app.command(rich_help_panel="Serve")
 def serve(
@@ -249,15 +248,22 @@ def serve(
         port=port,
         reflection="public" if dev else None,
     )
+    configure_logging(options.telemetry)
     from photon_grpc.app import RunningService, run
 
     def announce(service: RunningService) -> None:
-        admin = (
-            "" if service.admin_port is None else f" (admin {options.server.admin_host}:{service.admin_port})"
-        )
-        print(f"serving at {options.server.host}:{service.public_port}{admin}", flush=True)
+        loading.close()
+        server, ports = options.server, service.ports
+        places = {"admin": (server.admin_host, ports.admin), "probe": (server.probe_host, ports.probe)}
+        places["metrics"] = (server.metrics_host, service.metrics_port)
+        others = [f"{name} {host}:{port}" for name, (host, port) in places.items() if port is not None]
+        also = f" ({', '.join(others)})" if others else ""
+        print(f"serving {service.engine.model.name} at {server.host}:{ports.public}{also}", flush=True)
 
-    raise typer.Exit(run(options, ready=announce))
+    with ExitStack() as loading:
+        progress = loading.enter_context(_loading_bar())
+        code = run(options, ready=announce, progress=progress)
+    raise typer.Exit(code)
 
 
 @app.command(rich_help_panel="Generate")
@@ -402,21 +408,25 @@ def tokenize(
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
     if address is None:
-        from photon_grpc.model_report import tokenize_offline
+        from photon_grpc.app import model_folder
+        from photon_grpc.frontend.tokenizer import Tokenizer
 
-        options = _load(config, assignments, model=model)
-        token_ids, pieces = tokenize_offline(options, text, add_special_tokens=special_tokens)
+        tokenizer = Tokenizer.load(model_folder(_load(config, assignments, model=model).model))
+        ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
+        tokens = Tokens(ids, offsets)
     else:
         with Client(address) as client:
-            token_ids, pieces = client.tokenize(text, add_special_tokens=special_tokens)
+            tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
-        print(*token_ids)
+        print(*tokens.ids)
         return
+    encoded = text.encode()
     table = Table("id", "text", box=None)
-    for token_id, piece in zip(token_ids, pieces, strict=True):
-        table.add_row(str(token_id), repr(piece))
-    _out.print(table, markup=False)
-    _err.print(f"[dim]{len(token_ids)} tokens[/dim]")
+    for token_id, (start, end) in zip(tokens.ids, tokens.offsets, strict=True):
+        # A token may be a part of a character.
+        table.add_row(str(token_id), Text(repr(encoded[start:end].decode(errors="replace"))))
+    _out.print(table)
+    _err.print(f"{len(tokens.ids)} tokens", style="dim")
 
 
 @app.command(rich_help_panel="Inspect")
@@ -430,6 +440,7 @@ def info(
     assignments: SetFlag = None,
 ) -> None:
     """Describe a model folder and what of it fits into the memory that is free now. Loads no weights."""
+    from photon_grpc.app import model_folder
     from photon_grpc.model_report import describe_model
 
     options = _load(
@@ -442,9 +453,9 @@ def info(
         max_model_len=max_model_len,
     )
     table = Table(box=None, show_header=False)
-    for name, value in describe_model(options):
-        table.add_row(name, value)
-    _out.print(table, markup=False)
+    for name, value in describe_model(model_folder(options.model), options):
+        table.add_row(name, Text(value))
+    _out.print(table)
 
 
 @app.command(rich_help_panel="Inspect")
@@ -467,7 +478,7 @@ def bench(
     """
     request = Request(text=prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_err, transient=True) as progress:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
         task = progress.add_task("calls", total=num_requests)
         report = run_load(
             address,
@@ -477,7 +488,8 @@ def bench(
             timeout_s=timeout_s,
             progress=lambda: progress.advance(task),
         )
-    _out.print(_load_table(report))
+    if report.measurements:
+        _out.print(_load_table(report))
     _out.print(
         f"{len(report.measurements)} calls, {report.output_tokens} tokens in {report.elapsed_s:.2f} s: "
         f"{report.tokens_per_second:.1f} tokens/s",
@@ -546,7 +558,12 @@ def _source(
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
-        with loading_bar() as progress:
+        # What a server logs about itself is noise beside a text.
+        telemetry = options.telemetry
+        if telemetry.log_level == "info":
+            telemetry = replace(telemetry, log_level="warning")
+        configure_logging(telemetry)
+        with _loading_bar() as progress:
             source = OfflineSource(options, progress)
         with closing(source):
             yield source
@@ -561,10 +578,10 @@ def _source(
 
 
 @contextmanager
-def loading_bar() -> Iterator[Callable[[int, int], None]]:
+def _loading_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, fed with bytes done and bytes in all."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=_err, transient=True) as bar:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

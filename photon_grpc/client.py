@@ -26,6 +26,7 @@ __all__ = [
     "Measurement",
     "Request",
     "ServedModel",
+    "Tokens",
     "measure",
     "open_channel",
 ]
@@ -86,6 +87,14 @@ class Ending:
     first_token_s: float
     decode_s: float
     total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids and, for each, its (start, end) in UTF-8 bytes of the text."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +172,8 @@ class Client:
         finally:
             call.cancel()
 
-    def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> tuple[list[int], list[str]]:
-        """Token ids of `text`, and the text of each. Raises CallError.
-
-        Offsets are in UTF-8 bytes and may part a character; such pieces are shown with replacements.
-        """
+    def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> Tokens:
+        """The tokens of `text`, with their places in it. Raises CallError."""
         request = inference_pb2.TokenizeRequest(
             text=text, add_special_tokens=add_special_tokens, return_offsets=True
         )
@@ -175,12 +181,8 @@ class Client:
             response = self._inference.Tokenize(request)
         except grpc.RpcError as error:
             raise _call_error(error) from None
-        encoded, offsets = text.encode(), response.offsets
-        pieces = [
-            encoded[start:end].decode(errors="replace")
-            for start, end in zip(offsets[::2], offsets[1::2], strict=True)
-        ]
-        return list(response.token_ids), pieces
+        pairs = zip(response.offsets[::2], response.offsets[1::2], strict=True)
+        return Tokens(tuple(response.token_ids), tuple(pairs))
 
     def served_model(self) -> ServedModel:
         """What is served at the address. Raises CallError."""

@@ -57,7 +57,7 @@ class Server:
             line = lines.get(timeout=START_TIMEOUT_S)
         except queue.Empty:
             raise DemoError(f"the server was not ready in {START_TIMEOUT_S:.0f} s{self.log_tail()}") from None
-        match = re.fullmatch(r"serving at (\S+:\d+).*\n", line)
+        match = re.fullmatch(r"serving .* at (\S+:\d+)( .*)?\n", line)
         if match is None:
             raise DemoError(f"the server did not start{self.log_tail()}")
         self.address = match[1]

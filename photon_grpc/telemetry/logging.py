@@ -2,7 +2,8 @@
 
 Records of other libraries pass through the same formatter, so that a JSON log is JSON to its last
 line. Prompts, completions and token text never go into a record; that is the rule of the callers.
-Configured once by the composition root, before any other thread starts.
+Configured once by the command line, before any other thread starts; a program that uses the package as
+a library keeps its own logging.
 """
 
 from __future__ import annotations

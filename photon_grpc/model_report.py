@@ -1,0 +1,70 @@
+"""What a model folder holds and what of it fits into memory, told without loading it.
+
+Reads config.json and file sizes only. The memory figures are what a start at this moment would find;
+a running server measures after its weights are loaded and its largest step has run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from photon_grpc.models.registry import load_config
+from photon_grpc.options import Options
+from photon_grpc.runner.factory import model_info, resolve_dtype
+from photon_grpc.runner.kv_cache import (
+    available_memory_bytes,
+    kv_bytes_per_token,
+    kv_memory_bytes,
+    num_blocks_for,
+)
+
+__all__ = ["describe_model"]
+
+
+def describe_model(folder: Path, options: Options) -> list[tuple[str, str]]:
+    """Names and figures for a table. Raises StartupError for a folder that could not be served."""
+    config = load_config(folder)
+    dtype = resolve_dtype(options.model.dtype)
+    weight_bytes = config.num_parameters * dtype.itemsize
+    file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    per_token = kv_bytes_per_token(config, dtype)
+    free_bytes = max(available_memory_bytes() - weight_bytes, 0)
+    pool_bytes = kv_memory_bytes(options.cache, free_bytes)
+    block_size = options.cache.block_size
+    pool_tokens = num_blocks_for(pool_bytes, config, block_size, dtype) * block_size
+    allowed = options.model.max_model_len or config.max_position_embeddings
+    info = model_info(folder, options, config, min(allowed, pool_tokens))
+    heads = f"{config.num_heads} query, {config.num_kv_heads} key and value, of {config.head_dim}"
+    return [
+        ("model", info.name),
+        ("fingerprint", info.fingerprint),
+        ("architecture", config.architecture),
+        ("layers", f"{config.num_layers} of width {config.hidden_size}"),
+        ("heads", heads),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+        ("parameters", f"{config.num_parameters:,}"),
+        ("weights on disk", f"{_size(file_bytes)} ({_name(config.dtype)})"),
+        ("weights in memory", f"{_size(weight_bytes)} ({_name(dtype)})"),
+        ("KV cache per token", f"{per_token:,} bytes"),
+        ("KV pool", f"{_size(pool_bytes)} in blocks of {block_size} tokens"),
+        ("tokens that fit", f"{pool_tokens:,}"),
+        (
+            "longest context",
+            f"{info.max_model_len:,} tokens (the model allows {config.max_position_embeddings:,})",
+        ),
+        ("end-of-sequence ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
+    ]
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(num_bytes: int) -> str:
+    """Binary units, as settings take them."""
+    value = float(num_bytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
