@@ -1,0 +1,286 @@
+"""The whole engine over a real model: greedy output against transformers, whatever happens around it.
+
+Every test compares with Hugging Face `generate` on the request alone, so chunking, batching, preemption,
+prefix sharing and a full pool are all judged by the same independent answer.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from photon_grpc.engine.core import EngineCore
+from photon_grpc.engine.messages import EngineRequest, Submit
+from photon_grpc.models.loader import load_weights
+from photon_grpc.models.registry import build_model, load_config
+from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.model_runner import ModelRunner
+from photon_grpc.runner.warmup import warm_up
+from photon_grpc.scheduler.output import SequenceOutput
+from photon_grpc.types import TokenLogprobs
+from tests.support.builders import engine_core, engine_request, generate, model_info, run_to_end, sampling
+from tests.support.tiny_model import tiny_model_folder
+
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+BLOCK_SIZE = 8
+NUM_TOKENS = 64
+CPU = torch.device("cpu")
+
+
+class Checkpoint:
+    """One tiny model folder: transformers' answers, and engines over it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = load_config(folder)
+        self._decoder = build_model(self.config, TorchOps(), dtype=torch.float32, device=CPU)
+        load_weights(self._decoder, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._answers: dict[tuple[tuple[int, ...], int], list[int]] = {}
+
+    def greedy(self, prompt: tuple[int, ...], num_tokens: int = NUM_TOKENS) -> list[int]:
+        """What transformers says, EOS ignored."""
+        if (prompt, num_tokens) not in self._answers:
+            ids = torch.tensor([prompt])
+            with torch.inference_mode():
+                output = self._reference.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    min_new_tokens=num_tokens,
+                    max_new_tokens=num_tokens,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            self._answers[prompt, num_tokens] = output[0, len(prompt) :].tolist()
+        return self._answers[prompt, num_tokens]
+
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """[tokens, vocab] of transformers."""
+        with torch.inference_mode():
+            return self._reference(torch.tensor([token_ids])).logits[0]
+
+    def runner(self, num_blocks: int = 256, max_num_seqs: int = 16) -> ModelRunner:
+        cache = KVCache(self.config, TorchOps(), num_blocks, BLOCK_SIZE, dtype=torch.float32, device=CPU)
+        for layer in cache.layers:
+            layer.fill_(float("nan"))
+        info = model_info(
+            vocab_size=self.config.vocab_size,
+            max_model_len=min(self.config.max_position_embeddings, num_blocks * BLOCK_SIZE),
+        )
+        return ModelRunner(self._decoder, info, cache, max_num_seqs=max_num_seqs)
+
+    def core(self, num_blocks: int = 256, **scheduler: Any) -> EngineCore:
+        max_num_seqs = scheduler.setdefault("max_num_seqs", 16)
+        scheduler.setdefault("max_num_batched_tokens", 512)
+        return engine_core(self.runner(num_blocks, max_num_seqs), **scheduler)
+
+    def prompt(self, length: int, seed: int = 0) -> tuple[int, ...]:
+        choose = random.Random(f"{length}/{seed}")
+        return tuple(choose.randrange(4, self.config.vocab_size) for _ in range(length))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    yield {family: Checkpoint(tiny_model_folder(folder, family)) for family in FAMILIES}
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint]) -> Checkpoint:
+    return checkpoints[request.param]
+
+
+@pytest.fixture(scope="module")
+def llama(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
+    return checkpoints["llama"]
+
+
+def greedy_request(prompt: tuple[int, ...], num_tokens: int = NUM_TOKENS, **overrides: Any) -> EngineRequest:
+    return engine_request(prompt, num_tokens, eos_token_ids=(), **overrides)
+
+
+@pytest.mark.parametrize("length", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 200])
+def test_greedy_tokens_are_those_of_transformers(checkpoint: Checkpoint, length: int) -> None:
+    prompt = checkpoint.prompt(length)
+    assert generate(checkpoint.core(), only=greedy_request(prompt))["only"] == checkpoint.greedy(prompt)
+
+
+@pytest.mark.parametrize("budget", [16, 23, 64])
+def test_chunks_do_not_change_the_output(checkpoint: Checkpoint, budget: int) -> None:
+    prompt = checkpoint.prompt(200)
+    core = checkpoint.core(max_num_batched_tokens=budget)
+    assert generate(core, only=greedy_request(prompt))["only"] == checkpoint.greedy(prompt)
+
+
+def test_company_in_the_batch_does_not_change_the_output(checkpoint: Checkpoint) -> None:
+    prompts = {f"p{length}": checkpoint.prompt(length) for length in (1, 7, 8, 9, 40, 100, 200)}
+    tokens = generate(checkpoint.core(), **{name: greedy_request(prompt) for name, prompt in prompts.items()})
+    assert tokens == {name: checkpoint.greedy(prompt) for name, prompt in prompts.items()}
+
+
+def test_batch_that_grows_shrinks_and_grows(llama: Checkpoint) -> None:
+    core = llama.core(max_num_seqs=6)
+    lengths = [(5, 40), (60, 8), (9, 20), (17, 64), (33, 3), (120, 30)]
+    tokens: dict[int, list[int]] = {}
+    outputs: list[SequenceOutput] = []
+    for key, (length, num_tokens) in enumerate(lengths):
+        core.submit(Submit(key, greedy_request(llama.prompt(length), num_tokens)))
+        for _ in range(7):
+            outputs.extend(core.step().outputs)
+    outputs.extend(run_to_end(core))
+    for output in outputs:
+        tokens.setdefault(output.key, []).extend(output.token_ids)
+    for key, (length, num_tokens) in enumerate(lengths):
+        assert tokens[key] == llama.greedy(llama.prompt(length), num_tokens)
+
+
+def test_preemption_in_the_middle_does_not_change_the_output(checkpoint: Checkpoint) -> None:
+    prompts = {f"p{seed}": checkpoint.prompt(30, seed) for seed in range(5)}
+    core = checkpoint.core(num_blocks=24)
+    tokens = generate(core, **{name: greedy_request(prompt) for name, prompt in prompts.items()})
+    assert core.scheduler.stats().preemptions > 0
+    assert tokens == {name: checkpoint.greedy(prompt) for name, prompt in prompts.items()}
+    assert core.scheduler.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_shared_prefixes_do_not_change_the_output(checkpoint: Checkpoint, prefix_caching: bool) -> None:
+    head = checkpoint.prompt(50)
+    prompts = {f"p{seed}": head + checkpoint.prompt(1 + 9 * seed, seed) for seed in range(3)}
+    core = checkpoint.core(prefix_caching=prefix_caching)
+    expected = {name: checkpoint.greedy(prompt) for name, prompt in prompts.items()}
+    for _ in range(2):
+        assert generate(core, **{n: greedy_request(p) for n, p in prompts.items()}) == expected
+    assert (core.scheduler.stats().prefix_hits > 0) == prefix_caching
+
+
+def test_prefix_blocks_survive_churn(llama: Checkpoint) -> None:
+    """Blocks are evicted and reused between hits; a recycled block must never pass for its old content."""
+    core = llama.core(num_blocks=40)
+    head = llama.prompt(48)
+    for round_number in range(6):
+        prompts = {
+            "again": head + llama.prompt(5),
+            "other": llama.prompt(100, seed=round_number),
+        }
+        tokens = generate(core, **{n: greedy_request(p, 24) for n, p in prompts.items()})
+        assert tokens == {n: llama.greedy(p, 24) for n, p in prompts.items()}
+
+
+def test_more_requests_than_fit(llama: Checkpoint) -> None:
+    prompts = {f"p{i}": llama.prompt(10 + i, seed=i) for i in range(20)}
+    core = llama.core(num_blocks=30, max_num_seqs=4, max_num_batched_tokens=40)
+    tokens = generate(core, **{name: greedy_request(prompt, 30) for name, prompt in prompts.items()})
+    assert tokens == {name: llama.greedy(prompt, 30) for name, prompt in prompts.items()}
+
+
+def test_warm_up_leaves_no_trace(llama: Checkpoint) -> None:
+    runner = llama.runner(max_num_seqs=1)
+    warm_up(runner)
+    core = engine_core(runner, max_num_seqs=1)
+    prompt = llama.prompt(20)
+    assert generate(core, only=greedy_request(prompt, 20))["only"] == llama.greedy(prompt, 20)
+    assert core.scheduler.stats().generation_tokens == 20
+
+
+def logprobs_of(outputs: list[SequenceOutput]) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+    prompt = [entry for output in outputs for entry in output.prompt_logprobs]
+    return prompt, [entry for output in outputs for entry in output.logprobs]
+
+
+@pytest.mark.parametrize("budget", [16, 512])
+def test_logprobs_are_those_of_transformers(llama: Checkpoint, budget: int) -> None:
+    prompt = llama.prompt(37)
+    core = llama.core(max_num_batched_tokens=budget)
+    core.submit(Submit(1, greedy_request(prompt, 6, top_logprobs=3, prompt_top_logprobs=2)))
+    prompt_logprobs, output_logprobs = logprobs_of(run_to_end(core))
+
+    token_ids = [*prompt, *llama.greedy(prompt, 6)]
+    expected = torch.log_softmax(llama.logits(token_ids).double(), dim=-1)
+    assert len(prompt_logprobs) == len(prompt) - 1
+    assert len(output_logprobs) == 6
+    for position, entry in enumerate([*prompt_logprobs, *output_logprobs]):
+        top = 2 if position < len(prompt) - 1 else 3
+        row = expected[position]
+        assert entry.logprob == pytest.approx(row[token_ids[position + 1]].item(), abs=1e-4)
+        best = torch.topk(row, top)
+        assert [token_id for token_id, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_seeded_sampling_depends_on_the_request_alone(llama: Checkpoint) -> None:
+    prompt = llama.prompt(30)
+    wanted = greedy_request(prompt, 40)
+
+    def seeded(seed: int, n: int = 1, tokens: int = 40) -> EngineRequest:
+        return (
+            greedy_request(prompt, tokens)
+            if n < 1
+            else engine_request(
+                prompt,
+                tokens,
+                n,
+                eos_token_ids=(),
+                sampling=sampling(temperature=0.9, top_p=0.95, seed=seed, n=n),
+            )
+        )
+
+    alone = generate(llama.core(), only=seeded(7))["only"]
+    assert alone != llama.greedy(prompt, 40)
+    assert alone != generate(llama.core(), only=seeded(8))["only"]
+    chunked = generate(llama.core(max_num_batched_tokens=16, max_num_seqs=4), only=seeded(7))["only"]
+    assert chunked == alone
+    company = {f"c{i}": seeded(100 + i) for i in range(5)}
+    assert generate(llama.core(), only=seeded(7), greedy=wanted, **company)["only"] == alone
+    small = llama.core(num_blocks=20)
+    assert generate(small, **company, only=seeded(7))["only"] == alone
+    assert small.scheduler.stats().preemptions > 0
+
+
+def test_completions_of_one_request_differ(llama: Checkpoint) -> None:
+    core = llama.core()
+    prompt = llama.prompt(20)
+    request = engine_request(prompt, 20, eos_token_ids=(), sampling=sampling(temperature=1.0, seed=3, n=3))
+    core.submit(Submit(1, request))
+    tokens: dict[int, list[int]] = {}
+    for output in run_to_end(core):
+        tokens.setdefault(output.index, []).extend(output.token_ids)
+    assert len({tuple(ids) for ids in tokens.values()}) == 3
+
+
+def test_one_row_of_nan_harms_nobody_else(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = llama.runner()
+    core = engine_core(runner, max_num_batched_tokens=512)
+    victim, other = llama.prompt(20, 1), llama.prompt(25, 2)
+    compute = runner._decoder.compute_logits
+    calls = 0
+
+    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = compute(hidden)
+        if calls == 5:
+            logits[0, 3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner._decoder, "compute_logits", poisoned)
+    core.submit(Submit(1, greedy_request(victim, 20)))
+    core.submit(Submit(2, greedy_request(other, 20)))
+    outputs = run_to_end(core)
+    assert [o.failure is not None for o in outputs if o.key == 1 and o.is_last] == [True]
+    assert [t for o in outputs if o.key == 2 for t in o.token_ids] == llama.greedy(other, 20)
+    assert core.scheduler.stats().faults == 1
+    assert core.scheduler.stats().kv_blocks_used == 0
