@@ -28,12 +28,10 @@ def _adopt_request_id(context: Any, request_id: str) -> str:
     return request_id
 
 
-def _set_success_trailers(
-    context: Any, request_id: str, finishes: list[Finish], usage: Usage, timings: Timings
-) -> None:
+def _set_success_trailers(context: Any, finishes: list[Finish], usage: Usage, timings: Timings) -> None:
     context.set_trailing_metadata(
         (
-            (REQUEST_ID_KEY, request_id),
+            (REQUEST_ID_KEY, request_id_of(context)),
             ("photon-finish-reason", convert.encode_finish_reasons(finishes)),
             ("photon-prompt-tokens", str(usage.prompt_tokens)),
             ("photon-output-tokens", str(usage.output_tokens)),
@@ -80,7 +78,7 @@ class InferenceServicer:
             if summary is None:
                 raise InternalError("the stream ended without a summary")
             ordered = [finishes[index] for index in sorted(finishes)]
-            _set_success_trailers(context, request_id, ordered, summary.usage, summary.timings)
+            _set_success_trailers(context, ordered, summary.usage, summary.timings)
 
     async def Generate(
         self, message: inference_pb2.GenerateRequest, context: Any
@@ -92,7 +90,7 @@ class InferenceServicer:
                 request, deadline=call.deadline, validate_only=message.validate_only
             )
             finishes = [completion.finish for completion in result.completions]
-            _set_success_trailers(context, request_id, finishes, result.usage, result.timings)
+            _set_success_trailers(context, finishes, result.usage, result.timings)
             return convert.encode_result(result)
 
     async def Tokenize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,3 +130,10 @@ def rich_error(error: grpc.RpcError) -> RichError:
         else:
             raise AssertionError(f"a detail of unexpected type {item.type_url}")
     return RichError(error.code(), error.details() or "", trailers, details)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait for a condition that has no event of its own; TimeoutError when it does not come true."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # what is watched is a figure of the server, not an event
+            await asyncio.sleep(0.005)
