@@ -89,7 +89,7 @@ class Generator:
 
     def activate(self, tokenizer: Tokenizer, chat: ChatRenderer) -> None:
         """Begin to answer; called when the engine is ready."""
-        model = replace(self._engine.info.model, has_chat_template=chat.has_template)
+        model = replace(self._engine.info.model, has_chat_template=chat.is_supported)
         self._text = TextModel(tokenizer, chat, model, Validator(model, self._limits))
 
     @property
