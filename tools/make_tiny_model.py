@@ -146,19 +146,19 @@ def make_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Te
     def linear(name: str, rows: int, columns: int, gain: float, bias: bool) -> None:
         weights[f"{name}.weight"] = normal(rows, columns, std=gain / math.sqrt(columns))
         if bias:
-            weights[f"{name}.bias"] = normal(rows, std=0.3)
+            weights[f"{name}.bias"] = normal(rows, std=0.1)
 
     def norm(name: str, size: int) -> None:
         weights[f"{name}.weight"] = normal(size, std=0.1, mean=1.0)
 
     attention_bias = bool(config.get("attention_bias", False))
     mlp_bias = bool(config.get("mlp_bias", False))
-    weights["model.embed_tokens.weight"] = normal(config["vocab_size"], hidden, std=0.3)
+    weights["model.embed_tokens.weight"] = normal(config["vocab_size"], hidden, std=0.2)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         norm(f"{prefix}.input_layernorm", hidden)
-        linear(f"{prefix}.self_attn.q_proj", heads * head_dim, hidden, 1.5, attention_bias or qwen2)
-        linear(f"{prefix}.self_attn.k_proj", kv_heads * head_dim, hidden, 1.5, attention_bias or qwen2)
+        linear(f"{prefix}.self_attn.q_proj", heads * head_dim, hidden, 1.0, attention_bias or qwen2)
+        linear(f"{prefix}.self_attn.k_proj", kv_heads * head_dim, hidden, 1.0, attention_bias or qwen2)
         linear(f"{prefix}.self_attn.v_proj", kv_heads * head_dim, hidden, 1.5, attention_bias or qwen2)
         linear(f"{prefix}.self_attn.o_proj", hidden, heads * head_dim, 2.0, attention_bias)
         if qwen3:
@@ -170,7 +170,7 @@ def make_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Te
         linear(f"{prefix}.mlp.down_proj", hidden, inner, 2.0, mlp_bias)
     norm("model.norm", hidden)
     if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = normal(config["vocab_size"], hidden, std=0.3)
+        weights["lm_head.weight"] = normal(config["vocab_size"], hidden, std=0.2)
     return weights
 
 
