@@ -528,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except StartupError as error:
-        _err.print(f"photon-grpc: {error.message}", style="red", markup=False, highlight=False)
+        _print_red(f"photon-grpc: {error.message}")
         sys.exit(2)
     except (CallError, PhotonError) as error:
         _print_failure(error)
@@ -659,7 +659,11 @@ def _print_failure(error: CallError | PhotonError) -> None:
         if error.retry_after_s is not None:
             lines.append(f"  try again in {error.retry_after_s:g} s")
     lines[1:1] = [f"  {field}: {description}" for field, description in violations]
-    _err.print("\n".join(lines), style="red", markup=False, highlight=False, soft_wrap=True)
+    _print_red("\n".join(lines))
+
+
+def _print_red(text: str) -> None:
+    _err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _load_table(report: LoadReport) -> Table:

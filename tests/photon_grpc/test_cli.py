@@ -1,0 +1,326 @@
+"""The command as a person meets it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import photon_grpc
+from photon_grpc.errors import FieldViolation, InvalidRequestError, OverloadedError
+from photon_grpc.types import ChatInput
+from tests.support.fake_front_door import FakeFrontDoor, Script
+from tests.support.grpc_harness import Harness, running_server
+from tests.support.tiny_model import tiny_model_folder
+
+COMMANDS = ("serve", "generate", "chat", "tokenize", "info", "bench", "health", "version")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PHOTON_")}
+    return {**kept, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+
+
+async def start(*arguments: str) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-m", "photon_grpc", *arguments)
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment()
+    )
+
+
+async def run(*arguments: str, stdin: bytes = b"") -> Result:
+    process = await start(*arguments)
+    out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    return Result(process.returncode, out.decode(), err.decode())
+
+
+@pytest.fixture
+def door() -> FakeFrontDoor:
+    return FakeFrontDoor()
+
+
+@pytest.fixture
+async def server(door: FakeFrontDoor) -> AsyncIterator[Harness]:
+    async with running_server(door) as harness:
+        yield harness
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("models"))
+
+
+class TestHelp:
+    async def test_every_command_is_listed(self) -> None:
+        result = await run("--help")
+        assert result.code == 0
+        for command in COMMANDS:
+            assert re.search(rf"^│ {command} +\S", result.out, re.MULTILINE), command
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    async def test_every_option_is_explained(self, command: str) -> None:
+        result = await run(command, "--help")
+        assert result.code == 0
+        for line in re.findall(r"^│ (?:\* +)?(--\S+.*?) *│$", result.out, re.MULTILINE):
+            assert re.search(r"  +\S.*[.\])]$", line), line
+
+    async def test_no_command_shows_the_help(self) -> None:
+        assert "serve" in (await run()).out
+
+    async def test_the_version(self) -> None:
+        assert (await run("version")).out == f"photon-grpc {photon_grpc.__version__}\n"
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ((), "model.path: missing"),
+            (("--model", "demo", "--dtype", "int8"), "model.dtype = 'int8' (from --dtype)"),
+            (
+                ("--model", "demo", "--set", "servre.port=1"),
+                "servre: no such setting (from --set servre.port)",
+            ),
+            (("--model", "demo", "--set", "nonsense"), "expected section.key=value"),
+            (("--model", "demo", "--kv-cache-memory", "2 sheep"), "(from --kv-cache-memory)"),
+            (("--model", "demo", "--host", "0.0.0.0"), "server.host = '0.0.0.0' (from --host)"),
+            (("--model", "demo", "--config", "absent.toml"), "absent.toml: no such file"),
+            (("--model", "absent-folder"), "absent-folder: no such folder"),
+        ],
+    )
+    async def test_a_wrong_one_ends_the_start_with_code_2(self, arguments: Sequence[str], words: str) -> None:
+        result = await run("serve", *arguments)
+        assert result.code == 2
+        assert words in result.err
+        assert "Traceback" not in result.err
+        assert result.out == ""
+
+    async def test_flags_reach_their_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import photon_grpc.app
+        from photon_grpc import cli
+        from photon_grpc.options import Options
+
+        seen: list[Options] = []
+
+        def fake_run(options: Options, **_: object) -> int:
+            seen.append(options)
+            return 0
+
+        monkeypatch.setattr(photon_grpc.app, "run", fake_run)
+        monkeypatch.setattr(cli, "configure_logging", lambda options: None)
+        flags = "--model demo --host 127.0.0.2 --port 7 --dev --dtype bfloat16 --backend cpu"
+        flags += " --kv-cache-memory 1MiB --max-num-seqs 3 --max-model-len 99 --no-prefix-caching"
+        flags += " --set scheduler.max_num_batched_tokens=17"
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["serve", *flags.split()])
+        assert caught.value.code == 0
+        (options,) = seen
+        assert (options.model.path, options.model.dtype, options.model.backend) == ("demo", "bfloat16", "cpu")
+        assert (options.server.host, options.server.port, options.server.reflection) == (
+            "127.0.0.2",
+            7,
+            "public",
+        )
+        assert (options.cache.kv_cache_memory_bytes, options.cache.prefix_caching) == (1 << 20, False)
+        assert (options.scheduler.max_num_seqs, options.model.max_model_len) == (3, 99)
+        assert options.scheduler.max_num_batched_tokens == 17
+
+
+class TestAgainstAServer:
+    async def test_generate_streams_text_and_reports_on_standard_error(self, server: Harness) -> None:
+        result = await run("generate", "hi", "--address", server.target, "--echo")
+        assert (result.code, result.out) == (0, "hi tok tok tok\n")
+        assert "4 prompt tokens (1 cached), 3 output tokens" in result.err
+        assert "first token after 500.0 ms, 2.0 tokens/s, finish: STOP 'stop'" in result.err
+
+    async def test_generate_quietly(self, server: Harness) -> None:
+        result = await run("generate", "hi", "--address", server.target, "--quiet")
+        assert (result.out, result.err) == (" tok tok tok\n", "")
+
+    async def test_generate_writes_each_piece_at_once(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(num_deltas=None, interval_s=0.001)
+        process = await start("generate", "hi", "--address", server.target)
+        assert process.stdout is not None
+        assert await process.stdout.readexactly(8) == b" tok tok"
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+        assert process.returncode == 130
+        await asyncio.wait_for(door.streams[0].left.wait(), 10)
+
+    async def test_a_reader_that_leaves_ends_the_command_quietly(
+        self, server: Harness, door: FakeFrontDoor
+    ) -> None:
+        door.script = Script(num_deltas=None, interval_s=0.001)
+        command = f"{sys.executable} -m photon_grpc generate hi --address {server.target} | head -c 8"
+        process = await asyncio.create_subprocess_shell(
+            command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment()
+        )
+        out, err = await process.communicate()
+        assert (out, err) == (b" tok tok", b"")
+        await asyncio.wait_for(door.streams[0].left.wait(), 10)
+
+    async def test_the_prompt_may_come_from_standard_input(
+        self, server: Harness, door: FakeFrontDoor
+    ) -> None:
+        await run("generate", "-", "--address", server.target, stdin="gr\u00fcn\n".encode())
+        assert door.requests[0].prompt == "gr\u00fcn\n"
+
+    async def test_a_prompt_that_is_no_text_is_refused(self, server: Harness, door: FakeFrontDoor) -> None:
+        result = await run("generate", "-", "--address", server.target, stdin=b"\xff\xfe")
+        assert result.code == 2
+        assert "not valid UTF-8" in result.err
+        assert door.requests == []
+
+    async def test_an_error_shows_its_fields(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(
+            error=InvalidRequestError([FieldViolation("spec.sampling.top_p", "must be > 0")])
+        )
+        result = await run("generate", "hi", "--address", server.target)
+        assert result.code == 1
+        assert "INVALID_ARGUMENT (INVALID_FIELD): " in result.err
+        assert "  spec.sampling.top_p: must be > 0" in result.err
+        assert "Traceback" not in result.err
+
+    async def test_an_error_says_when_to_come_back(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(error=OverloadedError("the queue is full", retry_after_s=2.0))
+        result = await run("generate", "hi", "--address", server.target)
+        assert result.code == 1
+        assert re.search(r"try again in [\d.]+ s", result.err)
+
+    async def test_engine_settings_have_no_place_beside_an_address(self, server: Harness) -> None:
+        result = await run("generate", "hi", "--address", server.target, "--dtype", "float16")
+        assert result.code == 2
+        assert "--dtype: has no effect on the server at --address" in result.err
+
+    async def test_chat_keeps_the_conversation_until_reset(
+        self, server: Harness, door: FakeFrontDoor
+    ) -> None:
+        lines = b"one\n\ntwo\n/what\n/reset\nthree\n/exit\nnever\n"
+        result = await run("chat", "--address", server.target, "--system", "be brief", stdin=lines)
+        assert (result.code, result.out) == (0, " tok tok tok\n" * 3)
+        conversations = []
+        for request in door.requests:
+            assert isinstance(request.prompt, ChatInput)
+            conversations.append([f"{m.role.value}: {m.content}" for m in request.prompt.messages])
+        assert conversations == [
+            ["system: be brief", "user: one"],
+            ["system: be brief", "user: one", "assistant:  tok tok tok", "user: two"],
+            ["system: be brief", "user: three"],
+        ]
+
+    async def test_a_failed_turn_leaves_the_conversation(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(error=OverloadedError("the queue is full", retry_after_s=1.0))
+        result = await run("chat", "--address", server.target, stdin=b"one\ntwo\n")
+        assert result.code == 1
+        assert result.err.count("the queue is full") == 2
+        last = door.requests[-1].prompt
+        assert isinstance(last, ChatInput)
+        assert len(last.messages) == 1
+
+    async def test_tokenize(self, server: Harness) -> None:
+        result = await run("tokenize", "h\u00e9llo", "--address", server.target)
+        assert re.findall(r"(\d+) +('.*?')", result.out) == [("1", "'h\u00e9'"), ("2", "'ll'")]
+        assert (await run("tokenize", "x", "--ids", "--address", server.target)).out == "1 2\n"
+
+    async def test_bench_runs_every_call(self, server: Harness, door: FakeFrontDoor) -> None:
+        result = await run("bench", "--address", server.target, "-c", "3", "-r", "7", "-n", "5")
+        assert result.code == 0
+        assert re.search(r"7 calls, 21 tokens in [\d.]+ s: [\d.]+ tokens/s", result.out)
+        for row in ("time to first token", "between tokens", "whole call"):
+            assert re.search(rf"{row}(\s+\d+\.\d\d){{4}}", result.out), row
+        assert len(door.requests) == 7
+        assert len({str(request.prompt) for request in door.requests}) == 7
+        assert {request.stop.max_tokens for request in door.requests} == {5}
+
+    async def test_bench_reports_failures(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(error=OverloadedError("the queue is full", retry_after_s=1.0))
+        result = await run("bench", "--address", server.target, "-r", "3")
+        assert result.code == 1
+        assert "3 calls failed; the first:" in result.err
+        assert "OVERLOADED" in result.err
+
+    async def test_health(self, server: Harness) -> None:
+        result = await run("health", "--address", server.target)
+        assert (result.code, result.out) == (0, f"{server.target} serves fake (photon-grpc 0.1.0)\n")
+        server.server.set_dead()
+        assert (await run("health", "--address", server.target)).code == 1
+
+
+class TestOffline:
+    async def test_info(self, model: Path) -> None:
+        result = await run("info", "--model", str(model), "--kv-cache-memory", "768KiB")
+        assert result.code == 0
+        rows = dict(re.findall(r"^ (\S.*?)  +(\S.*?) *$", result.out, re.MULTILINE))
+        assert rows["architecture"] == "LlamaForCausalLM"
+        per_token = int(rows["KV cache per token"].removesuffix(" bytes").replace(",", ""))
+        num_tokens = int(rows["tokens that fit"].replace(",", ""))
+        assert num_tokens == (768 << 10) // (16 * per_token) * 16
+        # Two tensors of one header aside, the file is its parameters.
+        size = (model / "model.safetensors").stat().st_size
+        assert 0 <= size - 4 * int(rows["parameters"].replace(",", "")) < 8192
+
+    async def test_tokenize(self, model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        text = "def read(x): na\u00efve"
+        result = await run("tokenize", text, "--ids", "--model", str(model))
+        assert [int(word) for word in result.out.split()] == AutoTokenizer.from_pretrained(model).encode(text)
+
+    async def test_a_damaged_folder_ends_with_code_2(self, model: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "config.json").write_text((model / "config.json").read_text())
+        result = await run("generate", "x", "--model", str(broken))
+        assert result.code == 2
+        assert "Traceback" not in result.err
+
+    async def test_generate_is_what_the_server_generates(self, model: Path) -> None:
+        common = ("def read", "--max-tokens", "12", "--temperature", "0", "--ignore-eos")
+        offline = await run("generate", *common, "--model", str(model), "--kv-cache-memory", "4MiB")
+        assert offline.code == 0
+        assert "12 output tokens" in offline.err
+        assert "finish: MAX_TOKENS" in offline.err
+
+        settings = ("--set", "server.admin_port=0", "--set", "server.drain_propagation_s=0")
+        server = await start(
+            *("serve", "--model", str(model), "--port", "0", "--kv-cache-memory", "4MiB"), *settings
+        )
+        try:
+            assert server.stdout is not None
+            line = (await server.stdout.readline()).decode()
+            match = re.fullmatch(r"serving llama at (127\.0\.0\.1:\d+) \(admin 127\.0\.0\.1:\d+\)\n", line)
+            assert match is not None, line
+            online = await run("generate", *common, "--address", match[1])
+        finally:
+            server.terminate()
+            _, log = await server.communicate()
+        assert online.out == offline.out
+        assert server.returncode == 0, log.decode()
+
+    async def test_a_request_that_is_refused_ends_with_code_1(self, model: Path) -> None:
+        result = await run("generate", "x", "-n", "0", "--model", str(model), "--kv-cache-memory", "4MiB")
+        assert result.code == 1
+        assert "max_tokens" in result.err
+        assert "Traceback" not in result.err
+
+    async def test_chat(self, model: Path) -> None:
+        flags = ("--model", str(model), "--kv-cache-memory", "4MiB", "-n", "5", "-t", "0")
+        result = await run("chat", *flags, stdin=b"hello\nwho\n")
+        assert result.code == 0
+        assert result.err.count("output tokens") == 2
