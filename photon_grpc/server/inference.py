@@ -63,7 +63,6 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
-            del message  # up to a megabyte that the stream does not need
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
