@@ -650,15 +650,16 @@ def _print_ending(ending: Ending) -> None:
 def _print_failure(error: CallError | PhotonError) -> None:
     """An error as a person reads it: what, which fields, when to come back."""
     violations: list[tuple[str, str]] = []
+    lines = [error.message]
     if isinstance(error, RequestError):
         violations = [(violation.field, violation.description) for violation in error.violations]
-    lines = [error.message]
     if isinstance(error, CallError):
         violations = list(error.violations)
         lines = [f"{error.status}{f' ({error.reason})' if error.reason else ''}: {error.message}"]
-        if error.retry_after_s is not None:
-            lines.append(f"  try again in {error.retry_after_s:g} s")
-    lines[1:1] = [f"  {field}: {description}" for field, description in violations]
+    # The message of an invalid request already lists its fields.
+    lines += [f"  {field}: {text}" for field, text in violations if text not in error.message]
+    if isinstance(error, CallError) and error.retry_after_s is not None:
+        lines.append(f"  try again in {error.retry_after_s:g} s")
     _print_red("\n".join(lines))
 
 
