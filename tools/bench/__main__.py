@@ -1,0 +1,295 @@
+"""Command line of the benchmarks; see `python -m tools.bench --help`.
+
+Option lists take one value per use: `--batch 1 --batch 16`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from photon_grpc.errors import StartupError
+from photon_grpc.options import SchedulerOptions
+from tools.bench import report, serving
+from tools.bench.figures import Objective
+from tools.bench.server_process import ServerSpec
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+# A file or a pipe has no width of its own; the tables need this much to stay in one line.
+console = Console(width=None if sys.stdout.isatty() else 200)
+
+Model = Annotated[str, typer.Option("--model", help="Model folder; `demo` is the embedded model.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; both sides use it.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="torch threads; 0: torch's own choice.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1)]
+NewTokens = Annotated[int, typer.Option("--new-tokens", min=2)]
+Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Counted rounds of everything.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts and arrivals.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder for JSON and plot.")]
+Name = Annotated[str, typer.Option("--name", help="Stem of the files; empty: after what was run.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What this release promises, as a ratio or a cost that hardly depends on the machine."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the promise is kept."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+@app.command()
+def engine(
+    model: Model,
+    dtype: Dtype = "float32",
+    batch: Annotated[list[int], typer.Option("--batch", min=1, help="Rows at a time; may be repeated.")] = [  # noqa: B006
+        1,
+        4,
+        16,
+    ],
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 128,
+    threads: Threads = 0,
+    repeat: Repeat = 5,
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "",
+) -> None:
+    """Decode in one process against Hugging Face `generate`."""
+    run_engine(model, dtype, tuple(batch), prompt_tokens, new_tokens, threads, repeat, seed, output, name)
+
+
+def run_engine(
+    model: str,
+    dtype: str,
+    batches: tuple[int, ...],
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int,
+    repeat: int,
+    seed: int,
+    output: Path,
+    name: str,
+) -> dict[int, float]:
+    """Run, print and write; the median decode ratio by batch size."""
+    from tools.bench import engine as engine_bench
+
+    plan = engine_bench.EnginePlan(
+        model, dtype, batches, prompt_tokens, new_tokens, num_threads=threads, repeats=repeat, seed=seed
+    )
+    with console.status("engine") as status:
+        rows = engine_bench.run(plan, lambda text: status.update(f"engine: {text}"))
+    engine_bench.print_table(
+        console, rows, f"engine: {model}, {dtype}, {prompt_tokens} + {new_tokens} tokens"
+    )
+    result = engine_bench.to_result(plan, rows)
+    stem = name or f"engine-{Path(model).name}"
+    path = report.write(output, stem, result, lambda figure: engine_bench.draw(figure, rows))
+    console.print(f"wrote {path}")
+    return {row.batch: median(row.decode_ratios) for row in rows}
+
+
+@app.command(name="serving")
+def serve(
+    model: Annotated[str, typer.Option("--model", help="Model folder; `demo` is the embedded model.")] = "",
+    fake_engine: Annotated[
+        bool, typer.Option("--fake-engine", help="No model: scripted tokens, everything else real.")
+    ] = False,
+    step_ms: Annotated[
+        float, typer.Option("--step-ms", min=0, help="With --fake-engine: time asleep in each step.")
+    ] = 20.0,
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    concurrency: Annotated[
+        list[int], typer.Option("--concurrency", "--streams", min=1, help="Closed loop; may be repeated.")
+    ] = [],  # noqa: B006
+    rate: Annotated[
+        list[float], typer.Option("--rate", min=0.001, help="Open loop, calls/s; may be repeated.")
+    ] = [],  # noqa: B006
+    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of sending.")] = 10.0,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 128,
+    compare_sequential: Annotated[
+        int,
+        typer.Option(
+            "--compare-sequential", min=0, help="Only: the same requests singly and this many together."
+        ),
+    ] = 0,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="With --compare-sequential.")] = 32,
+    clients: Annotated[
+        int, typer.Option("--clients", min=0, help="Client processes; 0: half of the cores.")
+    ] = 0,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 0,
+    slo_ttft_ms: Annotated[float, typer.Option("--slo-ttft-ms", min=0)] = 500.0,
+    slo_tpot_ms: Annotated[float, typer.Option("--slo-tpot-ms", min=0)] = 50.0,
+    repeat: Repeat = 1,
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "",
+) -> None:
+    """The whole service under streaming load from other processes."""
+    if bool(model) == fake_engine:
+        raise typer.BadParameter("give either --model or --fake-engine")
+    if not (concurrency or rate or compare_sequential):
+        concurrency = [1, 16]
+    most = max([*concurrency, compare_sequential, 64])
+    spec = server_spec(model, dtype, threads, step_ms, max_num_seqs or most)
+    plan = serving.ServingPlan(
+        spec,
+        tuple(concurrency),
+        tuple(rate),
+        duration,
+        prompt_tokens,
+        new_tokens,
+        Objective(slo_ttft_ms / 1e3, slo_tpot_ms / 1e3),
+        num_client_processes=clients or serving.default_processes(),
+        repeats=repeat,
+        seed=seed,
+    )
+    run_serving(plan, compare_sequential, requests, output, name)
+
+
+def server_spec(model: str, dtype: str, threads: int, step_ms: float, max_num_seqs: int) -> ServerSpec:
+    """A scripted engine has the budget to begin every stream in a step or two; a real one, the default."""
+    if model:
+        folder = model if model == "demo" else os.path.abspath(model)
+        budget = max(SchedulerOptions().max_num_batched_tokens, max_num_seqs)
+        return ServerSpec(folder, dtype, threads, 0.0, max_num_seqs, budget)
+    return ServerSpec(
+        step_s=step_ms / 1e3, max_num_seqs=max_num_seqs, max_num_batched_tokens=64 * max_num_seqs
+    )
+
+
+def run_serving(
+    plan: serving.ServingPlan, compare_sequential: int, num_requests: int, output: Path, name: str
+) -> tuple[list[serving.ServingRow], serving.Comparison | None]:
+    """Run, print and write."""
+    comparison: serving.Comparison | None = None
+    rows: list[serving.ServingRow] = []
+    with console.status("serving: starting") as status:
+        if compare_sequential:
+            status.update(f"serving: one at a time and {compare_sequential} at a time")
+            comparison, rows = serving.compare_sequential(plan, compare_sequential, num_requests)
+        else:
+            for row in serving.run(plan):
+                rows.append(row)
+                status.update(f"serving: {row.label} done")
+    what = plan.server.model or f"fake engine, steps of {plan.server.step_s * 1e3:g} ms"
+    serving.print_table(console, rows, f"serving: {what}, {plan.prompt_tokens} + {plan.new_tokens} tokens")
+    if comparison is not None:
+        ratios = comparison.ratios
+        console.print(
+            f"{compare_sequential} at a time / one at a time: median {median(ratios):.2f}, "
+            f"min {min(ratios):.2f}, max {max(ratios):.2f}"
+        )
+    stem = name or serving.results_name(plan) + ("-compare" if comparison else "")
+    result = serving.to_result(plan, rows, comparison)
+    path = report.write(output, stem, result, lambda figure: serving.draw(figure, rows))
+    console.print(f"wrote {path}")
+    return rows, comparison
+
+
+@app.command(name="all")
+def every(
+    model: Model = "demo",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+) -> None:
+    """The bars of this release, each from a short run; exit code 1 when one is missed."""
+    ratios = run_engine(model, "float32", (1, 4, 16), 64, 128, threads, 5, seed, output, "")
+    clients = serving.default_processes()
+    objective = Objective(0.5, 0.05)
+    together = serving.ServingPlan(
+        server_spec(model, "float32", threads, 0.0, 64), (), (), 0.0, 64, 128, objective, clients, 3, seed
+    )
+    _, comparison = run_serving(together, 16, 32, output, "")
+    sweep = serving.ServingPlan(
+        together.server, (1, 16), (2.0, 4.0), 8.0, 64, 128, objective, clients, 1, seed
+    )
+    run_serving(sweep, 0, 0, output, "")
+    front = serving.ServingPlan(
+        server_spec("", "auto", 0, 20.0, 256), (64, 256), (), 6.0, 64, 128, objective, clients, 3, seed
+    )
+    rows, _ = run_serving(front, 0, 0, output, "")
+    assert comparison is not None
+    many = [row for row in rows if row.concurrency == 256]
+    judge(
+        [
+            Bar("batch 1 decode / Hugging Face generate", ratios[1], 1.5, at_least=True),
+            Bar("16 streams / one at a time, tokens/s", median(comparison.ratios), 3.0, at_least=True),
+            Bar(
+                "256 streams, fake engine: tokens per core-second",
+                median(row.tokens_per_core_second for row in many),
+                12_000,
+                at_least=True,
+            ),
+            Bar(
+                "256 streams, fake engine: us of server CPU per token",
+                median(row.cpu_us_per_token for row in many),
+                100,
+                at_least=False,
+            ),
+        ],
+        output,
+    )
+
+
+def judge(bars: list[Bar], output: Path) -> None:
+    """Print and write which bars hold. Exits with 1 when one does not."""
+    table = Table(title="bars of this release; medians over the rounds")
+    for column in ("bar", "required", "measured", ""):
+        table.add_column(column)
+    for bar in bars:
+        table.add_row(
+            bar.name,
+            f"{'>=' if bar.at_least else '<='} {bar.bound:g}",
+            f"{bar.value:,.2f}",
+            "[green]pass" if bar.passed else "[red]FAIL",
+        )
+    console.print(table)
+    verdicts = [
+        {
+            "bar": bar.name,
+            "bound": bar.bound,
+            "at_least": bar.at_least,
+            "value": bar.value,
+            "passed": bar.passed,
+        }
+        for bar in bars
+    ]
+    report.write(output, "bars", {"bars": verdicts}, lambda figure: _draw_bars(figure, bars))
+    if not all(bar.passed for bar in bars):
+        raise typer.Exit(1)
+
+
+def _draw_bars(figure: Figure, bars: list[Bar]) -> None:
+    axes = figure.subplots()
+    margins = [bar.value / bar.bound if bar.at_least else bar.bound / bar.value for bar in bars]
+    axes.barh([bar.name for bar in bars], margins, color=["C2" if bar.passed else "C3" for bar in bars])
+    axes.axvline(1.0, color="black")
+    axes.set_xlabel("margin: 1 is the bar, more is better")
+    axes.invert_yaxis()
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except StartupError as error:
+        console.print(f"[red]{error.message}")
+        raise SystemExit(2) from None

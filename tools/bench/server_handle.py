@@ -1,0 +1,114 @@
+"""Starts and stops a server process, and counts the CPU time it uses, by kind of thread."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from tools.bench.server_process import ServerSpec
+
+__all__ = ["CpuTimes", "ServerHandle"]
+
+_STOP_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """User and system seconds of the server process.
+
+    `process` is of all threads, living and ended. `event_loop` is the main thread, `engine` the engine
+    thread; `others` is the rest: gRPC's own threads, the text pool, torch's workers.
+    """
+
+    process: float
+    event_loop: float
+    engine: float
+
+    @property
+    def others(self) -> float:
+        """What neither the event loop nor the engine thread used."""
+        return self.process - self.event_loop - self.engine
+
+    @property
+    def front_end(self) -> float:
+        """Everything but the engine thread."""
+        return self.process - self.engine
+
+    def __sub__(self, earlier: CpuTimes) -> CpuTimes:
+        return CpuTimes(
+            self.process - earlier.process,
+            self.event_loop - earlier.event_loop,
+            self.engine - earlier.engine,
+        )
+
+
+class ServerHandle:
+    """A serving process inside a `with` block. Raises RuntimeError with its log if it does not serve."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self._spec = spec
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by __exit__
+        self._process: subprocess.Popen[str] | None = None
+        self._main_thread = 0
+        self._engine_thread = 0
+        self.address = ""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tools.bench.server_process", self._spec.to_json()],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait(_STOP_S)
+            self._log.seek(0)
+            raise RuntimeError(f"the server did not start:\n{self._log.read()[-4000:]}")
+        announced = json.loads(line)
+        self._main_thread = announced["main_thread"]
+        self._engine_thread = announced["engine_thread"]
+        self.address = f"127.0.0.1:{announced['port']}"
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def cpu_times(self) -> CpuTimes:
+        """CPU time used so far; the kernel counts it in ticks of ten milliseconds."""
+        assert self._process is not None
+        process = psutil.Process(self._process.pid)
+        total = process.cpu_times()
+        by_thread = {t.id: t.user_time + t.system_time for t in process.threads()}
+        return CpuTimes(
+            process=total.user + total.system,
+            event_loop=by_thread[self._main_thread],
+            engine=by_thread[self._engine_thread],
+        )
+
+    def memory_bytes(self) -> int:
+        """Resident memory now."""
+        assert self._process is not None
+        return int(psutil.Process(self._process.pid).memory_info().rss)

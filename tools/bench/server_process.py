@@ -1,0 +1,139 @@
+"""The server under load, in a process of its own: `python -m tools.bench.server_process SPEC`.
+
+SPEC is a ServerSpec as JSON. With a model it runs `photon_grpc.app`, the same composition root as
+`photon-grpc serve`. Without one it puts the same front door and the same gRPC server over a runner
+that makes its tokens up, so that everything but the model is measured. Once it serves it prints one
+line of JSON: the port and the ids of its main and engine threads, by which CPU time is told apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import uvloop
+
+import photon_grpc
+from photon_grpc import app
+from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.frontend.chat import ChatRenderer
+from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.tokenizer import Tokenizer
+from photon_grpc.options import (
+    EngineOptions,
+    KVCacheOptions,
+    ModelOptions,
+    Options,
+    SchedulerOptions,
+    ServerOptions,
+    TelemetryOptions,
+)
+from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.server.server import Server
+from photon_grpc.telemetry.logging import configure_logging
+from photon_grpc.telemetry.metrics import Metrics
+from photon_grpc.types import ModelInfo
+from tools.make_tiny_model import write_tokenizer
+
+SCRIPTED_VOCAB_SIZE = 512
+_SCRIPTED_MODEL_LEN = 4096
+_SCRIPTED_BLOCKS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """`model` empty: the scripted runner, whose every step takes `step_s` asleep."""
+
+    model: str = ""
+    dtype: str = "auto"
+    num_threads: int = 0
+    step_s: float = 0.0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerSpec:
+        """A spec that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def options(self) -> Options:
+        """A loopback server on a free port that logs as in production and leaves at once."""
+        return Options(
+            model=ModelOptions(path=self.model, dtype=self.dtype),
+            cache=KVCacheOptions(kv_cache_memory_bytes=512 << 20),
+            scheduler=SchedulerOptions(
+                max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
+            ),
+            engine=EngineOptions(num_threads=self.num_threads),
+            server=ServerOptions(port=0, admin_port=-1, drain_propagation_s=0.0, drain_max_s=5.0),
+            telemetry=TelemetryOptions(log_format="json"),
+        )
+
+
+def _announce(port: int) -> None:
+    engine = next(t.native_id for t in threading.enumerate() if t.name == "photon-engine")
+    line = {"port": port, "main_thread": threading.get_native_id(), "engine_thread": engine}
+    print(json.dumps(line), flush=True)
+
+
+async def _serve_scripted(spec: ServerSpec) -> int:
+    options = spec.options()
+    leave = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, leave.set)
+    model = ModelInfo(
+        name="scripted",
+        fingerprint="scripted",
+        vocab_size=SCRIPTED_VOCAB_SIZE,
+        max_model_len=_SCRIPTED_MODEL_LEN,
+        eos_token_ids=(1,),
+    )
+    metrics = Metrics(photon_grpc.__version__)
+    with ThreadPoolExecutor(options.server.text_threads) as text_pool:
+        engine = AsyncEngine(
+            lambda: ScriptedRunner(model, num_blocks=_SCRIPTED_BLOCKS, step_s=spec.step_s, check_cache=False),
+            options.scheduler,
+            options.cache,
+            options.limits,
+            on_step=metrics.observe_step,
+            on_stopped=lambda error: leave.set(),
+        )
+        generator = Generator(engine, options.limits, text_pool, metrics=metrics)
+        server = Server(generator, options)
+        ports = await server.start()
+        await engine.start()
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(Path(folder), SCRIPTED_VOCAB_SIZE, add_bos=False)
+            tokenizer = Tokenizer.load(folder)
+        generator.activate(tokenizer, ChatRenderer(tokenizer))
+        server.set_serving()
+        _announce(ports.public)
+        await leave.wait()
+        await server.drain()
+        await engine.stop()
+    return 0
+
+
+def main() -> int:
+    spec = ServerSpec.from_json(sys.argv[1])
+    options = spec.options()
+    configure_logging(options.telemetry)
+    if not spec.model:
+        code: int = uvloop.run(_serve_scripted(spec))
+        return code
+    return app.run(options, ready=lambda service: _announce(service.ports.public))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
