@@ -46,6 +46,10 @@ class Linear:
         """[rows, in_features] -> [rows, out_features]."""
         return self._ops.linear(x, self.weight, self.bias)
 
+    def pack(self) -> None:
+        """Let the Ops choose the weight's final form. Nothing can be loaded afterwards."""
+        self.weight = self._ops.pack_linear(self.weight)
+
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         start = 0
         for name, rows in self._parts:

@@ -67,6 +67,17 @@ class DecoderModel:
         if not self.config.tie_word_embeddings:
             yield "lm_head.weight", self._head
 
+    def pack(self) -> None:
+        """Bring the loaded weights into the form that the Ops compute with, one at a time.
+
+        A tied head stays as it is: rows of it are still looked up, and two copies would cost more memory
+        than the packed form gains.
+        """
+        for layer in self._layers:
+            layer.pack()
+        if not self.config.tie_word_embeddings:
+            self._head = self._ops.pack_linear(self._head)
+
 
 class _DecoderLayer:
     def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
@@ -109,6 +120,10 @@ class _DecoderLayer:
         x = self._ops.add_rms_norm(attended, residual, self._post_norm, self._eps)
         return self._down(self._ops.silu_and_mul(self._gate_up(x)))
 
+    def pack(self) -> None:
+        for linear in (*self._attention.linears, self._gate_up, self._down):
+            linear.pack()
+
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield f"{prefix}.input_layernorm.weight", self._input_norm
         yield from self._attention.checkpoint_tensors(f"{prefix}.self_attn")
@@ -141,6 +156,7 @@ class _Attention:
             dtype=dtype,
             device=device,
         )
+        self.linears = (self._qkv, self._output)
         # One row each for q and k; no storage where the family has no such norm.
         self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
 

@@ -60,6 +60,8 @@ class Loadable(Protocol):
 
     def checkpoint_tensors(self) -> Iterable[tuple[str, Tensor]]: ...
 
+    def pack(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -77,7 +79,7 @@ def load_weights(model: Loadable, folder: Path, *, progress: Progress | None = N
     The folder holds model.safetensors, or an index and its shards. Names and shapes must be exactly
     those the model wants. Two kinds of extra are passed over: `rotary_emb.inv_freq` buffers, and
     `lm_head.weight` for a model whose head is tied to its embedding. Files may be symbolic links, as in
-    a Hugging Face cache. Raises ModelLoadError; the model's contents are then undefined.
+    a Hugging Face cache. A model is loaded once. Raises ModelLoadError; its contents are then undefined.
     """
     wanted = dict(model.checkpoint_tensors())
     files = _locate(folder)
@@ -107,6 +109,9 @@ def load_weights(model: Loadable, folder: Path, *, progress: Progress | None = N
                     done += size
                     if progress is not None:
                         progress(done, total)
+    # The views would keep every weight alive beside its packed form.
+    wanted.clear()
+    model.pack()
 
 
 def _locate(folder: Path) -> dict[str, frozenset[str] | None]:
@@ -203,7 +208,9 @@ def _check_placement(
         if missing := sorted(indexed - found):
             raise ModelLoadError(f"{file_name}: missing {_list(missing)}, which {INDEX_FILE} puts there")
         if unexpected := sorted(found - indexed):
-            raise ModelLoadError(f"{file_name}: unexpected {_list(unexpected)}: {INDEX_FILE} has it elsewhere")
+            raise ModelLoadError(
+                f"{file_name}: unexpected {_list(unexpected)}: {INDEX_FILE} has it elsewhere"
+            )
 
 
 def _check_names(wanted: Mapping[str, Tensor], headers: Mapping[str, Mapping[str, _Entry]]) -> None:

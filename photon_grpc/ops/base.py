@@ -68,7 +68,7 @@ class Ops(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [rows, in] times `weight` [out, in] transposed, plus `bias` [out]: [rows, out]."""
+        """x [rows, in] times `weight` [out, in] transposed, plus `bias`; `weight` may be packed."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,6 +101,13 @@ class Ops(ABC):
         num_kv_heads). The step's `kv` must be in `layer_cache` already and is passed besides, for a
         row whose whole context it is. No slot outside a row's context has any effect, whatever it holds.
         """
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """The form in which `linear` likes a weight best, made once after loading; it may take its place.
+
+        Only `linear` of the same Ops can read the result.
+        """
+        return weight
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Add `x` to `residual` in place and return the norm of the sum."""

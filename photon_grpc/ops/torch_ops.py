@@ -24,9 +24,9 @@ from photon_grpc.ops.base import AttentionMetadata, Ops
 # others as large as itself.
 _GATHER_BYTES = 4 << 20
 
-# oneDNN's float32 product is up to twice as fast as the BLAS behind F.linear from here on; for fewer
-# rows the BLAS, a matrix-vector product in effect, is ahead.
-_ONEDNN_MIN_ROWS = 4
+# The number of rows that a packed weight is laid out for. The layout serves all numbers of rows well;
+# asking for one row gives the plain layout, which serves none.
+_PACK_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,17 @@ class _Plan:
     prefills: tuple[_Prefill, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _OneDnn:
+    pack: Callable[..., Tensor]
+    product: Callable[..., Tensor]
+
+
 class TorchOps(Ops):
     """See `Ops`. A layer's cache is [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
 
     def __init__(self) -> None:
-        self._onednn_linear = _find_onednn_linear()
+        self._onednn = _find_onednn()
 
     def kv_layer_shape(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
@@ -75,14 +81,14 @@ class TorchOps(Ops):
         return weight.index_select(0, token_ids)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if (
-            self._onednn_linear is not None
-            and x.shape[0] >= _ONEDNN_MIN_ROWS
-            and x.dtype is torch.float32
-            and x.device.type == "cpu"
-        ):
-            return self._onednn_linear(x, weight, bias, "none", [], "")
+        if self._onednn is not None and _suits_onednn(weight):
+            return self._onednn.product(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        if self._onednn is not None and _suits_onednn(weight):
+            return self._onednn.pack(weight, _PACK_ROWS)
+        return weight
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -225,12 +231,29 @@ def _slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return block_tables.gather(1, blocks) * block_size + (positions - blocks * block_size)
 
 
-def _find_onednn_linear() -> Callable[..., Tensor] | None:
-    """torch's entry to oneDNN's dense product, which F.linear takes for 16-bit types only.
+def _suits_onednn(weight: Tensor) -> bool:
+    return weight.dtype is torch.float32 and weight.device.type == "cpu"
 
-    It is the one that compiled models call and no public function reaches it, so it may be absent from
-    a build; F.linear then does all the work.
+
+def _find_onednn() -> _OneDnn | None:
+    """oneDNN's float32 product, two to three times as fast as the BLAS that F.linear calls.
+
+    F.linear takes oneDNN for 16-bit types only. These entries are the ones that compiled models call;
+    they are not public, so they are tried on a small product first, and F.linear does the work where
+    they are missing or differ.
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # not annotated in torch
         return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if pack is None or product is None:
+        return None
+    weight = torch.arange(24 * 32, dtype=torch.float32).remainder_(7).view(24, 32)
+    x, bias = weight[:3] - 3, weight[:, 0].contiguous()
+    expected = F.linear(x, weight, bias)
+    try:
+        results = [product(x, form, bias, "none", [], "") for form in (weight, pack(weight, _PACK_ROWS))]
+    except (RuntimeError, TypeError):
+        return None
+    # Whole numbers this small have exact sums.
+    return _OneDnn(pack, product) if all(torch.equal(result, expected) for result in results) else None
