@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from photon_grpc.errors import EngineDrainingError, MaxDurationError, PhotonError, SlowConsumerError
+from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
 # A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
@@ -82,7 +83,7 @@ class Calls:
     def __init__(self, limits: LimitOptions) -> None:
         self._limits = limits
         self._live: set[Call] = set()
-        self._refusing = False
+        self._refusal: Callable[[], PhotonError] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -91,12 +92,12 @@ class Calls:
         return len(self._live)
 
     def open(self, context: Any) -> Call:
-        """The call of the running task. Raises EngineDrainingError after `refuse`.
+        """The call of the running task. After `refuse` raises what that was given.
 
         A client without a deadline gets the default one; nobody gets more than the maximum.
         """
-        if self._refusing:
-            raise EngineDrainingError
+        if self._refusal is not None:
+            raise self._refusal()
         remaining = context.time_remaining()
         if remaining is None:
             remaining = self._limits.default_deadline_s
@@ -104,14 +105,14 @@ class Calls:
         assert task is not None
         return Call(self, time.monotonic() + min(remaining, self._limits.max_deadline_s), task)
 
-    def refuse(self) -> None:
-        """Take no more calls."""
-        self._refusing = True
+    def refuse(self, make_error: Callable[[], PhotonError]) -> None:
+        """Take no more calls, and answer each with an error of its own."""
+        self._refusal = make_error
 
-    def end_all(self, error: PhotonError) -> None:
-        """End every live call with `error`."""
+    def end_all(self, make_error: Callable[[], PhotonError]) -> None:
+        """End every live call with an error of its own."""
         for call in tuple(self._live):
-            call.end(error)
+            call.end(make_error())
 
     async def wait_idle(self) -> None:
         """Return once no call is live."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2
 
-from photon_grpc.errors import ConfigError, EngineDrainingError, ListenError
+from photon_grpc.errors import ConfigError, EngineDeadError, EngineDrainingError, ListenError, PhotonError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions, Options, ServerOptions
 from photon_grpc.server.calls import Calls
@@ -132,6 +132,7 @@ class Server:
         self._control = ControlServicer(front_door)
         self._listeners: list[grpc.aio.Server] = []
         self._hurried = asyncio.Event()
+        self._leaving: Callable[[], PhotonError] = EngineDrainingError
 
     @property
     def num_live_calls(self) -> int:
@@ -163,7 +164,8 @@ class Server:
         self._health.set_ready(False)
 
     def set_dead(self) -> None:
-        """The engine is dead: neither ready nor alive."""
+        """The engine is dead: neither ready nor alive, and that is what calls ended from now on hear."""
+        self._leaving = EngineDeadError
         self._health.set_ready(False)
         self._health.set_live(False)
 
@@ -182,7 +184,7 @@ class Server:
         self.set_not_serving()
         _log.info("drain: not serving", live_calls=len(self._calls))
         await self._wait(self._hurried.wait(), server.drain_propagation_s)
-        self._calls.refuse()
+        self._calls.refuse(self._leaving)
         _log.info("drain: refusing calls", live_calls=len(self._calls))
         await self._wait(self._calls.wait_idle(), server.drain_max_s)
         if len(self._calls):
@@ -190,9 +192,9 @@ class Server:
         await self.stop()
 
     async def stop(self) -> None:
-        """End what is live as draining, end every Watch, close the listeners; at most a few seconds."""
-        self._calls.refuse()
-        self._calls.end_all(EngineDrainingError())
+        """End what is live, end every Watch, close the listeners. Takes seconds; may be called twice."""
+        self._calls.refuse(self._leaving)
+        self._calls.end_all(self._leaving)
         try:
             async with asyncio.timeout(_END_GRACE_S):
                 await self._calls.wait_idle()

@@ -75,10 +75,10 @@ async def test_the_deadline_of_the_caller_is_capped() -> None:
 async def test_refusing_and_ending_all() -> None:
     calls = Calls(LimitOptions())
     started = [await start(calls, Context()) for _ in range(3)]
-    calls.refuse()
+    calls.refuse(EngineDrainingError)
     with pytest.raises(EngineDrainingError):
         calls.open(Context())
-    calls.end_all(EngineDrainingError())
+    calls.end_all(EngineDrainingError)
     async with asyncio.timeout(5):
         await calls.wait_idle()
     results = await asyncio.gather(*(task for task, _ in started), return_exceptions=True)
@@ -106,6 +106,18 @@ async def test_only_a_single_long_write_is_a_stall() -> None:
     tasks[1].cancel()
     with pytest.raises(asyncio.CancelledError):
         await tasks[1]
+
+
+async def test_waiting_for_tokens_is_no_stall() -> None:
+    calls = Calls(LimitOptions(slow_consumer_timeout_s=0.04))
+    context = Context()
+
+    async def write_once_and_wait() -> None:
+        with calls.open(context) as call:
+            await call.write(context, "x")
+            await asyncio.sleep(0.2)
+
+    await asyncio.create_task(write_once_and_wait())
 
 
 async def test_sweeping_ends_with_the_last_call_and_begins_with_the_next() -> None:

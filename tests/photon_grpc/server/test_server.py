@@ -51,7 +51,7 @@ def test_channel_options() -> None:
         ("localhost", True),
         ("0.0.0.0", False),
         ("::", False),
-        ("10.0.0.1", False),
+        ("192.0.2.1", False),
         ("example.org", False),
         ("", False),
     ],
@@ -197,6 +197,19 @@ async def test_a_stalled_reader_does_not_hold_the_drain() -> None:
         assert time.monotonic() - start < 8
         assert front_door.streams[0].exits == 1
         call.cancel()
+
+
+async def test_what_is_live_when_the_engine_dies_hears_of_it() -> None:
+    front_door = FakeFrontDoor(Script(hang=True))
+    async with running_server(front_door) as harness:
+        call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC))
+        await until(lambda: front_door.streams)
+        harness.server.set_dead()
+        await harness.server.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(call)
+        rich = rich_error(caught.value)
+        assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD")
 
 
 async def test_stop_twice_is_harmless() -> None:
