@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_arrivals_are_poisson() -> None:
     mean has a relative standard error of 0.7 %, and a fixed seed makes this no game of chance."""
     rate, duration = 200.0, 100.0
     moments = poisson_arrivals(rate, duration, seed=1)
-    assert all(0 <= a < b < duration for a, b in zip(moments, moments[1:], strict=False))
+    assert all(0 <= a < b < duration for a, b in pairwise(moments))
     gaps = np.diff((0.0, *moments))
     assert gaps.mean() == pytest.approx(1 / rate, rel=0.03)
     assert gaps.std() == pytest.approx(1 / rate, rel=0.03)

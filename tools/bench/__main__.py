@@ -25,7 +25,7 @@ from tools.bench.server_process import ServerSpec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 # A file or a pipe has no width of its own; the tables need this much to stay in one line.
-console = Console(width=None if sys.stdout.isatty() else 200)
+console = Console(width=None if sys.stdout.isatty() else 230)
 
 Model = Annotated[str, typer.Option("--model", help="Model folder; `demo` is the embedded model.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; both sides use it.")]
@@ -134,7 +134,10 @@ def serve(
     clients: Annotated[
         int, typer.Option("--clients", min=0, help="Client processes; 0: half of the cores.")
     ] = 0,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 0,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option("--max-num-seqs", min=0, help="Of the server; 0: room for the widest loop."),
+    ] = 0,
     slo_ttft_ms: Annotated[float, typer.Option("--slo-ttft-ms", min=0)] = 500.0,
     slo_tpot_ms: Annotated[float, typer.Option("--slo-tpot-ms", min=0)] = 50.0,
     repeat: Repeat = 1,
