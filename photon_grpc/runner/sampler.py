@@ -228,7 +228,6 @@ class Sampler:
     def add(self, seq_id: int, spec: SamplerSpec, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """A sequence enters, for the first time or again after preemption with its outputs so far."""
         self._sequences[seq_id] = _Sequence(seq_id, spec, token_ids, num_prompt_tokens, self._vocab_size)
-        self._row_ids = ()
 
     def remove(self, seq_id: int) -> None:
         """Forget a sequence."""

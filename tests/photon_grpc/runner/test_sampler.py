@@ -197,14 +197,12 @@ def _chi_square(row: Row, logits: torch.Tensor, draws: int = 20_000, seqs: int =
     "change",
     [
         {},
-        {"temperature": 0.6},
         {"temperature": 1.7},
         {"top_k": 7},
         {"top_p": 0.8},
         {"min_p": 0.1},
         {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "temperature": 1.3},
-        {"allowed_token_ids": (3, 5, 8, 30)},
-        {"logit_bias": ((0, 3.0), (1, -2.0))},
+        {"allowed_token_ids": (3, 5, 8, 30), "logit_bias": ((3, 3.0), (5, -2.0))},
     ],
     ids=str,
 )
@@ -535,6 +533,8 @@ def test_equal_logprobs_come_in_order_of_id() -> None:
     row = Row(GREEDY, spec={"top_logprobs": 3})
     result = _sample([row], torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]]))
     assert [token for token, _ in result.logprobs[0].top] == [1, 3, 0]
+    signed_zeros = _sample([row], torch.tensor([[-0.0, 0.0, -0.0, 0.0]]))
+    assert [token for token, _ in signed_zeros.logprobs[0].top] == [0, 1, 2]
 
 
 def test_more_alternatives_than_entries() -> None:
