@@ -35,7 +35,12 @@ from photon_grpc.types import (
 )
 
 MODEL = ModelInfo(
-    name="fake", fingerprint="f" * 8, vocab_size=1000, max_model_len=256, eos_token_ids=(2,), has_chat_template=True
+    name="fake",
+    fingerprint="f" * 8,
+    vocab_size=1000,
+    max_model_len=256,
+    eos_token_ids=(2,),
+    has_chat_template=True,
 )
 EFFECTIVE = EffectiveParams(
     EffectiveSampling(
