@@ -1,0 +1,135 @@
+"""The decoder: a row's result depends on that row alone, however it is cut and whoever is beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from photon_grpc.models.registry import build_model, load_config
+from photon_grpc.ops.torch_ops import TorchOps
+from tests.support.paged_model import CPU, PagedModel, TransformersModel, random_prompt
+from tests.support.tiny_model import tiny_model_folder
+
+# Summation order differs between one product over many rows and many over few.
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"), request.param, tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PagedModel:
+    return PagedModel(folder, num_blocks=96)
+
+
+def _alone(model: PagedModel, tokens: list[int]) -> Tensor:
+    (logits,) = model.step([("alone", tokens)])
+    model.release("alone")
+    return logits
+
+
+@pytest.mark.parametrize("chunks", [(1, 99), (16, 16, 68), (50, 1, 1, 48), (99, 1), (7,) * 14 + (2,)])
+def test_chunked_equals_unchunked(model: PagedModel, chunks: tuple[int, ...]) -> None:
+    tokens = random_prompt(100)
+    parts = []
+    start = 0
+    for size in chunks:
+        parts.extend(model.step([("chunked", tokens[start : start + size])]))
+        start += size
+    model.release("chunked")
+
+    torch.testing.assert_close(torch.cat(parts), _alone(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+def test_mixed_batch_equals_each_alone(model: PagedModel) -> None:
+    """Decode rows of several lengths, a chunk with a cached prefix, whole prompts and a prompt of one."""
+    cached = {"a": 3, "b": 47, "c": 16, "d": 120, "e": 31, "f": 0, "g": 0, "h": 0}
+    new = {"a": 1, "b": 1, "c": 1, "d": 1, "e": 20, "f": 45, "g": 1, "h": 16}
+    tokens = {name: random_prompt(cached[name] + new[name], seed=ord(name)) for name in cached}
+    for name, length in cached.items():
+        if length:
+            model.step([(name, tokens[name][:length])])
+
+    logits = model.step([(name, tokens[name][length:]) for name, length in cached.items()])
+
+    for name, row in zip(cached, logits, strict=True):
+        model.release(name)
+        expected = _alone(model, tokens[name])[cached[name] :]
+        torch.testing.assert_close(row, expected, rtol=0, atol=TOLERANCE, msg=f"row {name}")
+
+
+def test_batch_shrinks_and_grows(model: PagedModel) -> None:
+    tokens = {name: random_prompt(40, seed=ord(name)) for name in "abc"}
+    parts: dict[str, list[Tensor]] = {name: [] for name in tokens}
+    # Prefill to decode, down to one row, up again: each entry is the rows of a step and their sizes.
+    steps = [{"a": 5, "b": 5, "c": 5}, {"a": 1}, {"a": 1, "b": 30}, {"c": 35}, {"b": 5, "a": 33}]
+    place = dict.fromkeys(tokens, 0)
+    for step in steps:
+        rows = [(name, tokens[name][place[name] : place[name] + size]) for name, size in step.items()]
+        for (name, _), logits in zip(rows, model.step(rows), strict=True):
+            parts[name].append(logits)
+            place[name] += step[name]
+    assert set(place.values()) == {40}
+    for name in tokens:
+        model.release(name)
+        torch.testing.assert_close(
+            torch.cat(parts[name]), _alone(model, tokens[name]), rtol=0, atol=TOLERANCE
+        )
+
+
+def test_exactly_the_slots_of_the_tokens_are_written(folder: Path) -> None:
+    model = PagedModel(folder, block_size=8, num_blocks=16)
+    model.step([("a", random_prompt(13)), ("b", random_prompt(8, seed=1))])
+    model.step([("a", [5]), ("b", [6])])
+
+    assert [model.written_slots(layer) for layer in range(2)] == [23, 23]
+
+
+def test_result_does_not_depend_on_what_freed_blocks_hold(folder: Path) -> None:
+    """A faulty row leaves NaN behind; the next owner of its blocks must not notice."""
+    model = PagedModel(folder, block_size=8, num_blocks=4)
+    tokens = random_prompt(12)
+    clean = model.step([("first", tokens), ("short", [9, 8])])
+    model.release("first")
+    model.release("short")
+    for layer in model.cache.layers:
+        layer.fill_(float("inf"))
+    for dirty, expected in zip(model.step([("second", tokens), ("short", [9, 8])]), clean, strict=True):
+        torch.testing.assert_close(dirty, expected, rtol=0, atol=TOLERANCE)
+    # A decode row that is padded to its neighbour's length.
+    long, short = model.step([("second", [7]), ("short", [7])])
+    assert bool(long.isfinite().all())
+    assert bool(short.isfinite().all())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)])
+def test_16_bit_types_stay_close_to_float32(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
+    """In units of the logits' own spread; each type has 8 and 11 significant bits."""
+    tokens = random_prompt(60)
+    expected = TransformersModel(folder).logits(tokens)
+    model = PagedModel(folder, dtype=dtype)
+    parts = model.step([("row", tokens[:40])]) + model.step([("row", tokens[40:59])])
+    logits = torch.cat([*parts, *model.step([("row", tokens[59:])])])
+
+    assert logits.dtype is torch.float32
+    assert float((logits - expected).std() / expected.std()) < tolerance
+
+
+def test_parameter_count_is_what_the_checkpoint_holds(folder: Path) -> None:
+    config = load_config(folder)
+    model = build_model(config, TorchOps(), dtype=torch.float32, device=CPU)
+
+    assert sum(tensor.numel() for _, tensor in model.checkpoint_tensors()) == config.num_parameters
+
+
+def test_max_positions_bounds_the_rotary_table(folder: Path) -> None:
+    config = load_config(folder)
+    model = build_model(config, TorchOps(), dtype=torch.float32, device=CPU, max_positions=10)
+    model._rotary(torch.tensor([9]))
+    with pytest.raises(IndexError):
+        model._rotary(torch.tensor([10]))
