@@ -235,8 +235,8 @@ def test_a_template_that_drops_the_final_message_cannot_continue_it(build: Build
 
 
 def test_the_rendered_text_is_bounded_while_it_grows(build: Build) -> None:
-    # Ten thousand times ten thousand pieces: only a bound that is checked on the way comes back.
-    endless = "{% for i in range(10000) %}{% for j in range(10000) %}{{ 'x' }}{% endfor %}{% endfor %}"
+    # Ten billion pieces: only a bound that is checked on the way comes back in time.
+    endless = "{% for i in range(100000) %}{% for j in range(100000) %}{{ 'x' }}{% endfor %}{% endfor %}"
     renderer, _ = build(endless, max_rendered_chars=5000)
     with pytest.raises(InvalidRequestError, match="more than 5000 characters"):
         renderer.render(ChatInput((USER,)))

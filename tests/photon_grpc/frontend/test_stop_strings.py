@@ -110,6 +110,12 @@ def test_min_tokens_lets_an_early_match_through_and_still_sees_a_later_one() -> 
     assert matcher.push("b", armed=True) == ("", "ab")
 
 
+def test_an_ignored_match_may_be_the_beginning_of_the_next() -> None:
+    matcher = StopMatcher(["ab", "bc"], include_stop=False)
+    assert matcher.push("ab", armed=False) == ("a", None)
+    assert matcher.push("c", armed=True) == ("", "bc")
+
+
 def test_completions_share_an_automaton_and_no_state() -> None:
     automaton = StopAutomaton(["xyz"])
     first, second = StopMatcher(automaton, False), StopMatcher(automaton, False)
