@@ -30,6 +30,7 @@ def v1_descriptor() -> FileDescriptor:
     file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     file.name = _V1_FILE
     file.package = _V1_PACKAGE
+    file.ClearField("options")  # they name v1alpha's packages and call the file deprecated
     for message in file.message_type:
         for field in message.field:
             if field.HasField("type_name"):
