@@ -78,7 +78,7 @@ def model_info(folder: Path, options: Options, config: ModelConfig, max_model_le
     """What engine and front end need to know of the checkpoint."""
     defaults = config.generation
     return ModelInfo(
-        name=options.model.served_name or folder.resolve().name,
+        name=options.model.served_name or Path(options.model.path or folder).resolve().name,
         fingerprint=fingerprint(folder),
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
