@@ -110,11 +110,15 @@ class KVCacheManager:
     def free(self, request: Request, *, forget: bool = False) -> None:
         """Give back all blocks, the tail first so that prefixes live longest; idempotent.
 
-        With `forget` their content cannot be trusted, and nobody may find it again.
+        With `forget` what the request computed cannot be trusted, and nobody may find it again.
         """
         if forget:
-            for block_id in request.block_ids:
-                self.pool.forget(block_id)
+            # By name, not by table: a request that was preempted with a step under way holds nothing any
+            # more, and yet its blocks can be found.
+            for block_hash in request.block_hashes:
+                known = self.pool.find(block_hash)
+                if known is not None:
+                    self.pool.forget(known)
         self._num_empty_slots -= len(request.block_ids) * self.block_size - request.num_computed_tokens
         self.pool.release(reversed(request.block_ids))
         request.block_ids = []

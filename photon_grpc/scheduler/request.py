@@ -66,6 +66,8 @@ class Request:
     num_registered_blocks: int = 0
     num_cached_prompt_tokens: int = 0
     num_preemptions: int = 0
+    # The first step since the sequence last entered the batch; what earlier ones bring is of an old life.
+    admitted_step: int = 0
     started_time: float | None = None
     first_token_time: float | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

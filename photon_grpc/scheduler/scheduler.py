@@ -231,6 +231,10 @@ class Scheduler:
             assert new_blocks is not None, "fits() has just said so"
             request.status = RequestStatus.RUNNING
             request.has_news = True
+            # The prompt is computed from its beginning: a step that is still under way from before a
+            # preemption must not add to its log-probabilities.
+            request.admitted_step = self._step + 1
+            request.prompt_logprobs.clear()
             if request.started_time is None:
                 request.started_time = now
             self._running.add(self._rank(request), request)
@@ -269,7 +273,6 @@ class Scheduler:
         self.kv.free(request)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
-        request.prompt_logprobs.clear()
         self._preemptions += 1
         self._enqueue(request)
 
@@ -283,7 +286,9 @@ class Scheduler:
         outputs: list[SequenceOutput] = []
         for seq_id, entries in output.prompt_logprobs.items():
             request = self._live.get(seq_id)
-            if request is not None and request.first_token_time is None:
+            if request is None or request.first_token_time is not None:
+                continue
+            if output.step >= request.admitted_step:
                 request.prompt_logprobs.extend(entries)
         for seq_id, token_ids in zip(output.seq_ids, output.token_ids, strict=True):
             request = self._live.get(seq_id)
