@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from photon_grpc.scheduler.output import ModelOutput, RowFault, SchedulerOutput
-from photon_grpc.types import ModelInfo
+from photon_grpc.types import ModelInfo, TokenLogprobs
 
 Script = Callable[[tuple[int, ...], int, int], int]
 """`(prompt_token_ids, completion index, number of outputs so far)` -> next token id."""
@@ -24,6 +24,11 @@ def echo(prompt: tuple[int, ...], index: int, position: int) -> int:
     return prompt[(position + index) % len(prompt)]
 
 
+def logprobs_of(token_id: int, top: int) -> TokenLogprobs:
+    """The scripted log-probability of a token: minus its id. The `top` alternatives are the next ids."""
+    return TokenLogprobs(-float(token_id), tuple((token_id + n, -float(token_id + n)) for n in range(top)))
+
+
 @dataclass(slots=True)
 class _Row:
     prompt: tuple[int, ...]
@@ -31,6 +36,8 @@ class _Row:
     token_ids: list[int]
     num_computed: int
     block_ids: list[int] = field(default_factory=list)
+    top_logprobs: int | None = None
+    prompt_top_logprobs: int | None = None
 
 
 class ScriptedRunner:
@@ -83,7 +90,10 @@ class ScriptedRunner:
                 list(new.token_ids),
                 new.num_computed_tokens,
                 list(new.block_ids),
+                new.sampler.top_logprobs,
+                new.sampler.prompt_top_logprobs,
             )
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for scheduled in output.rows:
             row = self._rows[scheduled.seq_id]
             row.block_ids.extend(scheduled.new_block_ids)
@@ -91,9 +101,15 @@ class ScriptedRunner:
             if self._check_cache:
                 for position in range(row.num_computed, end):
                     self._slots[self._slot(row, position)] = (position, row.token_ids[position])
+            if row.prompt_top_logprobs is not None and row.num_computed < len(row.prompt):
+                told = row.prompt[row.num_computed + 1 : end + 1]
+                prompt_logprobs[scheduled.seq_id] = tuple(
+                    logprobs_of(t, row.prompt_top_logprobs) for t in told
+                )
             row.num_computed = end
         seq_ids: list[int] = []
         tokens: list[tuple[int, ...]] = []
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         faults: dict[int, RowFault] = {}
         for scheduled in output.rows:
             row = self._rows[scheduled.seq_id]
@@ -107,10 +123,14 @@ class ScriptedRunner:
             fault = self._faults.get((len(row.prompt), position))
             if fault is not None:
                 faults[scheduled.seq_id] = fault
+            elif row.top_logprobs is not None:
+                logprobs[scheduled.seq_id] = (logprobs_of(token, row.top_logprobs),)
             row.token_ids.append(token)
             seq_ids.append(scheduled.seq_id)
             tokens.append((token,))
-        self._outputs.append(ModelOutput(output.step, tuple(seq_ids), tuple(tokens), faults=faults))
+        self._outputs.append(
+            ModelOutput(output.step, tuple(seq_ids), tuple(tokens), logprobs, prompt_logprobs, faults)
+        )
 
     def collect(self) -> ModelOutput:
         """The oldest launched step."""
