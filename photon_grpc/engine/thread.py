@@ -78,9 +78,14 @@ class EngineThread:
             _log.exception("engine_died")
             error = EngineDeadError()
         finally:
-            if runner is not None:
-                runner.close()
-            self._deliver(EngineStopped(error))
+            # Every stream waits for this, so a device that fails once more must not keep it from coming.
+            try:
+                if runner is not None:
+                    runner.close()
+            except Exception:  # noqa: BLE001 - logged; the fault that ended the loop is the one to tell
+                _log.exception("runner_not_closed")
+            finally:
+                self._deliver(EngineStopped(error))
 
     def _serve(self, core: EngineCore) -> None:
         while True:
