@@ -8,7 +8,6 @@ for its meaning; it counts bytes and compares numbers.
 from __future__ import annotations
 
 import json
-import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -63,7 +62,8 @@ class _Violations:
         """Check `low <= value <= high` (`low < value` with `open_low`); None is "not stated"."""
         if value is None:
             return
-        inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
+        # Bounds are finite and comparisons with NaN false, so this is a check for finiteness too.
+        inside = (value > low if open_low else value >= low) and value <= high
         if not inside:
             bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
             self.add(field, f"must be a finite number in {bounds}")
