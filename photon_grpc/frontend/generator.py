@@ -155,11 +155,7 @@ class Generator:
         self, text: TextModel, request: GenerationRequest, deadline: float | None
     ) -> CheckedRequest:
         arrival = self._clock()
-        # A policy that only this class may ask for is not the caller's to be judged by.
-        judged = (
-            request if request.chunk_policy is not _WHOLE else replace(request, chunk_policy=ChunkPolicy())
-        )
-        text.validator.check(judged, root=self._field_root)
+        text.validator.check(request, root=self._field_root)
         self._engine.check_duplicate(request.request_id)
         match request.prompt:
             case str() as prompt:
@@ -470,7 +466,8 @@ def _timings(arrival: float, parts: list[SequenceTimings], now: float) -> Timing
     """Durations of a request from the moments of its completions: the first to get anywhere counts."""
     started = min((t.started for t in parts if t.started is not None), default=now)
     first_token = min((t.first_token for t in parts if t.first_token is not None), default=now)
-    end = max((t.end for t in parts if t.end is not None), default=now)
+    # A completion that a stop string ended has no end of the engine's: it ends now.
+    end = max((now if t.end is None else t.end for t in parts), default=now)
     end = max(end, first_token)
     return Timings(
         queue=started - arrival,
