@@ -9,6 +9,8 @@ from photon_grpc.engine.messages import EngineRequest, SequenceOutput, Submit
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.scheduler.output import SchedulerOutput
+from photon_grpc.scheduler.request import Request
 from photon_grpc.types import EffectiveSampling, ModelInfo
 
 
@@ -66,6 +68,27 @@ def engine_request(
     return EngineRequest(**{**values, **overrides})
 
 
+class RecordingRunner(ScriptedRunner):
+    """A ScriptedRunner that keeps every plan it was given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: list[SchedulerOutput] = []
+
+    def launch(self, output: SchedulerOutput) -> None:
+        self.plans.append(output)
+        super().launch(output)
+
+    def tokens_of(self, seq_id: int) -> list[int]:
+        """How many tokens of a sequence each step computed, first step first."""
+        return [sum(r.num_tokens for r in plan.rows if r.seq_id == seq_id) for plan in self.plans]
+
+
+def live_requests(core: EngineCore) -> dict[int, Request]:
+    """The scheduler's own records by seq_id; sequences are numbered from 1 in the order of submission."""
+    return dict(core.scheduler._live)
+
+
 def engine_core(runner: Runner, clock: FakeClock | None = None, **scheduler: Any) -> EngineCore:
     values: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
     prefix_caching = scheduler.pop("prefix_caching", True)
@@ -78,9 +101,9 @@ def engine_core(runner: Runner, clock: FakeClock | None = None, **scheduler: Any
 
 
 def scripted_core(num_blocks: int = 32, block_size: int = 4, **scheduler: Any) -> EngineCore:
-    """A core over a ScriptedRunner; `script`, `faults`, `max_in_flight` go to the runner."""
+    """A core over a RecordingRunner; `script`, `faults`, `max_in_flight` go to the runner."""
     runner_keys = ("script", "faults", "max_in_flight", "crash_at_step")
-    runner = ScriptedRunner(
+    runner = RecordingRunner(
         model_info(),
         num_blocks=num_blocks,
         block_size=block_size,
