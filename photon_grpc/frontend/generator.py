@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -235,15 +235,6 @@ class _CompletionState:
     cached_prompt_tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Pending:
-    """What one read brought for one completion, merged."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish: Finish | None = None
-
-
 class TextStream:
     """Implements `frontend.base.GenerationStream`: the events of one request, made as they are asked for."""
 
@@ -275,6 +266,7 @@ class TextStream:
             )
             for _ in range(checked.effective.sampling.n)
         ]
+        self._num_unfinished = len(self._states)
         self._events: deque[Event] = deque()
         self._held: list[SequenceOutput] = []
         self._started = False
@@ -320,9 +312,9 @@ class TextStream:
             if not self._try_start():
                 return
             outputs, self._held = self._held, []
-        for index, pending in self._merge(outputs):
-            self._advance(index, self._states[index], pending)
-        if all(state.finish is not None for state in self._states):
+        for index, own in _by_index(outputs):
+            self._advance(index, self._states[index], own)
+        if not self._num_unfinished:
             self._done = True
             self._stream.close()
             summary = self._summary()
@@ -347,25 +339,18 @@ class TextStream:
         )
         return True
 
-    def _merge(self, outputs: Iterable[SequenceOutput]) -> Iterable[tuple[int, _Pending]]:
-        merged: dict[int, _Pending] = {}
+    def _advance(self, index: int, state: _CompletionState, outputs: Sequence[SequenceOutput]) -> None:
+        """Take what one read brought for one completion; all of its tokens make one delta."""
         for output in outputs:
-            state = self._states[output.index]
             if output.timings is not None:
                 state.timings = output.timings
                 state.cached_prompt_tokens = output.cached_prompt_tokens
-            if state.finish is not None:
-                continue
-            pending = merged.get(output.index)
-            if pending is None:
-                pending = merged[output.index] = _Pending()
-            pending.token_ids.extend(output.token_ids)
-            pending.logprobs.extend(output.logprobs)
-            pending.finish = output.finish
-        return merged.items()
-
-    def _advance(self, index: int, state: _CompletionState, pending: _Pending) -> None:
-        token_ids, finish = pending.token_ids, pending.finish
+        if state.finish is not None:
+            return  # a stop string was found; the engine had not heard of it yet
+        token_ids, logprobs, finish = outputs[-1].token_ids, outputs[-1].logprobs, outputs[-1].finish
+        if len(outputs) > 1:
+            token_ids = tuple([token_id for output in outputs for token_id in output.token_ids])
+            logprobs = tuple([entry for output in outputs for entry in output.logprobs])
         if state.matcher is None:
             text = self._plain_text(state, token_ids, finish)
         else:
@@ -387,23 +372,24 @@ class TextStream:
                 Delta(
                     index=index,
                     text=text if options.text else "",
-                    token_ids=tuple(token_ids) if options.token_ids else (),
-                    logprobs=tuple(pending.logprobs[: len(token_ids)]),
+                    token_ids=token_ids if options.token_ids else (),
+                    logprobs=logprobs[: len(token_ids)],
                     num_tokens=len(token_ids),
                 )
             )
         if finish is not None:
             state.finish = finish
+            self._num_unfinished -= 1
             self._events.append(Finished(index, finish))
 
-    def _plain_text(self, state: _CompletionState, token_ids: list[int], finish: Finish | None) -> str:
+    def _plain_text(self, state: _CompletionState, token_ids: tuple[int, ...], finish: Finish | None) -> str:
         if state.detokenizer is None:
             return ""
         text = state.detokenizer.push(self._visible(token_ids, finish))
         return text if finish is None else text + state.detokenizer.flush()
 
     def _matched_text(
-        self, state: _CompletionState, matcher: StopMatcher, token_ids: list[int], finish: Finish | None
+        self, state: _CompletionState, matcher: StopMatcher, token_ids: tuple[int, ...], finish: Finish | None
     ) -> tuple[str, int, Finish | None]:
         """Text up to a stop string, how many tokens that took, and the finish if one was found."""
         assert state.detokenizer is not None
@@ -425,7 +411,7 @@ class TextStream:
             parts.append(matcher.flush())
         return "".join(parts), len(token_ids), None
 
-    def _visible(self, token_ids: list[int], finish: Finish | None) -> list[int]:
+    def _visible(self, token_ids: tuple[int, ...], finish: Finish | None) -> tuple[int, ...]:
         """The tokens that show in the text: the one that ended the completion does only when asked for."""
         ended_by_token = finish is not None and (
             finish.eos_token_id is not None or finish.stop_token_id is not None
@@ -448,6 +434,16 @@ class TextStream:
                 self._clock(),
             ),
         )
+
+
+def _by_index(outputs: list[SequenceOutput]) -> Iterable[tuple[int, list[SequenceOutput]]]:
+    """The outputs of each completion, in order."""
+    if len(outputs) == 1:
+        return ((outputs[0].index, outputs),)
+    grouped: dict[int, list[SequenceOutput]] = {}
+    for output in outputs:
+        grouped.setdefault(output.index, []).append(output)
+    return grouped.items()
 
 
 def _prompt_info(
