@@ -42,7 +42,7 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    num_threads: int = _opt(0, "torch CPU threads; 0: one per core")
+    num_threads: int = _opt(0, "torch CPU threads; 0: one per physical core but one")
     warmup: bool = _opt(True, "generate a token before the server says SERVING")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import structlog
 import torch
 
@@ -38,8 +39,7 @@ def build_runner(
     """A runner whose first tokens have come out. Raises StartupError, naming what is wrong."""
     if options.model.backend == "cuda":
         raise BackendUnavailableError("backend cuda: this release has no CUDA kernels; use cpu or auto")
-    if options.engine.num_threads:
-        torch.set_num_threads(options.engine.num_threads)
+    torch.set_num_threads(options.engine.num_threads or default_num_threads())
     config = load_config(folder)
     dtype = resolve_dtype(options.model.dtype)
     device = torch.device("cpu")
@@ -67,6 +67,15 @@ def build_runner(
         kv_bytes=kv_cache.num_bytes,
     )
     return runner
+
+
+def default_num_threads() -> int:
+    """One torch thread per physical core but one, which is left to the event loop; at least one.
+
+    Torch's threads spin while they wait for one another. Where they have to share a core with the event
+    loop or a neighbour, two of them are ten times slower than one.
+    """
+    return max(1, (psutil.cpu_count(logical=False) or 1) - 1)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

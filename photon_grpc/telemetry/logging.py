@@ -13,6 +13,7 @@ import sys
 from typing import TextIO
 
 import structlog
+import structlog.tracebacks
 from structlog.typing import Processor
 
 from photon_grpc.options import TelemetryOptions
@@ -21,6 +22,12 @@ __all__ = ["configure_logging"]
 
 # Libraries that report at INFO what is of no interest to an operator of this service.
 _QUIET = ("asyncio", "filelock", "httpcore", "httpx", "huggingface_hub", "matplotlib", "transformers")
+
+
+# Local variables hold prompts and completions, which never reach a log.
+_TRACEBACKS_WITHOUT_LOCALS = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 
 
 def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -> None:
@@ -40,9 +47,13 @@ def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -
     ]
     rendering: list[Processor]
     if as_json:
-        rendering = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        rendering = [_TRACEBACKS_WITHOUT_LOCALS, structlog.processors.JSONRenderer()]
     else:
-        rendering = [structlog.dev.ConsoleRenderer(colors=target.isatty())]
+        rendering = [
+            structlog.dev.ConsoleRenderer(
+                colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
 
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],

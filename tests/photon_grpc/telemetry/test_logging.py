@@ -124,3 +124,20 @@ def test_a_reader_that_has_gone_away_does_not_hurt(capsys: pytest.CaptureFixture
     closed.close()
     structlog.get_logger().info("into the void")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_tracebacks_do_not_show_local_variables(log_format: str) -> None:
+    """They hold prompts and completions."""
+    stream = configure(log_format=log_format)
+    prompt_text = "".join(["whis", "pered ", "word"])
+
+    def fail(prompt: str) -> None:
+        raise RuntimeError(f"{len(prompt)} characters are too many")
+
+    try:
+        fail(prompt_text)
+    except RuntimeError:
+        structlog.get_logger("x").exception("step failed")
+    assert "13 characters are too many" in stream.getvalue()
+    assert "whispered" not in stream.getvalue()
