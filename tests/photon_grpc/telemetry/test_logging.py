@@ -139,5 +139,5 @@ def test_tracebacks_do_not_show_local_variables(log_format: str) -> None:
         fail(prompt_text)
     except RuntimeError:
         structlog.get_logger("x").exception("step failed")
-    assert "13 characters are too many" in stream.getvalue()
+    assert "14 characters are too many" in stream.getvalue()
     assert "whispered" not in stream.getvalue()
