@@ -1,0 +1,472 @@
+"""AsyncEngine and its streams over a real engine thread and scripted tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
+from photon_grpc.engine.messages import (
+    EngineStats,
+    EngineStopped,
+    FailureKind,
+    LoopMessage,
+    SequenceOutput,
+    StepOutputs,
+)
+from photon_grpc.errors import (
+    DuplicateRequestError,
+    EngineDeadError,
+    EngineDrainingError,
+    EngineStartingError,
+    FirstTokenTimeoutError,
+    MaxDurationError,
+    ModelLoadError,
+    OperatorAbortError,
+    OverloadedError,
+    PhotonError,
+    QueueTimeoutError,
+    RequestFaultError,
+    RequestNotFoundError,
+)
+from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
+from photon_grpc.runner.base import Runner
+from photon_grpc.runner.scripted import echo
+from photon_grpc.types import FinishReason
+from tests.support.builders import RecordingRunner, engine_request, model_info
+from tests.support.grpc_harness import until
+
+PROMPT = tuple(range(10, 20))
+
+
+class Watch:
+    """What the engine told its owner, and the snapshots it kept."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[EngineStats] = []
+        self.stopped: list[PhotonError | None] = []
+
+
+@asynccontextmanager
+async def engine(
+    factory: Callable[[], Runner] | None = None,
+    *,
+    max_num_seqs: int = 8,
+    max_queued: int = 100,
+    start: bool = True,
+    **runner: Any,
+) -> AsyncIterator[tuple[AsyncEngine, Watch]]:
+    watch = Watch()
+    running = AsyncEngine(
+        factory or (lambda: RecordingRunner(model_info(), **runner)),
+        SchedulerOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=256),
+        KVCacheOptions(),
+        LimitOptions(max_queued_requests=max_queued),
+        on_step=watch.snapshots.append,
+        on_stopped=watch.stopped.append,
+    )
+    if start:
+        await running.start()
+    try:
+        yield running, watch
+    finally:
+        assert await running.stop()
+
+
+async def read_all(stream: RequestStream, num_completions: int = 1) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = defaultdict(list)
+    ended = 0
+    while ended < num_completions:
+        for output in await stream.read():
+            if output.failure is not None:
+                raise error_of(output.failure)
+            tokens[output.index].extend(output.token_ids)
+            ended += output.is_last
+    return dict(tokens)
+
+
+async def idle(running: AsyncEngine) -> None:
+    await until(lambda: running.stats.running == running.stats.waiting == running.stats.kv_blocks_used == 0)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+async def test_streams_are_told_apart() -> None:
+    async with engine() as (running, watch):
+        assert running.info.model == model_info()
+        streams = {
+            key: running.submit(f"r{key}", engine_request((key, key + 1, key + 2), 7, n=2))
+            for key in (20, 30, 40)
+        }
+        for key, stream in streams.items():
+            with stream:
+                tokens = await read_all(stream, 2)
+            prompt = (key, key + 1, key + 2)
+            assert tokens == {i: [echo(prompt, i, p) for p in range(7)] for i in range(2)}
+        await idle(running)
+        assert running.num_live_requests == 0
+    assert watch.stopped == [None]
+
+
+async def test_what_comes_while_nobody_reads_waits_in_one_piece_and_the_engine_goes_on() -> None:
+    """The engine never waits for a reader: it finishes and frees the blocks."""
+    async with engine() as (running, _):
+        with running.submit("slow", engine_request(PROMPT, 100)) as stream:
+            await until(lambda: running.stats.generation_tokens == 100)
+            await idle(running)
+            outputs = await stream.read()
+            assert [t for o in outputs for t in o.token_ids] == [echo(PROMPT, 0, p) for p in range(100)]
+            assert outputs[-1].is_last
+
+
+async def test_one_wake_up_of_the_loop_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    original = loop.call_soon_threadsafe
+    delivered: list[LoopMessage] = []
+
+    def counting(callback: Any, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        if args and isinstance(args[0], StepOutputs):
+            delivered.append(args[0])
+        return original(callback, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    async with engine(step_s=0.001) as (running, watch):
+        streams = [running.submit(f"r{i}", engine_request(PROMPT, 20)) for i in range(8)]
+        await asyncio.gather(*(read_all(stream) for stream in streams))
+        for stream in streams:
+            stream.close()
+        num_steps = watch.snapshots[-1].steps
+        assert len([m for m in delivered if isinstance(m, StepOutputs) and m.outputs]) <= num_steps
+        assert sum(len(m.outputs) for m in delivered if isinstance(m, StepOutputs)) == 160
+        assert num_steps < 160
+
+
+async def test_wait_returns_at_the_count_the_end_or_the_timeout() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 30)) as stream:
+            await stream.wait(10)
+            tokens = [t for o in await stream.read() for t in o.token_ids]
+            assert len(tokens) >= 10
+            await stream.wait(float("inf"))
+            outputs = await stream.read()
+            assert outputs[-1].is_last
+            assert len(tokens) + sum(len(o.token_ids) for o in outputs) == 30
+        with running.submit("b", engine_request(PROMPT, 400)) as stream:
+            await stream.wait(1)
+            await stream.wait(float("inf"), 0.005)
+            assert not (await stream.read())[-1].is_last
+
+
+async def test_a_cancelled_reader_can_read_again() -> None:
+    async with engine(step_s=0.002) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 12)) as stream:
+            reader = asyncio.ensure_future(stream.wait(1000))
+            await asyncio.sleep(0)
+            reader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reader
+            assert await read_all(stream) == {0: [echo(PROMPT, 0, p) for p in range(12)]}
+
+
+# --- closing --------------------------------------------------------------------------------------
+
+
+async def test_leaving_early_aborts_and_frees_the_blocks() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 400)) as stream:
+            await stream.read()
+            assert running.stats.kv_blocks_used > 0
+        await idle(running)
+        assert running.stats.generation_tokens < 400
+
+
+async def test_blocks_are_free_within_a_step_of_the_close() -> None:
+    async with engine(step_s=0.002) as (running, watch):
+        stream = running.submit("a", engine_request(PROMPT, 400))
+        await stream.read()
+        seen = len(watch.snapshots)
+        stream.close()
+        await idle(running)
+        after = watch.snapshots[seen:]
+        # One step may have been under way, and one more may have been planned before the inbox was read.
+        assert next(i for i, stats in enumerate(after) if stats.kv_blocks_used == 0) <= 2
+
+
+async def test_closing_is_idempotent_before_and_after_the_end() -> None:
+    async with engine() as (running, _):
+        early = running.submit("early", engine_request(PROMPT, 200))
+        early.close()
+        early.close()
+        late = running.submit("late", engine_request(PROMPT, 3))
+        await read_all(late)
+        late.close()
+        late.close()
+        await idle(running)
+        assert running.num_live_requests == 0
+
+
+async def test_late_outputs_never_reach_a_new_stream_of_the_same_id() -> None:
+    """A client may retry under the same request_id while its first attempt is being torn down."""
+    async with engine(step_s=0.001) as (running, _):
+        for attempt in range(10):
+            first = running.submit("again", engine_request((5, 6, 7), 400))
+            if attempt % 2:
+                await first.read()
+            first.close()
+            with running.submit("again", engine_request((50 + attempt, 60), 4)) as second:
+                assert await read_all(second) == {0: [50 + attempt, 60, 50 + attempt, 60]}
+        await idle(running)
+
+
+async def test_one_completion_can_be_ended_alone() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 60, n=2)) as stream:
+            await stream.read()
+            stream.abort_index(1)
+            ends: dict[int, SequenceOutput] = {}
+            while len(ends) < 2:
+                ends.update({o.index: o for o in await stream.read() if o.is_last})
+            assert ends[1].finish is not None
+            assert ends[1].finish.reason is FinishReason.ABORTED
+            assert ends[0].finish is not None
+            assert ends[0].finish.reason is FinishReason.MAX_TOKENS
+        await idle(running)
+
+
+# --- admission ------------------------------------------------------------------------------------
+
+
+async def test_a_live_id_is_refused_a_second_time() -> None:
+    """Bug of an ancestor: ids were a hash of the time."""
+    async with engine(step_s=0.001) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 400)):
+            with pytest.raises(DuplicateRequestError):
+                running.submit("a", engine_request(PROMPT))
+            with pytest.raises(DuplicateRequestError):
+                running.check_duplicate("a")
+            running.check_duplicate("b")
+        running.submit("a", engine_request(PROMPT)).close()
+
+
+async def test_the_queue_is_bounded_by_places_and_waiting_room() -> None:
+    async with engine(step_s=0.001, max_num_seqs=2, max_queued=3) as (running, _):
+        streams = [running.submit(f"r{i}", engine_request(PROMPT, 400)) for i in range(5)]
+        with pytest.raises(OverloadedError) as refused:
+            running.submit("r5", engine_request(PROMPT))
+        assert refused.value.retry_after_s > 0
+        with pytest.raises(OverloadedError):
+            running.check_admission()
+        streams[0].close()
+        await until(lambda: _admits(running))
+        for stream in streams:
+            stream.close()
+        await idle(running)
+        # Every place is given back exactly once.
+        again = [running.submit(f"s{i}", engine_request(PROMPT, 400)) for i in range(5)]
+        with pytest.raises(OverloadedError):
+            running.check_admission()
+        for stream in again:
+            stream.close()
+
+
+def _admits(running: AsyncEngine) -> bool:
+    try:
+        running.check_admission()
+    except OverloadedError:
+        return False
+    return True
+
+
+async def test_completions_count_towards_the_bound() -> None:
+    async with engine(step_s=0.001, max_num_seqs=2, max_queued=2) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 400, n=4)), pytest.raises(OverloadedError):
+            running.check_admission()
+
+
+async def test_a_draining_engine_takes_nothing_new_and_finishes_the_old() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 20)) as stream:
+            running.drain()
+            with pytest.raises(EngineDrainingError):
+                running.submit("b", engine_request(PROMPT))
+            assert len((await read_all(stream))[0]) == 20
+
+
+async def test_nothing_is_taken_before_the_engine_is_ready() -> None:
+    async with engine(start=False) as (running, _):
+        with pytest.raises(EngineStartingError):
+            running.submit("a", engine_request(PROMPT))
+        with pytest.raises(EngineStartingError):
+            _ = running.info
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+
+async def test_an_operator_ends_one_or_all() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        streams = {name: running.submit(name, engine_request(PROMPT, 400)) for name in "abc"}
+        assert running.abort("b") == 1
+        with pytest.raises(OperatorAbortError):
+            await read_all(streams["b"])
+        streams["b"].close()
+        with pytest.raises(RequestNotFoundError):
+            running.abort("b")
+        assert running.abort_all() == 2
+        for name in "ac":
+            with pytest.raises(OperatorAbortError):
+                await read_all(streams[name])
+            streams[name].close()
+        await idle(running)
+        assert running.abort_all() == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (FailureKind.QUEUE_TIMEOUT, QueueTimeoutError),
+        (FailureKind.FIRST_TOKEN_TIMEOUT, FirstTokenTimeoutError),
+        (FailureKind.MAX_DURATION, MaxDurationError),
+        (FailureKind.REQUEST_FAULT, RequestFaultError),
+        (FailureKind.OPERATOR_ABORT, OperatorAbortError),
+        (FailureKind.DRAINING, EngineDrainingError),
+        (FailureKind.ENGINE_DEAD, EngineDeadError),
+    ],
+)
+def test_each_failure_has_its_error(failure: FailureKind, error: type[PhotonError]) -> None:
+    assert type(error_of(failure)) is error
+
+
+def test_no_failure_is_without_an_error() -> None:
+    for failure in FailureKind:
+        assert isinstance(error_of(failure), PhotonError)
+
+
+# --- the end of the engine ------------------------------------------------------------------------
+
+
+async def test_when_a_step_breaks_every_stream_gets_a_status() -> None:
+    async with engine(crash_at_step=3) as (running, watch):
+        streams = [running.submit(f"r{i}", engine_request(PROMPT, 50, n=2)) for i in range(12)]
+        results = await asyncio.gather(*(read_all(s, 2) for s in streams), return_exceptions=True)
+        assert [type(result) for result in results] == [EngineDeadError] * 12
+        with pytest.raises(EngineDeadError):
+            running.submit("later", engine_request(PROMPT))
+        for stream in streams:
+            stream.close()
+        assert running.num_live_requests == 0
+        assert len(watch.stopped) == 1
+        assert isinstance(watch.stopped[0], EngineDeadError)
+
+
+async def test_a_stream_that_was_complete_when_the_engine_died_stays_complete() -> None:
+    async with engine(crash_at_step=4) as (running, watch):
+        done = running.submit("done", engine_request(PROMPT, 2))
+        open_ = running.submit("open", engine_request(PROMPT, 50))
+        await until(lambda: watch.stopped)
+        assert await read_all(done) == {0: [10, 11]}
+        with pytest.raises(EngineDeadError):
+            await read_all(open_)
+        done.close()
+        open_.close()
+
+
+async def test_stopping_ends_open_streams_as_draining() -> None:
+    async with engine(step_s=0.001) as (running, watch):
+        stream = running.submit("a", engine_request(PROMPT, 400))
+        await stream.read()
+        assert await running.stop()
+        with pytest.raises(EngineDrainingError):
+            await read_all(stream)
+        stream.close()
+        assert watch.stopped == [None]
+
+
+async def test_an_engine_that_hangs_is_reported() -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    class Hanging(RecordingRunner):
+        def launch(self, output: Any) -> None:
+            entered.set()
+            release.wait(10)
+            super().launch(output)
+
+    async with engine(lambda: Hanging(model_info())) as (running, _):
+        with running.submit("a", engine_request(PROMPT, 3)):
+            await until(entered.is_set)
+            assert not await running.stop(timeout_s=0.05)
+            release.set()
+
+
+async def test_a_failed_start_is_raised_to_the_starter() -> None:
+    def broken() -> Runner:
+        raise ModelLoadError("config.json: missing")
+
+    async with engine(broken, start=False) as (running, watch):
+        with pytest.raises(ModelLoadError, match=r"config\.json"):
+            await running.start()
+        with pytest.raises(EngineDeadError):
+            running.check_admission()
+        assert len(watch.stopped) == 1
+
+
+async def test_stopping_what_never_started() -> None:
+    async with engine(start=False) as (running, _):
+        assert await running.stop()
+
+
+async def test_messages_behind_the_end_are_harmless() -> None:
+    async with engine() as (running, watch):
+        stream = running.submit("a", engine_request(PROMPT, 3))
+        await read_all(stream)
+        running._deliver(EngineStopped(None))
+        stream.close()
+        assert watch.stopped == [None]
+
+
+# --- storms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) -> None:
+    """Bugs of an ancestor: an unlocked queue between threads, and sessions that were never cleaned up.
+
+    Tasks submit, read a while, cancel at any point or read to the end, on a pool too small for all.
+    """
+    generator = random.Random(17)
+    async with engine(
+        num_blocks=40, block_size=4, max_num_seqs=6, max_queued=40, max_in_flight=in_flight
+    ) as (running, _):
+        complete = 0
+
+        async def client(number: int) -> None:
+            nonlocal complete
+            for attempt in range(12):
+                prompt = tuple(generator.randrange(2, 5) for _ in range(generator.randrange(1, 30)))
+                max_tokens, patience = generator.randrange(1, 40), generator.random() * 0.02
+                request = engine_request(prompt, max_tokens, generator.randrange(1, 3), eos_token_ids=())
+                try:
+                    with running.submit(f"{number}-{attempt % 3}", request) as stream:
+                        if generator.random() < 0.2:
+                            continue
+                        async with asyncio.timeout(None if generator.random() < 0.5 else patience):
+                            tokens = await read_all(stream, request.sampling.n)
+                        for index, ids in tokens.items():
+                            assert ids == [echo(prompt, index, p) for p in range(max_tokens)]
+                        complete += 1
+                except (OverloadedError, TimeoutError):
+                    await asyncio.sleep(0.001)
+
+        await asyncio.gather(*(client(number) for number in range(12)))
+        await idle(running)
+        assert complete > 30
+        assert running.num_live_requests == 0
+        assert running._num_live == 0
