@@ -298,11 +298,11 @@ class Validator:
 
     def _check_stop(self, wrong: _Violations, request: GenerationRequest) -> None:
         stop, limits = request.stop, self._limits
-        if stop.max_tokens is not None and stop.max_tokens < 1:
-            wrong.add("stop.max_tokens", "must be at least 1")
         if stop.min_tokens is not None and stop.min_tokens < 0:
             wrong.add("stop.min_tokens", "must not be negative")
-        if stop.max_tokens is not None and (stop.min_tokens or 0) > stop.max_tokens:
+        if stop.max_tokens is not None and stop.max_tokens < 1:
+            wrong.add("stop.max_tokens", "must be at least 1")
+        elif stop.max_tokens is not None and (stop.min_tokens or 0) > stop.max_tokens:
             wrong.add("stop.min_tokens", "must not exceed max_tokens")
         if self._check_count(wrong, "stop.strings", len(stop.strings), limits.max_stop_strings):
             for index, string in enumerate(stop.strings):
