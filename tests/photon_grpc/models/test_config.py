@@ -22,7 +22,7 @@ from photon_grpc.models.config import (
 )
 from tests.support.tiny_model import make_config
 
-_ABSENT = object()
+_ABSENT: Any = object()
 
 
 def _read(
@@ -127,8 +127,7 @@ def test_absent_keys_take_the_family_default(tmp_path: Path) -> None:
 
 
 def test_linear_scaling_under_its_old_name(tmp_path: Path) -> None:
-    scaling = {"type": "linear", "factor": 4}
-    config = _read(tmp_path, spelling="rope_theta", rope_scaling=scaling)
+    config = _read(tmp_path, spelling="rope_theta", rope_scaling={"type": "linear", "factor": 4})
     assert config.rope == RopeConfig(10000.0, LinearRopeScaling(4.0))
 
 
@@ -140,7 +139,7 @@ def test_eos_ids_of_generation_config_win(tmp_path: Path) -> None:
 
 
 def test_generation_defaults(tmp_path: Path) -> None:
-    values = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "min_p": 0.05, "repetition_penalty": 1.1}
+    values: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "min_p": 0.05, "repetition_penalty": 1.1}
 
     assert _read(tmp_path).generation == GenerationDefaults(1.0, 1.0, 0, 0.0, 1.0)
     assert _read(tmp_path, generation=values).generation == GenerationDefaults(**values)
