@@ -201,4 +201,5 @@ def run(
     progress: Progress | None = None,
 ) -> int:
     """`serve` on a new uvloop event loop; the exit code. Raises StartupError."""
-    return uvloop.run(serve(options, ready=ready, progress=progress))
+    code: int = uvloop.run(serve(options, ready=ready, progress=progress))
+    return code

@@ -10,13 +10,8 @@ from pathlib import Path
 
 from photon_grpc.models.registry import load_config
 from photon_grpc.options import Options
-from photon_grpc.runner.factory import model_info, resolve_dtype
-from photon_grpc.runner.kv_cache import (
-    available_memory_bytes,
-    kv_bytes_per_token,
-    kv_memory_bytes,
-    num_blocks_for,
-)
+from photon_grpc.runner.factory import model_info, pool_blocks, resolve_dtype
+from photon_grpc.runner.kv_cache import available_memory_bytes, kv_bytes_per_token
 
 __all__ = ["describe_model"]
 
@@ -29,9 +24,8 @@ def describe_model(folder: Path, options: Options) -> list[tuple[str, str]]:
     file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     per_token = kv_bytes_per_token(config, dtype)
     free_bytes = max(available_memory_bytes() - weight_bytes, 0)
-    pool_bytes = kv_memory_bytes(options.cache, free_bytes)
     block_size = options.cache.block_size
-    pool_tokens = num_blocks_for(pool_bytes, config, block_size, dtype) * block_size
+    pool_tokens = pool_blocks(config, options, dtype, free_bytes) * block_size
     allowed = options.model.max_model_len or config.max_position_embeddings
     info = model_info(folder, options, config, min(allowed, pool_tokens))
     heads = f"{config.num_heads} query, {config.num_kv_heads} key and value, of {config.head_dim}"
@@ -46,7 +40,7 @@ def describe_model(folder: Path, options: Options) -> list[tuple[str, str]]:
         ("weights on disk", f"{_size(file_bytes)} ({_name(config.dtype)})"),
         ("weights in memory", f"{_size(weight_bytes)} ({_name(dtype)})"),
         ("KV cache per token", f"{per_token:,} bytes"),
-        ("KV pool", f"{_size(pool_bytes)} in blocks of {block_size} tokens"),
+        ("KV pool", f"{_size(pool_tokens * per_token)} in blocks of {block_size} tokens"),
         ("tokens that fit", f"{pool_tokens:,}"),
         (
             "longest context",

@@ -23,7 +23,7 @@ from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.ops.torch_ops import TorchOps
 from photon_grpc.options import Options
-from photon_grpc.runner.kv_cache import KVCache, kv_bytes_per_token, kv_memory_bytes, num_blocks_for
+from photon_grpc.runner.kv_cache import KVCache, kv_memory_bytes, num_blocks_for
 from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.types import ModelInfo
@@ -50,7 +50,7 @@ def build_runner(
     load_weights(decoder, folder, progress=progress)
     _profile(decoder, config, ops, dtype, options)
     block_size = options.cache.block_size
-    num_blocks = num_blocks_for(kv_memory_bytes(options.cache), config, block_size, dtype)
+    num_blocks = pool_blocks(config, options, dtype)
     max_model_len = _max_model_len(options, config, num_blocks * block_size)
     kv_cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=device)
     model = model_info(folder, options, config, max_model_len)
@@ -81,6 +81,23 @@ def default_num_threads() -> int:
 def resolve_dtype(name: str) -> torch.dtype:
     """The data type to compute in; `auto` is float32, which CPUs are fastest and exactest in."""
     return torch.float32 if name == "auto" else _DTYPES[name]
+
+
+def pool_blocks(
+    config: ModelConfig, options: Options, dtype: torch.dtype, free_bytes: int | None = None
+) -> int:
+    """Blocks of the KV pool; `free_bytes` is measured where it is not given. Raises ConfigError.
+
+    A pool of stated size has that size. One taken from free memory ends where a full batch of the
+    longest contexts fits: what lies beyond could only hold prefixes of long ago.
+    """
+    num_blocks = num_blocks_for(
+        kv_memory_bytes(options.cache, free_bytes), config, options.cache.block_size, dtype
+    )
+    if options.cache.kv_cache_memory_bytes:
+        return num_blocks
+    longest = options.model.max_model_len or config.max_position_embeddings
+    return min(num_blocks, options.scheduler.max_num_seqs * -(-longest // options.cache.block_size))
 
 
 def model_info(folder: Path, options: Options, config: ModelConfig, max_model_len: int) -> ModelInfo:
@@ -135,10 +152,3 @@ def _profile(
     with torch.inference_mode():
         hidden = decoder.forward(torch.zeros(num_tokens, dtype=torch.int64), positions, cache, metadata)
         decoder.compute_logits(hidden[-min(num_tokens, options.scheduler.max_num_seqs) :])
-
-
-def describe_kv(config: ModelConfig, options: Options) -> tuple[int, int]:
-    """`(bytes per token, tokens that fit)` of the pool these options would give now."""
-    dtype = resolve_dtype(options.model.dtype)
-    num_blocks = num_blocks_for(kv_memory_bytes(options.cache), config, options.cache.block_size, dtype)
-    return kv_bytes_per_token(config, dtype), num_blocks * options.cache.block_size

@@ -140,7 +140,7 @@ def test_it_has_learnt_python(tokenizer: Any, model: Any) -> None:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         loss = model(input_ids=ids, labels=ids).loss.item()
-    assert loss < 4.0
+    assert loss < 3.0
 
 
 def test_the_card_describes_this_file() -> None:
@@ -153,4 +153,4 @@ def test_the_card_describes_this_file() -> None:
     assert rows
     for _, _, _, loss, perplexity, _ in rows:
         assert math.exp(float(loss)) == pytest.approx(float(perplexity), rel=1e-2)
-        assert float(perplexity) < 60
+        assert float(perplexity) < 10

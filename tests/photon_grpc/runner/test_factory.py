@@ -1,0 +1,93 @@
+"""From folder and options to a runner: what is refused, what is sized, what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from photon_grpc.errors import BackendUnavailableError, ConfigError
+from photon_grpc.options import KVCacheOptions, ModelOptions, Options, SchedulerOptions
+from photon_grpc.runner.factory import build_runner, default_num_threads, resolve_dtype
+from tests.support.builders import engine_core, engine_request, generate
+from tests.support.tiny_model import tiny_model_folder
+
+CONTEXT = 256
+POOL = 4 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(autouse=True)
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(pool_bytes: int = POOL, **model: object) -> Options:
+    return Options(
+        model=replace(ModelOptions(), **model),
+        cache=KVCacheOptions(kv_cache_memory_bytes=pool_bytes),
+        scheduler=SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=64),
+    )
+
+
+def test_cuda_is_refused_by_name(folder: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="cuda"):
+        build_runner(folder, options(backend="cuda"))
+
+
+def test_a_stated_context_beyond_the_model_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{CONTEXT} positions"):
+        build_runner(folder, options(max_model_len=CONTEXT + 1))
+
+
+def test_a_stated_context_beyond_the_pool_is_refused(folder: Path) -> None:
+    one_block = (
+        build_runner(folder, options())._kv_cache.num_bytes // build_runner(folder, options()).num_blocks
+    )
+    with pytest.raises(ConfigError, match="pool holds 32 tokens"):
+        build_runner(folder, options(2 * one_block, max_model_len=100))
+
+
+def test_an_unstated_context_is_cut_to_the_pool(folder: Path) -> None:
+    runner = build_runner(folder, options())
+    assert runner.model.max_model_len == CONTEXT
+    block_bytes = runner._kv_cache.num_bytes // runner.num_blocks
+    small = build_runner(folder, options(3 * block_bytes))
+    assert small.num_blocks == 3
+    assert small.model.max_model_len == 48
+
+
+def test_a_pool_from_free_memory_ends_at_a_full_batch(folder: Path) -> None:
+    runner = build_runner(folder, options(0))
+    assert runner.num_blocks == 4 * CONTEXT // runner.block_size
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_every_type_computes(folder: Path, dtype: str) -> None:
+    runner = build_runner(folder, options(dtype=dtype))
+    assert runner._kv_cache.dtype is resolve_dtype(dtype)
+    core = engine_core(runner, max_num_seqs=4)
+    assert len(generate(core, one=engine_request((5, 6, 7), 8, eos_token_ids=()))["one"]) == 8
+
+
+def test_the_served_name_is_stated_or_the_folder_s(folder: Path) -> None:
+    assert build_runner(folder, options()).model.name == folder.name
+    assert build_runner(folder, options(served_name="mine")).model.name == "mine"
+
+
+def test_threads_leave_a_core_to_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads in ((1, 1), (2, 1), (3, 2), (None, 1)):
+        monkeypatch.setattr("psutil.cpu_count", lambda logical, cores=cores: cores)
+        assert default_num_threads() == threads
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 3)
+    build_runner(folder, options())
+    assert torch.get_num_threads() == 2
