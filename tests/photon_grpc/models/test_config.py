@@ -139,7 +139,13 @@ def test_eos_ids_of_generation_config_win(tmp_path: Path) -> None:
 
 
 def test_generation_defaults(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "min_p": 0.05, "repetition_penalty": 1.1}
+    values: dict[str, Any] = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+    }
 
     assert _read(tmp_path).generation == GenerationDefaults(1.0, 1.0, 0, 0.0, 1.0)
     assert _read(tmp_path, generation=values).generation == GenerationDefaults(**values)
