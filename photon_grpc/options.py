@@ -27,7 +27,9 @@ class ModelOptions:
 @dataclass(frozen=True, slots=True)
 class KVCacheOptions:
     block_size: int = _opt(16, "tokens per KV block")
-    kv_cache_memory_bytes: int = _opt(0, "KV pool size; 0: from free memory, up to a full batch of longest contexts")
+    kv_cache_memory_bytes: int = _opt(
+        0, "KV pool size; 0: from free memory, up to a full batch of longest contexts"
+    )
     free_memory_fraction: float = _opt(0.3, "share of free memory for the KV pool when no size is given")
     max_kv_cache_bytes: int = _opt(4 << 30, "upper bound on a pool sized from free memory")
     prefix_caching: bool = _opt(True, "share KV blocks between requests with equal prefixes")

@@ -66,7 +66,7 @@ ensure_environment() {
         "$base" -m venv --clear "$environment" || fail "cannot create $environment"
     fi
     rm -f "$environment"/stamp*
-    "$python" -m pip install --quiet --disable-pip-version-check \
+    "$python" -m pip install --quiet --quiet --disable-pip-version-check \
         --constraint tools/constraints.txt --editable ".$extras" || fail "pip could not install the package"
     fingerprint "$base" "$extras" >"$environment/stamp$extras"
 }
