@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import photon_grpc
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import EngineRequest, Submit
 from photon_grpc.models.loader import load_weights
@@ -29,7 +30,8 @@ from photon_grpc.types import TokenLogprobs
 from tests.support.builders import engine_core, engine_request, generate, model_info, run_to_end, sampling
 from tests.support.tiny_model import tiny_model_folder
 
-FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "demo")
+DEMO = Path(photon_grpc.__file__).parent / "demo_model"
 BLOCK_SIZE = 8
 NUM_TOKENS = 64
 CPU = torch.device("cpu")
@@ -94,7 +96,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
-    yield {family: Checkpoint(tiny_model_folder(folder, family)) for family in FAMILIES}
+    yield {
+        family: Checkpoint(DEMO if family == "demo" else tiny_model_folder(folder, family))
+        for family in FAMILIES
+    }
     torch.set_num_threads(threads)
 
 
