@@ -5,9 +5,8 @@
 //     y[i]         = x'[i] * cos - x'[i + d/2] * sin     q and k; cos, sin = table[positions[t]][i]
 //     y[i + d/2]   = x'[i + d/2] * cos + x'[i] * sin
 //
-// Layouts: qkv [tokens][q heads, k heads, v heads][d] with qkv_row_stride elements between tokens;
-// q_out [tokens][q heads][d] and k_out [tokens][k heads][d] with strides of their own, k_out null where
-// nobody wants it, both free to be the part of qkv that they come from; kv_cache
+// Layouts: qkv [tokens][q heads, k heads, v heads][d] and q_out [tokens][q heads][d] with strides between
+// tokens, q_out free to be the part of qkv that it comes from; kv_cache
 // [blocks][kv heads][K, V][block_size][d]; table [positions][d] float32, cos of all d/2 pairs, then sin.
 // A token goes to slot block * block_size + offset; slot -1 is stored nowhere (an idle row).
 //
@@ -91,12 +90,11 @@ __device__ __forceinline__ Halves rotate(const Halves& raw, const Halves& weight
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    rope_store_kv(Storage* q_out, Storage* k_out, Storage* kv_cache, const Storage* qkv,
+    rope_store_kv(Storage* q_out, Storage* kv_cache, const Storage* qkv,
                   const Storage* __restrict__ q_weight, const Storage* __restrict__ k_weight,
                   const float* __restrict__ table, const Index* __restrict__ positions,
                   const i64* __restrict__ slots, int num_heads, int num_kv_heads, int head_dim,
-                  int block_size, int lanes, i64 qkv_row_stride, i64 q_row_stride, i64 k_row_stride,
-                  float eps) {
+                  int block_size, int lanes, i64 qkv_row_stride, i64 q_row_stride, float eps) {
     const int token = blockIdx.x;
     const int head = blockIdx.y * (kThreads / lanes) + threadIdx.x / lanes;
     const int start = kVec * (threadIdx.x % lanes);
@@ -127,10 +125,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         return;
     }
     const int kv_head = head - num_heads - (is_k ? 0 : num_kv_heads);
-    if (is_k && k_out != nullptr) {
-        store_halves(k_out + token * k_row_stride + static_cast<i64>(kv_head) * head_dim, rotated, start,
-                     half_dim);
-    }
     const i64 slot = load_index(slots + token);
     if (slot < 0) return;
     store_halves(cache_head(kv_cache, slot, kv_head, is_k ? 0 : 1, num_kv_heads, block_size, head_dim),

@@ -23,7 +23,7 @@ _STORAGE = ("bf16", "f16", "f32")
 ROPE_STORE_KV = KernelSpec(
     name="rope_store_kv",
     source="rope_store_kv",
-    parameters=(*(Pointer,) * 9, *(np.int32,) * 5, *(np.int64,) * 3, np.float32),
+    parameters=(*(Pointer,) * 8, *(np.int32,) * 5, *(np.int64,) * 2, np.float32),
     max_threads=_THREADS,
     macros=("PHOTON_STORAGE", "PHOTON_INDEX"),
     checked=tuple(
@@ -45,7 +45,6 @@ SPECS = (ROPE_STORE_KV, STORE_KV)
 
 def rope_store_kv(
     q_out: Tensor,
-    k_out: Tensor | None,
     kv_cache: Tensor,
     qkv: Tensor,
     norms: tuple[Tensor, Tensor] | None,
@@ -57,9 +56,8 @@ def rope_store_kv(
     """Normalise (where there are `norms`) and rotate q and k, write k and v into their slots.
 
     `qkv` is [tokens, num_heads + 2 * num_kv_heads, head_dim]: q, k and v heads of a token side by side.
-    `q_out` [tokens, num_heads, head_dim] and `k_out` [tokens, num_kv_heads, head_dim] take the results;
-    each may be the part of `qkv` that it comes from, and `k_out` None where the cache is enough. Rows of
-    the three may lie apart. `kv_cache` is [num_blocks, num_kv_heads, 2, block_size, head_dim]; `norms`
+    `q_out` [tokens, num_heads, head_dim] may be the part of `qkv` that it comes from; rows of both may lie
+    apart. `kv_cache` is [num_blocks, num_kv_heads, 2, block_size, head_dim]; `norms`
     are the weights [head_dim] of q and k; `table` is float32 [num_positions, head_dim], cosines then sines
     of each pair; `positions` int32 or int64 [tokens]; `slot_mapping` int64 [tokens], -1 for a token that
     is stored nowhere.
@@ -69,15 +67,12 @@ def rope_store_kv(
     dtype = qkv.dtype
     qkv_stride = require_rows("qkv", qkv, dtype, tokens, num_heads + 2 * num_kv_heads, head_dim)
     q_stride = require_rows("q_out", q_out, dtype, tokens, num_heads, head_dim)
-    k_stride = 0
-    if k_out is not None:
-        k_stride = require_rows("k_out", k_out, dtype, tokens, num_kv_heads, head_dim)
     require("kv_cache", kv_cache, dtype, num_blocks, num_kv_heads, 2, block_size, head_dim)
     require_index("slot_mapping", slot_mapping, torch.int64, tokens)
     _launch_rope(
-        (q_out, k_out, kv_cache, qkv),
+        (q_out, kv_cache, qkv),
         (num_heads, num_kv_heads, head_dim, block_size),
-        (qkv_stride, q_stride, k_stride),
+        (qkv_stride, q_stride),
         norms,
         eps,
         table,
@@ -97,9 +92,9 @@ def qk_norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor, po
     stride = require_rows("x", x, x.dtype, tokens, num_heads, head_dim)
     norms = None if weight is None else (weight, weight)
     _launch_rope(
-        (x, None, None, x),
+        (x, None, x),
         (num_heads, 0, head_dim, 1),
-        (stride, stride, 0),
+        (stride, stride),
         norms,
         eps,
         table,
@@ -132,9 +127,9 @@ def store_kv(kv_cache: Tensor, kv: Tensor, slot_mapping: Tensor) -> None:
 
 
 def _launch_rope(
-    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+    tensors: tuple[Tensor, Tensor | None, Tensor],
     sizes: tuple[int, int, int, int],
-    strides: tuple[int, int, int],
+    strides: tuple[int, int],
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
     table: Tensor,
