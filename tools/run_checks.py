@@ -20,6 +20,7 @@ CHECKS: dict[str, list[str]] = {
     "mypy": [PYTHON, "-m", "mypy"],
     "proto modules": [PYTHON, "tools/gen_proto.py", "--check"],
     "settings table": [PYTHON, "tools/settings_table.py", "--check"],
+    "kernels": [PYTHON, "tools/check_kernels.py"],
 }
 
 

@@ -30,12 +30,13 @@ _MIN_COMPUTE_CAPABILITY = (8, 0)
 _DEFAULT_SHARED_BYTES = 48 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KernelSpec:
-    """One `extern "C" __global__` function, and all that Python has to know of it.
+    """One `extern "C" __global__` function, and all that Python has to know of it. Equal to itself alone.
 
     `macros` are the names that every variant defines. `checked` are the variants that the check without a
-    GPU compiles: all, or where the values are a model's own sizes, those of models we name.
+    GPU compiles: all, or where the values are a model's own sizes, those of models we name. Dynamic shared
+    memory, where there is any, is the macro PHOTON_SHARED_BYTES, so that the check sees its size.
     `max_registers` is the budget that the check holds every one of them to, with no spills.
     """
 
