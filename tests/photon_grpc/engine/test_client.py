@@ -93,7 +93,12 @@ async def read_all(stream: RequestStream, num_completions: int = 1) -> dict[int,
 
 
 async def idle(running: AsyncEngine) -> None:
-    await until(lambda: running.stats.running == running.stats.waiting == running.stats.kv_blocks_used == 0)
+    def is_idle() -> bool:
+        stats = running.stats
+        # The client's own count as well: the latest snapshot may be of before the request came.
+        return running._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
+
+    await until(is_idle)
 
 
 # --- reading --------------------------------------------------------------------------------------
