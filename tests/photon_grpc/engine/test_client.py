@@ -14,6 +14,7 @@ import pytest
 
 from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
 from photon_grpc.engine.messages import (
+    Abort,
     EngineStats,
     EngineStopped,
     FailureKind,
@@ -205,8 +206,16 @@ async def test_blocks_are_free_within_a_step_of_the_close() -> None:
         assert next(i for i, stats in enumerate(after) if stats.kv_blocks_used == 0) <= 2
 
 
-async def test_closing_is_idempotent_before_and_after_the_end() -> None:
+async def test_closing_is_idempotent_before_and_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[Abort] = []
     async with engine() as (running, _):
+        post = running.post
+
+        def counting(message: Abort) -> None:
+            posted.append(message)
+            post(message)
+
+        monkeypatch.setattr(running, "post", counting)
         early = running.submit("early", engine_request(PROMPT, 200))
         early.close()
         early.close()
@@ -214,6 +223,8 @@ async def test_closing_is_idempotent_before_and_after_the_end() -> None:
         await read_all(late)
         late.close()
         late.close()
+        # The inbox has no bound of its own: it relies on this.
+        assert posted == [Abort(1)]
         await idle(running)
         assert running.num_live_requests == 0
 

@@ -390,10 +390,26 @@ async def test_a_stop_string_across_tokens_and_deltas(
 async def test_a_stop_string_ends_the_work_of_the_engine(tokenizer: Tokenizer) -> None:
     async with house(tokenizer, step_s=0.001) as it:
         it.say("END" + "x " * 200)
-        events = await it.events(asking(stop=StopParams(strings=("END",))))
+        with await it.generator.open(asking(stop=StopParams(strings=("END",)))) as stream:
+            events = [event async for event in stream]
+            assert it.engine.num_live_requests == 0, "closed with the last event, not when the reader leaves"
         assert text_of(events) == ""
         await it.idle()
         assert it.engine.stats.generation_tokens < 200
+
+
+async def test_a_stop_string_ends_its_own_completion_at_once(tokenizer: Tokenizer) -> None:
+    async with house(tokenizer, step_s=0.001) as it:
+        (end,) = it.say("END")
+        it.say(end[:-1] + [200] * 600, [200] * 600)
+        request = asking(sampling=SamplingParams(n=2), stop=StopParams(strings=("END",), max_tokens=500))
+        with await it.generator.open(request) as stream:
+            while not isinstance(event := await anext(stream), Finished):
+                pass
+            assert event.index == 0
+            # Unaborted, both would reach max_tokens in the same step.
+            await until(lambda: it.engine.stats.running == 1)
+        await it.idle()
 
 
 async def test_text_that_only_began_like_a_stop_string_comes_at_the_end(tokenizer: Tokenizer) -> None:
