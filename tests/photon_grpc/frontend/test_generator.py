@@ -256,15 +256,22 @@ async def test_the_prompt_comes_back_when_asked_for(tokenizer: Tokenizer) -> Non
         assert (plain.prompt.token_ids, plain.prompt.logprobs) == ((), ())
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("strings", [(), (" of it",)])
-async def test_logprobs_stand_beside_their_tokens(tokenizer: Tokenizer, strings: tuple[str, ...]) -> None:
+async def test_logprobs_stand_beside_their_tokens(
+    tokenizer: Tokenizer, strings: tuple[str, ...], merged: bool
+) -> None:
     async with house(tokenizer, step_s=0.001) as it:
         it.say(TEXT)
         output = OutputOptions(token_ids=True, top_logprobs=3)
-        events = await it.events(asking(output=output, stop=StopParams(strings=strings)))
-        for event in events:
-            if isinstance(event, Delta):
-                assert event.logprobs == tuple(logprobs_of(token, 3) for token in event.token_ids)
+        with await it.generator.open(asking(output=output, stop=StopParams(strings=strings))) as stream:
+            if merged:
+                # All tokens in one delta, those behind the match among them.
+                await it.idle()
+            deltas = [event async for event in stream if isinstance(event, Delta)]
+        assert len(deltas) == 1 or not merged
+        for delta in deltas:
+            assert delta.logprobs == tuple(logprobs_of(token, 3) for token in delta.token_ids)
 
 
 async def test_several_completions_finish_on_their_own(tokenizer: Tokenizer) -> None:
