@@ -298,7 +298,7 @@ def test_open_ended_requests_still_batch() -> None:
         num_blocks=num_blocks, block_size=options.block_size, max_num_seqs=64, max_num_batched_tokens=1024
     )
     for key in range(1, 65):
-        # The first prompt token as EOS: nobody says how long it will be, and it is short.
+        # The whole context that is left, as a request without max_tokens gets it.
         submit(core, key, (key + 1,) * 16, context - 16, eos_token_ids=())
     assert 64 * core.scheduler.kv.blocks_for(context) > num_blocks
     core.step()
@@ -730,7 +730,7 @@ def test_a_row_fault_is_counted_and_ends_that_row_alone() -> None:
 
 
 def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
-    """Bug of an ancestor's claim: fragmentation was never measured.
+    """The ancestors claimed a share and measured none.
 
     A mixed load of contexts from 128 to 384 tokens keeps the default-sized blocks scarce; the share of
     slots that hold a token is averaged over the steps in which no block was left.
