@@ -748,15 +748,13 @@ def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
         length = generator.randrange(64, total)
         prompt = tuple(generator.randrange(2, 1000) for _ in range(length))
         submit(core, key, prompt, total - length, eos_token_ids=())
-    shares, full = [], 0
+    shares = []
     while core.has_work:
         core.step()
         stats = core.scheduler.stats()
-        if stats.kv_blocks_used >= 0.97 * stats.kv_blocks_total:
+        if stats.kv_blocks_used == stats.kv_blocks_total:
             shares.append(stats.kv_slots_used / (stats.kv_blocks_used * stats.block_size))
-        full += stats.kv_blocks_used == stats.kv_blocks_total
-    assert full > 0, "the pool was never filled to its last block"
-    assert len(shares) > 100
+    assert len(shares) >= 20, "the pool was hardly ever filled to its last block"
     assert sum(shares) / len(shares) >= 0.93
     assert core.scheduler.stats().preemptions > 0
     assert_idle(core)
