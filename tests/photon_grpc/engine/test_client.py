@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
+from photon_grpc.engine.client import AsyncEngine, RequestStream, _Pace, error_of
 from photon_grpc.engine.messages import (
     Abort,
+    EngineReady,
     EngineStats,
     EngineStopped,
     FailureKind,
@@ -40,7 +41,7 @@ from photon_grpc.errors import (
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import echo
-from photon_grpc.types import FinishReason
+from photon_grpc.types import Finish, FinishReason
 from tests.support.builders import RecordingRunner, engine_request, model_info
 from tests.support.grpc_harness import until
 
@@ -486,3 +487,92 @@ async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) 
         assert complete > 30
         assert running.num_live_requests == 0
         assert running._num_live == 0
+
+
+# --- the pace of writing --------------------------------------------------------------------------
+
+
+def paced(num_streams: int, step_s: float) -> _Pace:
+    pace = _Pace()
+    for number in range(200):
+        pace.step(number * step_s, num_streams)
+    return pace
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "step_s", "interval"),
+    [(1, 0.0005, 1), (16, 0.005, 1), (64, 0.020, 1), (256, 0.040, 1), (256, 0.020, 2), (256, 0.005, 7)],
+)
+def test_readers_sleep_only_when_writing_would_fill_the_loop(
+    num_streams: int, step_s: float, interval: int
+) -> None:
+    assert paced(num_streams, step_s).interval == interval
+
+
+def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> None:
+    pace = paced(256, 0.020)
+    turns = defaultdict(list)
+    for _ in range(6):
+        pace.step((pace.turn + 1) * 0.020, 256)
+        for key in range(256):
+            if pace.is_turn_of(key):
+                turns[pace.turn].append(key)
+    assert [len(keys) for keys in turns.values()] == [128] * 6
+
+
+async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once() -> None:
+    """Steps are handed over by hand, so what each reader has after each of them is exact."""
+    async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        streams = [running.submit(f"r{n}", engine_request(PROMPT, 50)) for n in range(300)]
+        keys = list(range(1, 301))
+        reads: dict[int, list[int]] = {key: [] for key in keys}
+
+        async def reader(key: int, stream: RequestStream) -> None:
+            while True:
+                outputs = await stream.read()
+                reads[key].append(len(outputs))
+                if outputs[-1].is_last:
+                    return
+
+        tasks = [asyncio.ensure_future(reader(k, s)) for k, s in zip(keys, streams, strict=True)]
+        await asyncio.sleep(0)
+        for step in range(30):
+            finish = Finish(FinishReason.MAX_TOKENS) if step == 29 else None
+            outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
+            running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            if step == 0:
+                assert all(lengths == [1] for lengths in reads.values()), "the first token waited"
+        await asyncio.gather(*tasks)
+        for lengths in reads.values():
+            assert sum(lengths) == 30
+            assert len(lengths) < 20, "tokens did not merge"
+
+
+async def test_a_stream_that_pauses_is_not_forgotten() -> None:
+    """Its last token came when it was not its turn; others keep stepping."""
+    async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        streams = [running.submit(f"r{n}", engine_request(PROMPT, 50)) for n in range(300)]
+        paused = streams[7]
+        step = 0
+
+        def deliver(keys: range) -> None:
+            nonlocal step
+            step += 1
+            outputs = tuple(SequenceOutput(key, 0, (step,)) for key in keys)
+            running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+
+        for _ in range(50):
+            deliver(range(1, 301))
+        await paused.read()
+        pending = asyncio.ensure_future(paused.read())
+        await asyncio.sleep(0)
+        while running._pace.turn % running._pace.interval == (-8 - 1) % running._pace.interval:
+            deliver(range(9, 301))
+        deliver(range(8, 9))
+        for _ in range(running._pace.interval):
+            deliver(range(9, 301))
+        assert [output.token_ids for output in await asyncio.wait_for(pending, 5)]
