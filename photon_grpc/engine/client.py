@@ -272,7 +272,11 @@ class AsyncEngine:
             raise EngineDrainingError
         if self._info is None:
             raise EngineStartingError
-        if self._num_live >= self._max_live:
+        self._check_room(1)
+
+    def _check_room(self, num_completions: int) -> None:
+        # An idle engine takes any request: one that is larger than the queue could never come otherwise.
+        if self._num_live and self._num_live + num_completions > self._max_live:
             raise OverloadedError("the queue is full", retry_after_s=1.0)
 
     def submit(self, request_id: str, request: EngineRequest) -> RequestStream:
@@ -283,6 +287,7 @@ class AsyncEngine:
         """
         self.check_admission()
         self.check_duplicate(request_id)
+        self._check_room(request.sampling.n)
         self._last_key += 1
         key = self._last_key
         stream = RequestStream(self, key, request_id, request.sampling.n)
@@ -352,6 +357,9 @@ class AsyncEngine:
                 self._deliver_step(message)
             case EngineReady():
                 self._info = message
+                # Nothing has run yet, and the size of the pool is already true.
+                self._stats = EngineStats(kv_blocks_total=message.num_blocks, block_size=message.block_size)
+                self._on_step(self._stats)
                 assert self._ready is not None
                 if not self._ready.done():
                     self._ready.set_result(message)

@@ -123,6 +123,13 @@ async def test_streams_are_told_apart() -> None:
     assert watch.stopped == [None]
 
 
+async def test_the_pool_is_known_before_the_first_step() -> None:
+    async with engine() as (running, watch):
+        assert running.stats.kv_blocks_total == running.info.num_blocks > 0
+        assert running.stats.block_size == running.info.block_size
+        assert watch.snapshots == [running.stats]
+
+
 async def test_what_comes_while_nobody_reads_waits_in_one_piece_and_the_engine_goes_on() -> None:
     """The engine never waits for a reader: it finishes and frees the blocks."""
     async with engine() as (running, _):
@@ -306,6 +313,11 @@ async def test_completions_count_towards_the_bound() -> None:
     async with engine(step_s=0.001, max_num_seqs=2, max_queued=2) as (running, _):
         with running.submit("a", engine_request(PROMPT, 400, n=4)), pytest.raises(OverloadedError):
             running.check_admission()
+        await idle(running)
+        with running.submit("b", engine_request(PROMPT, 400, n=3)):
+            running.check_admission()
+            with pytest.raises(OverloadedError):
+                running.submit("c", engine_request(PROMPT, 400, n=2))
 
 
 async def test_a_draining_engine_takes_nothing_new_and_finishes_the_old() -> None:
