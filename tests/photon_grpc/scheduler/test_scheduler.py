@@ -758,3 +758,18 @@ def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
     assert sum(shares) / len(shares) >= 0.93
     assert core.scheduler.stats().preemptions > 0
     assert_idle(core)
+
+
+def test_clocks_of_ended_requests_do_not_pile_up() -> None:
+    clock = FakeClock()
+    core = scripted_core(clock=clock)
+    kept = engine_request((5, 6), 100, deadlines=Deadlines(end_by=clock() + 900))
+    core.submit(Submit(1, kept))
+    for key in range(2, 3000):
+        core.submit(Submit(key, engine_request((5, 6), 1, deadlines=Deadlines(end_by=clock() + 900))))
+        core.abort(Abort(key))
+        if key % 50 == 0:
+            core.step()
+    assert len(core.scheduler._timers) < 1200
+    clock.advance(1000)
+    assert FailureKind.MAX_DURATION in [output.failure for output in core.step().outputs]
