@@ -19,7 +19,12 @@ is_recent() {
 
 find_python() {
     without_venv=""
-    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3.13 python3.12 python3.11 python3 python
+    fi
+    for candidate in "$@"; do
         is_recent "$candidate" || continue
         if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
             command -v "$candidate"

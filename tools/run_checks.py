@@ -19,6 +19,7 @@ CHECKS: dict[str, list[str]] = {
     "ruff format": [PYTHON, "-m", "ruff", "format", "--check", "."],
     "mypy": [PYTHON, "-m", "mypy"],
     "proto modules": [PYTHON, "tools/gen_proto.py", "--check"],
+    "proto rules": [PYTHON, "tools/check_proto.py"],
     "settings table": [PYTHON, "tools/settings_table.py", "--check"],
     "kernels": [PYTHON, "tools/check_kernels.py"],
 }

@@ -7,6 +7,7 @@ per step. A stream never blocks the engine: what arrives while its reader is bus
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -47,6 +48,12 @@ from photon_grpc.runner.base import Runner
 
 _log = structlog.get_logger(__name__)
 
+# What a message costs the event loop, from `python -m tools.bench serving --fake-engine`.
+_MESSAGE_S = 60e-6
+_WRITING_SHARE = 0.5
+_MAX_STEP_S = 1.0
+_SMOOTHING = 0.1
+
 _ERROR_OF_FAILURE: dict[FailureKind, Callable[[], PhotonError]] = {
     FailureKind.QUEUE_TIMEOUT: QueueTimeoutError,
     FailureKind.FIRST_TOKEN_TIMEOUT: FirstTokenTimeoutError,
@@ -74,6 +81,7 @@ class RequestStream:
         self._pending: list[SequenceOutput] = []
         self._num_pending_tokens = 0
         self._last_pending = False
+        self._has_been_read = False
         self._waiter: asyncio.Future[None] | None = None
         self._wake_at = 1.0
         self._closed = False
@@ -95,6 +103,7 @@ class RequestStream:
         pending, self._pending = self._pending, []
         self._num_pending_tokens = 0
         self._last_pending = False
+        self._has_been_read = True
         return pending
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
@@ -127,13 +136,21 @@ class RequestStream:
         if self._num_open:
             self._engine.post(Abort(self._key))
 
+    @property
+    def is_urgent(self) -> bool:
+        """True when the reader must not be kept waiting: for the first outputs, and for an end."""
+        return self._last_pending or not self._has_been_read
+
     def push(self, output: SequenceOutput) -> None:
-        """Take an output; called by the engine client on the loop."""
+        """Take an output without waking the reader; called by the engine client on the loop."""
         if output.is_last:
             self._num_open -= 1
             self._last_pending = True
         self._pending.append(output)
         self._num_pending_tokens += len(output.token_ids)
+
+    def wake(self) -> None:
+        """Let the reader go on if what it waits for is there."""
         if self._waiter is not None and (self._num_pending_tokens >= self._wake_at or self._last_pending):
             _wake(self._waiter)
 
@@ -142,6 +159,37 @@ class RequestStream:
         if self._num_open:
             self._num_open = 1
             self.push(SequenceOutput(key=self._key, index=0, failure=failure))
+            self.wake()
+
+
+class _Pace:
+    """How many steps a stream's reader sleeps through, so that writing takes a bounded share of the loop.
+
+    A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
+    every token is a message of its own; when one message per stream and step would take more than
+    half of the time between steps, readers are woken in turns, each every `interval` steps.
+    """
+
+    def __init__(self) -> None:
+        self.interval = 1
+        self.turn = 0
+        self._last_time: float | None = None
+        self._step_s: float | None = None
+
+    def step(self, time: float, num_streams: int) -> None:
+        """Count a step that ended at `time` (monotonic seconds)."""
+        self.turn += 1
+        if self._last_time is not None:
+            latest = min(time - self._last_time, _MAX_STEP_S)
+            before = latest if self._step_s is None else self._step_s
+            self._step_s = before + _SMOOTHING * (latest - before)
+            share = num_streams * _MESSAGE_S / max(self._step_s, _MESSAGE_S)
+            self.interval = max(1, math.ceil(share / _WRITING_SHARE))
+        self._last_time = time
+
+    def is_turn_of(self, key: int) -> bool:
+        """True when the reader of stream `key` is to be woken in this step."""
+        return (self.turn + key) % self.interval == 0
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -179,6 +227,8 @@ class AsyncEngine:
         self._keys: dict[str, int] = {}
         self._last_key = 0
         self._num_live = 0
+        self._pace = _Pace()
+        self._unwoken: dict[int, RequestStream] = {}
         self._stats = EngineStats()
         self._heartbeat = 0.0
         self._dead = False
@@ -222,7 +272,11 @@ class AsyncEngine:
             raise EngineDrainingError
         if self._info is None:
             raise EngineStartingError
-        if self._num_live >= self._max_live:
+        self._check_room(1)
+
+    def _check_room(self, num_completions: int) -> None:
+        # An idle engine takes any request: one that is larger than the queue could never come otherwise.
+        if self._num_live and self._num_live + num_completions > self._max_live:
             raise OverloadedError("the queue is full", retry_after_s=1.0)
 
     def submit(self, request_id: str, request: EngineRequest) -> RequestStream:
@@ -233,6 +287,7 @@ class AsyncEngine:
         """
         self.check_admission()
         self.check_duplicate(request_id)
+        self._check_room(request.sampling.n)
         self._last_key += 1
         key = self._last_key
         stream = RequestStream(self, key, request_id, request.sampling.n)
@@ -285,6 +340,7 @@ class AsyncEngine:
     def forget(self, key: int, request_id: str) -> None:
         """Drop a closed stream; late outputs of it are ignored."""
         stream = self._streams.pop(key, None)
+        self._unwoken.pop(key, None)
         if stream is not None and self._keys.get(request_id) == key:
             del self._keys[request_id]
 
@@ -298,23 +354,38 @@ class AsyncEngine:
     def _deliver(self, message: LoopMessage) -> None:
         match message:
             case StepOutputs():
-                self._stats = message.stats
-                self._heartbeat = message.time
-                self._on_step(message.stats)
-                streams = self._streams
-                for output in message.outputs:
-                    if output.is_last:
-                        self._num_live -= 1
-                    stream = streams.get(output.key)
-                    if stream is not None:
-                        stream.push(output)
+                self._deliver_step(message)
             case EngineReady():
                 self._info = message
+                # Nothing has run yet, and the size of the pool is already true.
+                self._stats = EngineStats(kv_blocks_total=message.num_blocks, block_size=message.block_size)
+                self._on_step(self._stats)
                 assert self._ready is not None
                 if not self._ready.done():
                     self._ready.set_result(message)
             case EngineStopped(error):
                 self._engine_stopped(error)
+
+    def _deliver_step(self, message: StepOutputs) -> None:
+        self._stats = message.stats
+        self._heartbeat = message.time
+        self._on_step(message.stats)
+        pace, streams = self._pace, self._streams
+        pace.step(message.time, len(streams))
+        for output in message.outputs:
+            if output.is_last:
+                self._num_live -= 1
+            stream = streams.get(output.key)
+            if stream is None:
+                continue
+            stream.push(output)
+            if stream.is_urgent:
+                stream.wake()
+            else:
+                self._unwoken[output.key] = stream
+        # Also those whose tokens came in an earlier step: a sequence may pause after any token.
+        for key in [key for key in self._unwoken if pace.is_turn_of(key)]:
+            self._unwoken.pop(key).wake()
 
     def _engine_stopped(self, error: PhotonError | None) -> None:
         assert self._ready is not None

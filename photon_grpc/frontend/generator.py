@@ -184,7 +184,8 @@ class Generator:
         text.validator.check_model(model)
         text.validator.check_prompt(prompt)
         if isinstance(prompt, ChatInput):
-            return Tokenized(tuple(await self._in_text_pool(lambda: text.chat.encode(prompt))))
+            ids = await self._in_text_pool(lambda: text.chat.encode(prompt, field_root=""))
+            return Tokenized(tuple(ids))
         if return_offsets:
             special = True if add_special_tokens is None else add_special_tokens
             return await self._in_text_pool(

@@ -35,6 +35,8 @@ from photon_grpc.scheduler.policy import Rank, rank
 from photon_grpc.scheduler.request import Request, RequestStatus
 from photon_grpc.types import Finish, FinishReason, TokenLogprobs
 
+_MANY_TIMERS = 1024
+
 
 class _RankedQueue:
     """Requests sorted by rank; insertion and removal by binary search."""
@@ -357,6 +359,10 @@ class Scheduler:
     # --- endings --------------------------------------------------------------------------------
 
     def _expire(self, now: float) -> None:
+        if len(self._timers) > _MANY_TIMERS + 8 * len(self._live):
+            # Most requests end long before their clocks, whose entries would stay for minutes.
+            self._timers = [timer for timer in self._timers if timer[1] in self._live]
+            heapq.heapify(self._timers)
         while self._timers and self._timers[0][0] <= now:
             _, seq_id = heapq.heappop(self._timers)
             request = self._live.get(seq_id)

@@ -124,6 +124,8 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
                 targets = [f"{node.module}.{alias.name}" for alias in node.names]
             else:
                 targets = [node.module]
+        else:
+            continue
         for target in targets:
             yield Import(module, target, node.lineno, id(node) in deferred)
 

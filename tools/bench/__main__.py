@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -230,6 +230,9 @@ def every(
         server_spec("", "auto", 0, 20.0, 256), (64, 256), (), 6.0, 64, 128, objective, clients, 3, seed
     )
     rows, _ = run_serving(front, 0, 0, output, "")
+    # Steps far shorter than the front end can follow: what it does when it has no idle moment.
+    saturated = replace(front, server=replace(front.server, step_s=0.005), concurrencies=(256,), repeats=1)
+    run_serving(saturated, 0, 0, output, "serving-fake-engine-saturated")
     assert comparison is not None
     many = [row for row in rows if row.concurrency == 256]
     judge(

@@ -117,6 +117,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             write_tokenizer(Path(folder), SCRIPTED_VOCAB_SIZE, add_bos=False)
             tokenizer = Tokenizer.load(folder)
         generator.activate(tokenizer, ChatRenderer(tokenizer))
+        app.quiet_collector()
         server.set_serving()
         _announce(ports.public)
         await leave.wait()

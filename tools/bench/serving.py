@@ -148,12 +148,15 @@ def _measure(
         marks.append(handle.cpu_times())
 
     result = run_load(load, plan.num_client_processes, before=mark, after=mark)
+    summary = summarize(result.records, plan.objective)
+    if not summary.num_tokens:
+        raise RuntimeError(f"{label}: no call brought a token: {summary.codes}")
     return ServingRow(
         label=label,
         repeat=repeat,
         concurrency=None if load.arrivals else load.concurrency,
         rate=rate,
-        load=summarize(result.records, plan.objective),
+        load=summary,
         server_cpu=marks[1] - marks[0],
         client_cpu_s=result.client_cpu_s,
         server_memory_bytes=handle.memory_bytes(),
@@ -218,7 +221,7 @@ def print_table(console: Console, rows: Sequence[ServingRow], title: str) -> Non
         table.add_column(name, justify="right")
     table.add_column("codes")
     for row in rows:
-        load, us = row.load, 1e6 / row.load.num_tokens if row.load.num_tokens else float("nan")
+        load, us = row.load, 1e6 / row.load.num_tokens
         table.add_row(
             row.label,
             f"{load.tokens_per_second:,.0f}",

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
+from photon_grpc.engine.client import AsyncEngine, RequestStream, _Pace, error_of
 from photon_grpc.engine.messages import (
+    Abort,
+    EngineReady,
     EngineStats,
     EngineStopped,
     FailureKind,
@@ -39,7 +41,7 @@ from photon_grpc.errors import (
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import echo
-from photon_grpc.types import FinishReason
+from photon_grpc.types import Finish, FinishReason
 from tests.support.builders import RecordingRunner, engine_request, model_info
 from tests.support.grpc_harness import until
 
@@ -93,7 +95,12 @@ async def read_all(stream: RequestStream, num_completions: int = 1) -> dict[int,
 
 
 async def idle(running: AsyncEngine) -> None:
-    await until(lambda: running.stats.running == running.stats.waiting == running.stats.kv_blocks_used == 0)
+    def is_idle() -> bool:
+        stats = running.stats
+        # The client's own count as well: the latest snapshot may be of before the request came.
+        return running._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
+
+    await until(is_idle)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -114,6 +121,13 @@ async def test_streams_are_told_apart() -> None:
         await idle(running)
         assert running.num_live_requests == 0
     assert watch.stopped == [None]
+
+
+async def test_the_pool_is_known_before_the_first_step() -> None:
+    async with engine() as (running, watch):
+        assert running.stats.kv_blocks_total == running.info.num_blocks > 0
+        assert running.stats.block_size == running.info.block_size
+        assert watch.snapshots == [running.stats]
 
 
 async def test_what_comes_while_nobody_reads_waits_in_one_piece_and_the_engine_goes_on() -> None:
@@ -200,8 +214,16 @@ async def test_blocks_are_free_within_a_step_of_the_close() -> None:
         assert next(i for i, stats in enumerate(after) if stats.kv_blocks_used == 0) <= 2
 
 
-async def test_closing_is_idempotent_before_and_after_the_end() -> None:
+async def test_closing_is_idempotent_before_and_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[Abort] = []
     async with engine() as (running, _):
+        post = running.post
+
+        def counting(message: Abort) -> None:
+            posted.append(message)
+            post(message)
+
+        monkeypatch.setattr(running, "post", counting)
         early = running.submit("early", engine_request(PROMPT, 200))
         early.close()
         early.close()
@@ -209,6 +231,8 @@ async def test_closing_is_idempotent_before_and_after_the_end() -> None:
         await read_all(late)
         late.close()
         late.close()
+        # The inbox has no bound of its own: it relies on this.
+        assert posted == [Abort(1)]
         await idle(running)
         assert running.num_live_requests == 0
 
@@ -289,6 +313,11 @@ async def test_completions_count_towards_the_bound() -> None:
     async with engine(step_s=0.001, max_num_seqs=2, max_queued=2) as (running, _):
         with running.submit("a", engine_request(PROMPT, 400, n=4)), pytest.raises(OverloadedError):
             running.check_admission()
+        await idle(running)
+        with running.submit("b", engine_request(PROMPT, 400, n=3)):
+            running.check_admission()
+            with pytest.raises(OverloadedError):
+                running.submit("c", engine_request(PROMPT, 400, n=2))
 
 
 async def test_a_draining_engine_takes_nothing_new_and_finishes_the_old() -> None:
@@ -470,3 +499,92 @@ async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) 
         assert complete > 30
         assert running.num_live_requests == 0
         assert running._num_live == 0
+
+
+# --- the pace of writing --------------------------------------------------------------------------
+
+
+def paced(num_streams: int, step_s: float) -> _Pace:
+    pace = _Pace()
+    for number in range(200):
+        pace.step(number * step_s, num_streams)
+    return pace
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "step_s", "interval"),
+    [(1, 0.0005, 1), (16, 0.005, 1), (64, 0.020, 1), (256, 0.040, 1), (256, 0.020, 2), (256, 0.005, 7)],
+)
+def test_readers_sleep_only_when_writing_would_fill_the_loop(
+    num_streams: int, step_s: float, interval: int
+) -> None:
+    assert paced(num_streams, step_s).interval == interval
+
+
+def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> None:
+    pace = paced(256, 0.020)
+    turns = defaultdict(list)
+    for _ in range(6):
+        pace.step((pace.turn + 1) * 0.020, 256)
+        for key in range(256):
+            if pace.is_turn_of(key):
+                turns[pace.turn].append(key)
+    assert [len(keys) for keys in turns.values()] == [128] * 6
+
+
+async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once() -> None:
+    """Steps are handed over by hand, so what each reader has after each of them is exact."""
+    async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        streams = [running.submit(f"r{n}", engine_request(PROMPT, 50)) for n in range(300)]
+        keys = list(range(1, 301))
+        reads: dict[int, list[int]] = {key: [] for key in keys}
+
+        async def reader(key: int, stream: RequestStream) -> None:
+            while True:
+                outputs = await stream.read()
+                reads[key].append(len(outputs))
+                if outputs[-1].is_last:
+                    return
+
+        tasks = [asyncio.ensure_future(reader(k, s)) for k, s in zip(keys, streams, strict=True)]
+        await asyncio.sleep(0)
+        for step in range(30):
+            finish = Finish(FinishReason.MAX_TOKENS) if step == 29 else None
+            outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
+            running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            if step == 0:
+                assert all(lengths == [1] for lengths in reads.values()), "the first token waited"
+        await asyncio.gather(*tasks)
+        for lengths in reads.values():
+            assert sum(lengths) == 30
+            assert len(lengths) < 20, "tokens did not merge"
+
+
+async def test_a_stream_that_pauses_is_not_forgotten() -> None:
+    """Its last token came when it was not its turn; others keep stepping."""
+    async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        streams = [running.submit(f"r{n}", engine_request(PROMPT, 50)) for n in range(300)]
+        paused = streams[7]
+        step = 0
+
+        def deliver(keys: range) -> None:
+            nonlocal step
+            step += 1
+            outputs = tuple(SequenceOutput(key, 0, (step,)) for key in keys)
+            running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+
+        for _ in range(50):
+            deliver(range(1, 301))
+        await paused.read()
+        pending = asyncio.ensure_future(paused.read())
+        await asyncio.sleep(0)
+        while running._pace.turn % running._pace.interval == (-8 - 1) % running._pace.interval:
+            deliver(range(9, 301))
+        deliver(range(8, 9))
+        for _ in range(running._pace.interval):
+            deliver(range(9, 301))
+        assert [output.token_ids for output in await asyncio.wait_for(pending, 5)]

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from photon_grpc.errors import BackendUnavailableError, ConfigError
+from photon_grpc.models.llama import DecoderModel
 from photon_grpc.options import KVCacheOptions, ModelOptions, Options, SchedulerOptions
+from photon_grpc.runner import factory
 from photon_grpc.runner.factory import build_runner, default_num_threads, resolve_dtype
 from tests.support.builders import engine_core, engine_request, generate
 from tests.support.tiny_model import tiny_model_folder
@@ -69,6 +71,26 @@ def test_an_unstated_context_is_cut_to_the_pool(folder: Path) -> None:
 def test_a_pool_from_free_memory_ends_at_a_full_batch(folder: Path) -> None:
     runner = build_runner(folder, options(0))
     assert runner.num_blocks == 4 * CONTEXT // runner.block_size
+
+
+def test_the_pool_is_sized_after_the_largest_step_has_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+    forward, measure = DecoderModel.forward, factory.kv_memory_bytes
+
+    def noted_forward(self: DecoderModel, token_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        happened.append(len(token_ids))
+        return forward(self, token_ids, *rest)
+
+    def noted_measure(*arguments: object) -> int:
+        happened.append("sized")
+        return measure(*arguments)
+
+    monkeypatch.setattr(DecoderModel, "forward", noted_forward)
+    monkeypatch.setattr(factory, "kv_memory_bytes", noted_measure)
+    build_runner(folder, options())
+    assert happened[:2] == [64, "sized"]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])

@@ -18,7 +18,7 @@ from photon_grpc.engine.messages import Abort, AbortReason, Deadlines, FailureKi
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.runner.scripted import echo, logprobs_of
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
-from photon_grpc.scheduler.output import ModelOutput, RowFault
+from photon_grpc.scheduler.output import ModelOutput, RowFault, SamplerSpec
 from photon_grpc.scheduler.request import RequestStatus
 from photon_grpc.scheduler.scheduler import Scheduler
 from photon_grpc.types import FinishReason
@@ -30,6 +30,7 @@ from tests.support.builders import (
     generate,
     live_requests,
     run_to_end,
+    sampling,
     scripted_core,
 )
 
@@ -220,8 +221,11 @@ def test_a_preempted_stream_repeats_and_loses_nothing(in_flight: int, prefix_cac
     first, second = tuple(range(10, 18)), tuple(range(30, 38))
     tokens = generate(core, first=engine_request(first, 16), second=engine_request(second, 16))
     assert tokens == {"first": echoed(first, 16), "second": echoed(second, 16)}
-    assert core.scheduler.stats().preemptions > 0
-    assert core.scheduler.stats().generation_tokens == 32
+    stats = core.scheduler.stats()
+    assert stats.preemptions > 0
+    assert stats.generation_tokens == 32
+    assert (stats.prompt_tokens, stats.prefix_hits) == (16, 0), "finding one's own blocks again is no sharing"
+    assert stats.prefix_queries == 16
     assert_idle(core)
 
 
@@ -294,7 +298,7 @@ def test_open_ended_requests_still_batch() -> None:
         num_blocks=num_blocks, block_size=options.block_size, max_num_seqs=64, max_num_batched_tokens=1024
     )
     for key in range(1, 65):
-        # The first prompt token as EOS: nobody says how long it will be, and it is short.
+        # The whole context that is left, as a request without max_tokens gets it.
         submit(core, key, (key + 1,) * 16, context - 16, eos_token_ids=())
     assert 64 * core.scheduler.kv.blocks_for(context) > num_blocks
     core.step()
@@ -363,6 +367,41 @@ def test_prompt_logprobs_come_once_and_whole_after_a_preemption(in_flight: int) 
     assert len(told) == 1
     assert told[0].token_ids == prompt[:1]
     assert told[0].prompt_logprobs == tuple(logprobs_of(token, 1) for token in prompt[1:])
+
+
+def test_prompt_logprobs_of_a_life_before_the_preemption_are_dropped_however_late_they_come() -> None:
+    scheduler = Scheduler(
+        KVCacheManager(4, 4, prefix_caching=True),
+        max_num_seqs=4,
+        max_num_batched_tokens=12,
+        priority_boost_s=30.0,
+    )
+    asking = SamplerSpec(sampling(), prompt_top_logprobs=0)
+    scheduler.add(sequence(1, tuple(range(10, 18))))
+    scheduler.add(sequence(2, tuple(range(30, 38)), sampler=asking))
+    old = scheduler.schedule(0.0)
+    assert [(row.seq_id, row.num_tokens) for row in old.rows] == [(1, 8), (2, 4)]
+    assert scheduler.schedule(0.0).removed == (2,)
+    scheduler.abort(1, None, None, 0.0)
+    again = scheduler.schedule(0.0)
+    assert [(new.seq_id, new.num_computed_tokens) for new in again.new] == [(2, 0)]
+    stale = {2: tuple(logprobs_of(token, 0) for token in range(31, 35))}
+    assert scheduler.update(ModelOutput(old.step, (1,), ((10,),), prompt_logprobs=stale), 0.0) == []
+    whole = {2: tuple(logprobs_of(token, 0) for token in range(31, 38))}
+    (output,) = scheduler.update(ModelOutput(again.step, (2,), ((30,),), prompt_logprobs=whole), 0.0)
+    assert output.prompt_logprobs == whole[2]
+
+
+def test_nobody_is_admitted_in_a_step_that_had_to_preempt() -> None:
+    """What the victim gave back is for those who run; a newcomer of any rank waits for the next step."""
+    scheduler = small_scheduler()
+    for seq_id in (1, 2):
+        scheduler.add(sequence(seq_id, tuple(range(10 * seq_id, 10 * seq_id + 8))))
+    scheduler.schedule(0.0)
+    scheduler.add(sequence(3, (5,), priority=9))
+    tight = scheduler.schedule(0.0)
+    assert (tight.removed, tight.new, [row.seq_id for row in tight.rows]) == ((2,), (), [1])
+    assert [new.seq_id for new in scheduler.schedule(0.0).new] == [3]
 
 
 # --- order ----------------------------------------------------------------------------------------
@@ -691,7 +730,7 @@ def test_a_row_fault_is_counted_and_ends_that_row_alone() -> None:
 
 
 def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
-    """Bug of an ancestor's claim: fragmentation was never measured.
+    """The ancestors claimed a share and measured none.
 
     A mixed load of contexts from 128 to 384 tokens keeps the default-sized blocks scarce; the share of
     slots that hold a token is averaged over the steps in which no block was left.
@@ -709,15 +748,28 @@ def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
         length = generator.randrange(64, total)
         prompt = tuple(generator.randrange(2, 1000) for _ in range(length))
         submit(core, key, prompt, total - length, eos_token_ids=())
-    shares, full = [], 0
+    shares = []
     while core.has_work:
         core.step()
         stats = core.scheduler.stats()
-        if stats.kv_blocks_used >= 0.97 * stats.kv_blocks_total:
+        if stats.kv_blocks_used == stats.kv_blocks_total:
             shares.append(stats.kv_slots_used / (stats.kv_blocks_used * stats.block_size))
-        full += stats.kv_blocks_used == stats.kv_blocks_total
-    assert full > 0, "the pool was never filled to its last block"
-    assert len(shares) > 100
+    assert len(shares) >= 20, "the pool was hardly ever filled to its last block"
     assert sum(shares) / len(shares) >= 0.93
     assert core.scheduler.stats().preemptions > 0
     assert_idle(core)
+
+
+def test_clocks_of_ended_requests_do_not_pile_up() -> None:
+    clock = FakeClock()
+    core = scripted_core(clock=clock)
+    kept = engine_request((5, 6), 100, deadlines=Deadlines(end_by=clock() + 900))
+    core.submit(Submit(1, kept))
+    for key in range(2, 3000):
+        core.submit(Submit(key, engine_request((5, 6), 1, deadlines=Deadlines(end_by=clock() + 900))))
+        core.abort(Abort(key))
+        if key % 50 == 0:
+            core.step()
+    assert len(core.scheduler._timers) < 1200
+    clock.advance(1000)
+    assert FailureKind.MAX_DURATION in [output.failure for output in core.step().outputs]

@@ -1,0 +1,55 @@
+"""Warm-up: real steps, no trace in anybody's books, a clear refusal of a model that brings no token."""
+
+from __future__ import annotations
+
+import pytest
+
+from photon_grpc.engine.messages import Submit
+from photon_grpc.errors import BackendUnavailableError
+from photon_grpc.runner.warmup import warm_up
+from photon_grpc.scheduler.output import ModelOutput, RowFault
+from tests.support.builders import RecordingRunner, engine_core, engine_request, model_info, run_to_end
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(2, 1), (1, 2), (8, 16)])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_prefill_decode_removal(num_blocks: int, block_size: int, in_flight: int) -> None:
+    model = model_info(max_model_len=num_blocks * block_size)
+    runner = RecordingRunner(model, num_blocks=num_blocks, block_size=block_size, max_in_flight=in_flight)
+    warm_up(runner)
+    shapes = [[(row.num_tokens, row.sample) for row in plan.rows] for plan in runner.plans]
+    assert shapes == [[(1, True)], [(1, True)], []]
+    assert runner.plans[-1].removed == (runner.plans[0].new[0].seq_id,)
+
+
+def test_a_context_of_one_token_has_no_decode_step() -> None:
+    runner = RecordingRunner(model_info(max_model_len=1), num_blocks=1, block_size=1)
+    warm_up(runner)
+    assert [len(plan.rows) for plan in runner.plans] == [1, 0]
+
+
+def test_nothing_of_it_shows_afterwards() -> None:
+    runner = RecordingRunner(model_info(), num_blocks=4, block_size=4)
+    warm_up(runner)
+    core = engine_core(runner)
+    assert core.scheduler.stats().generation_tokens == 0
+    core.submit(Submit(1, engine_request((0, 0, 0, 0, 0), 3)))
+    outputs = run_to_end(core)
+    assert [token for output in outputs for token in output.token_ids] == [0, 0, 0]
+    assert max(output.cached_prompt_tokens for output in outputs) == 0
+
+
+def test_a_fault_in_either_step_refuses_the_start() -> None:
+    for position in (0, 1):
+        runner = RecordingRunner(model_info(), faults={(1, position): RowFault.NON_FINITE_LOGITS})
+        with pytest.raises(BackendUnavailableError, match="not finite"):
+            warm_up(runner)
+
+
+def test_no_token_refuses_the_start() -> None:
+    class Mute(RecordingRunner):
+        def collect(self) -> ModelOutput:
+            return ModelOutput(super().collect().step, (), ())
+
+    with pytest.raises(BackendUnavailableError):
+        warm_up(Mute(model_info()))
