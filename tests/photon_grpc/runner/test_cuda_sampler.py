@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_packing_of_everything_that_differs_by_entry() -> None:
     ],
     ids=str,
 )
-def test_memory_per_entry_only_for_those_that_need_it(change: dict[str, object], needs: bool) -> None:
+def test_memory_per_entry_only_for_those_that_need_it(change: dict[str, Any], needs: bool) -> None:
     packed = pack_sequence(SamplerSpec(replace(NEUTRAL, **change)), (1, 2), 1, 50)
     assert (packed.marks is not None) is needs
 
@@ -235,7 +236,7 @@ def test_random_mixes_over_steps_and_reused_slots(vocab: int, rows: int, spread:
                 assert int(pair.cuda.state.last_token_ids[pair.cuda.slot(seq_id)]) == token_id
 
 
-_EACH = [
+_EACH: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
     {"temperature": 0.05},
@@ -269,7 +270,7 @@ _EACH = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("change", _EACH, ids=str)
 @pytest.mark.parametrize("shape", ["normal", "narrow", "ties", "flat", "holes"])
-def test_each_parameter(change: dict[str, object], shape: str) -> None:
+def test_each_parameter(change: dict[str, Any], shape: str) -> None:
     vocab, rows = 32000, 6
     logits = _logits(rows, vocab, seed=5)
     if shape == "narrow":
@@ -322,7 +323,7 @@ def test_faults_are_of_their_row_alone(sampling: EffectiveSampling) -> None:
     for row in range(8):
         pair.add(row, SamplerSpec(replace(sampling, seed=row), top_logprobs=2), (1,), (2, 3))
     result = pair.sample(range(8), logits)
-    assert result.faults == {row: RowFault.NON_FINITE_LOGITS for row in (1, 2, 3, 4, 5)}
+    assert result.faults == dict.fromkeys((1, 2, 3, 4, 5), RowFault.NON_FINITE_LOGITS)
     assert result.token_ids[6] == 4097
     # None of the faulted ones has advanced.
     pair.sample(range(8), _logits(8, vocab, seed=1))
@@ -353,7 +354,7 @@ def test_nothing_allowed_above_minus_infinity_is_a_fault() -> None:
     ],
     ids=str,
 )
-def test_extreme_logits(scale: float, change: dict[str, object]) -> None:
+def test_extreme_logits(scale: float, change: dict[str, Any]) -> None:
     """Subnormal ones as well: the kernels are compiled to flush those, and must not."""
     logits = torch.tensor([[1, -1, 0.0, 1, -1, 1.4, -0.0, 0.3]]) * scale
     for seed in range(20):
@@ -454,7 +455,7 @@ def test_a_captured_graph_serves_other_rows_and_parameters(greedy: bool) -> None
     ],
     ids=str,
 )
-def test_draws_have_the_right_frequencies(change: dict[str, object]) -> None:
+def test_draws_have_the_right_frequencies(change: dict[str, Any]) -> None:
     vocab, sequences, steps = 40, 5000, 20
     sampling = replace(NEUTRAL, **change)
     logits = _logits(1, vocab, seed=1, spread=1.5)[0]
