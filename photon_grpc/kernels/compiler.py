@@ -61,7 +61,7 @@ class Compiled:
     @property
     def warnings(self) -> list[str]:
         """Lines of the log that warn, ptxas's included."""
-        return [line for line in self.log.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)]
+        return [line for line in self.log.splitlines() if _WARNING.search(line)]
 
 
 def architecture(major: int, minor: int) -> str:
@@ -189,6 +189,8 @@ def _publish(path: Path, cubin: bytes) -> bool:
     return True
 
 
+# The second is how ptxas says that it ignores an instruction that was meant to help.
+_WARNING = re.compile(r"\bwarning\s*[#:]|Potential Performance Loss", re.IGNORECASE)
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from photon_grpc.kernels import embedding, rmsnorm, rope_store_kv, silu_and_mul
+from photon_grpc.kernels import (
+    embedding,
+    paged_attention_decode,
+    paged_attention_prefill,
+    rmsnorm,
+    rope_store_kv,
+    sampling,
+    silu_and_mul,
+)
 from photon_grpc.kernels.launcher import KernelSpec, Variant
 
 SPECS: tuple[KernelSpec, ...] = (
     *embedding.SPECS,
+    *paged_attention_decode.SPECS,
+    *paged_attention_prefill.SPECS,
     *rmsnorm.SPECS,
     *rope_store_kv.SPECS,
+    *sampling.SPECS,
     *silu_and_mul.SPECS,
 )
 
