@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from photon_grpc.errors import ConfigError, UnsupportedModelError
 from photon_grpc.kernels import embedding, rmsnorm, rope_store_kv, silu_and_mul
 from photon_grpc.kernels.launcher import require_cuda
 from photon_grpc.kernels.paged_attention_decode import (
@@ -22,6 +23,11 @@ from photon_grpc.kernels.paged_attention_decode import (
 )
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.ops.base import AttentionMetadata, Ops, Rotary
+
+
+_HEAD_DIM_STEP = 16
+_MAX_HEAD_DIM = 128
+_BLOCK_SIZE_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,16 @@ class CudaOps(Ops):
     def kv_layer_shape(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
     ) -> tuple[int, ...]:
+        # Asked before anything else is made, so that a start fails here and no step does.
+        if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"backend cuda: heads of {head_dim}; it has those that are a multiple of {_HEAD_DIM_STEP} up "
+                f"to {_MAX_HEAD_DIM}"
+            )
+        if block_size % _BLOCK_SIZE_STEP:
+            raise ConfigError(
+                f"cache.block_size is {block_size}: backend cuda takes multiples of {_BLOCK_SIZE_STEP}"
+            )
         return (num_blocks, num_kv_heads, 2, block_size, head_dim)
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:

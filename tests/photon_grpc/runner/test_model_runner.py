@@ -33,7 +33,7 @@ from tests.support.tiny_model import tiny_model_folder
 
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "demo")
 DEMO = Path(photon_grpc.__file__).parent / "demo_model"
-BLOCK_SIZE = 8
+BLOCK_SIZE = 16
 NUM_TOKENS = 64
 BACKENDS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
@@ -97,6 +97,12 @@ class Checkpoint:
         return tuple(choose.randrange(4, self.config.vocab_size) for _ in range(length))
 
 
+def tiny_folder(folder: Path, family: str) -> Path:
+    """Heads of 32, which every backend has; Qwen2 states none and divides the hidden size."""
+    sizes = {"hidden_size": 192} if family == "qwen2" else {"hidden_size": 192, "head_dim": 32}
+    return tiny_model_folder(folder, family, **sizes)
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def checkpoints(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -106,7 +112,7 @@ def checkpoints(
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
     yield {
-        family: Checkpoint(DEMO if family == "demo" else tiny_model_folder(folder, family), backend)
+        family: Checkpoint(DEMO if family == "demo" else tiny_folder(folder, family), backend)
         for family in FAMILIES
     }
     torch.set_num_threads(threads)
