@@ -122,7 +122,10 @@ class Kernel:
             self._function = cupy.RawModule(path=str(path)).get_function(spec.name)
             self._handle = driver.CUfunction(self._function.kernel.ptr)
             if shared_bytes > _DEFAULT_SHARED_BYTES:
-                self._function.max_dynamic_shared_size_bytes = shared_bytes
+                # CuPy hands out one function per cubin, and kernels of several sizes share it: the limit of
+                # one must not be too small for another.
+                static_bytes = self._function.shared_size_bytes
+                self._function.max_dynamic_shared_size_bytes = device.max_shared_bytes - static_bytes
         self.variant = variant
         self.device = device
         self._slots, self._addresses = _argument_slots(spec.parameters)

@@ -24,7 +24,6 @@ from photon_grpc.kernels.paged_attention_decode import (
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.ops.base import AttentionMetadata, Ops, Rotary
 
-
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16

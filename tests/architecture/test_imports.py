@@ -89,7 +89,7 @@ SCHEDULER_NEVER = {"time", "random", "threading", "asyncio", "socket", "os", "se
 
 # Where an import may wait inside a function: a library that only one backend needs, a model class
 # picked by name, and what would make `--help` wait for torch.
-DEFERRED = {"app", "cli", "llm", "models.registry", "runner.factory", "kernels"}
+DEFERRED = {"app", "cli", "llm", "models.registry", "runner.backend", "kernels"}
 
 
 @dataclass(frozen=True)
