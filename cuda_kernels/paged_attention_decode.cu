@@ -192,12 +192,12 @@ __device__ __forceinline__ void load_keys(KeyTile& keys, const Storage* __restri
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int token = g + 8 * half;
 #pragma unroll
         for (int span = 0; span < kSpans; ++span) {
-            const int dim = 32 * span + 8 * t;
-            const bool is_present = token < num_tokens && (32 * (span + 1) <= kHeadDim || dim < kHeadDim);
-            keys.words[half][span] = load_streaming(source + token * kHeadDim + dim, is_present);
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            keys.words[half][span] =
+                load_streaming(source + g * kHeadDim + 8 * t + half * 8 * kHeadDim + 32 * span, 8 * half,
+                               is_dim ? num_tokens - g : 0);
         }
     }
 }
@@ -207,12 +207,13 @@ __device__ __forceinline__ void load_values(ValueTile& values, const Storage* __
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
-        const int token = 2 * t + (slot & 1) + 8 * (slot >> 1);
+        const int token = (slot & 1) + 8 * (slot >> 1);
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-            const int dim = 64 * pass + 8 * g;
-            const bool is_present = token < num_tokens && (64 * (pass + 1) <= kHeadDim || dim < kHeadDim);
-            values.words[slot][pass] = load_streaming(source + token * kHeadDim + dim, is_present);
+            const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
+            values.words[slot][pass] =
+                load_streaming(source + 2 * t * kHeadDim + 8 * g + token * kHeadDim + 64 * pass, token,
+                               is_dim ? num_tokens - 2 * t : 0);
         }
     }
 }
@@ -224,15 +225,11 @@ __device__ __forceinline__ u32 word(const uint4& value, int index) {
 __device__ __forceinline__ void load_queries(uint4 (&queries)[kSpans], const Storage* __restrict__ q,
                                              i64 q_row_stride, const Item& item) {
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const Storage* source = q + item.row * q_row_stride + (item.kv_head() * kGroup + g) * kHeadDim + 8 * t;
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
-        const int dim = 32 * span + 8 * t;
-        queries[span] = make_uint4(0, 0, 0, 0);
-        if (g < kGroup && (32 * (span + 1) <= kHeadDim || dim < kHeadDim)) {
-            queries[span] =
-                load_activations(q + item.row * q_row_stride + (item.kv_head() * kGroup + g) * kHeadDim + dim)
-                    .words[0];
-        }
+        const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+        queries[span] = load_streaming(source + 32 * span, g, is_dim ? kGroup : 0);
     }
 }
 
@@ -277,11 +274,10 @@ __device__ void fold_splits(float* scratch, Storage* __restrict__ out, const flo
     __syncthreads();
     for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
         const int head = pair / (kHeadDim / 2);
-        float max = minus_infinity();
+        float max = kLowest;
         for (int split = 0; split < num_splits; ++split) {
             max = fmaxf(max, scratch[(split * kGroup + head) * 2]);
         }
-        if (max == minus_infinity()) max = 0.0f;
         const float2* source = reinterpret_cast<const float2*>(partial_acc) + slot * kPairs + pair;
         float sum = 0.0f, low = 0.0f, high = 0.0f;
 #pragma unroll 8
@@ -292,7 +288,8 @@ __device__ void fold_splits(float* scratch, Storage* __restrict__ out, const flo
             low += weight * acc.x;
             high += weight * acc.y;
         }
-        reinterpret_cast<u32*>(out)[row_head * kPairs + pair] = pack_pair<Storage>(low / sum, high / sum);
+        reinterpret_cast<u32*>(out)[row_head * kPairs + pair] =
+            pack_pair<Storage>(low * reciprocal_approx(sum), high * reciprocal_approx(sum));
     }
     __syncthreads();
 }
@@ -353,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         shared.current[warp] = item;
         __syncwarp();
 
-        float max_low = minus_infinity(), max_high = minus_infinity();  // heads 2t and 2t+1
+        float max_low = kLowest, max_high = kLowest;  // heads 2t and 2t+1
         float sum_low = 0.0f, sum_high = 0.0f;
         float acc[kPasses][4][4] = {};
         for (int step = 0; tile_start(item, step * kStepTiles) < item.stop; ++step) {
@@ -389,15 +386,26 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             }
             new_low = max_over_g(new_low);
             new_high = max_over_g(new_high);
-            // Where every score so far is -inf the exponents below must not become -inf + inf.
-            const float base_low = new_low == minus_infinity() ? 0.0f : new_low;
-            const float base_high = new_high == minus_infinity() ? 0.0f : new_high;
-            const float decay_low = exp2_approx(max_low - base_low);
-            const float decay_high = exp2_approx(max_high - base_high);
+            const float decay_low = exp2_approx(max_low - new_low);
+            const float decay_high = exp2_approx(max_high - new_high);
             max_low = new_low;
             max_high = new_high;
             sum_low *= decay_low;
             sum_high *= decay_high;
+            u32 probabilities[kStepTiles][2];
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const u32 pair = pack_pair<Storage>(exp2_approx(scores[i][2 * half] - new_low),
+                                                        exp2_approx(scores[i][2 * half + 1] - new_high));
+                    // The sums are of what the product sees: the weights add up to one, rounded or not.
+                    const float2 rounded = unpack_pair<Storage>(pair);
+                    sum_low += rounded.x;
+                    sum_high += rounded.y;
+                    probabilities[i][half] = transpose_8x8(pair);
+                }
+            }
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) {
 #pragma unroll
@@ -410,28 +418,9 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             }
 #pragma unroll
             for (int i = 0; i < kStepTiles; ++i) {
-                u32 probabilities[2];
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float low = exp2_approx(scores[i][2 * half] - base_low);
-                    const float high = exp2_approx(scores[i][2 * half + 1] - base_high);
-                    sum_low += low;
-                    sum_high += high;
-                    probabilities[half] = transpose_8x8(pack_pair<Storage>(low, high));
-                }
-                multiply_values(acc, values[i], probabilities[0], probabilities[1]);
+                multiply_values(acc, values[i], probabilities[i][0], probabilities[i][1]);
             }
             if (has_step) request_values(item, step + 1);
-        }
-
-        // The next item's first tiles travel while this one is combined.
-        if (has_next) {
-            const Item next = shared.next[warp];
-            block_ids = next_block_ids;
-            request_keys(next, 0);
-            request_values(next, 0);
-        } else {
-            let_next_start();
         }
 
         sum_low = sum_over_g(sum_low);
@@ -458,6 +447,15 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
                 }
             }
         }
+        // The next item's first tiles travel while this one is combined.
+        if (has_next) {
+            const Item next = shared.next[warp];
+            block_ids = next_block_ids;
+            request_keys(next, 0);
+            request_values(next, 0);
+        } else {
+            let_next_start();
+        }
         __syncthreads();
 
         item = shared.current[warp];
@@ -466,14 +464,13 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         const int num_splits = shared.first_split[item.row + 1] - first_split;
         for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
             const int head = pair / (kHeadDim / 2), dim = pair % (kHeadDim / 2) * 2;
-            float max = minus_infinity();
+            float max = kLowest;
 #pragma unroll
             for (int other = 0; other < kWarps; ++other) max = fmaxf(max, shared.max[other][head]);
-            const float base = max == minus_infinity() ? 0.0f : max;
             float sum = 0.0f, low = 0.0f, high = 0.0f;
 #pragma unroll
             for (int other = 0; other < kWarps; ++other) {
-                const float weight = exp2_approx(shared.max[other][head] - base);
+                const float weight = exp2_approx(shared.max[other][head] - max);
                 const float2 part = *reinterpret_cast<const float2*>(&shared.acc[other][head][dim]);
                 sum += weight * shared.sum[other][head];
                 low += weight * part.x;
@@ -481,8 +478,9 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             }
             if (num_splits == 1) {
                 const bool is_idle = item.stop == 0;
+                const float inverse = reciprocal_approx(sum);
                 reinterpret_cast<u32*>(out)[row_head * kPairs + pair] =
-                    is_idle ? 0u : pack_pair<Storage>(low / sum, high / sum);
+                    is_idle ? 0u : pack_pair<Storage>(low * inverse, high * inverse);
             } else {
                 const i64 slot = row_head * kMaxSplits + item.index / kKvHeads - first_split;
                 reinterpret_cast<float2*>(partial_acc)[slot * kPairs + pair] = make_float2(low, high);

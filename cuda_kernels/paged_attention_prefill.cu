@@ -187,8 +187,8 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
     }
 
-    float max_low = minus_infinity(), max_high = minus_infinity();  // rows g and g+8
-    float sum_low = 0.0f, sum_high = 0.0f;                          // of this lane's keys
+    float max_low = kLowest, max_high = kLowest;  // rows g and g+8
+    float sum_low = 0.0f, sum_high = 0.0f;        // of this lane's keys
     float acc[kHeadDim / 8][4] = {};
 
     // Row addresses of ldmatrix: K has keys 8 apart in matrices 0,1 and 2,3, V in 0,2 and 1,3.
@@ -241,11 +241,8 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
         new_low = fmaxf(max_low, max_over_t(new_low) * scale_log2);
         new_high = fmaxf(max_high, max_over_t(new_high) * scale_log2);
-        // Where every score so far is -inf the exponents below must not become -inf + inf.
-        const float base_low = new_low == minus_infinity() ? 0.0f : new_low;
-        const float base_high = new_high == minus_infinity() ? 0.0f : new_high;
-        const float decay_low = exp2_approx(max_low - base_low);
-        const float decay_high = exp2_approx(max_high - base_high);
+        const float decay_low = exp2_approx(max_low - new_low);
+        const float decay_high = exp2_approx(max_high - new_high);
         max_low = new_low;
         max_high = new_high;
         sum_low *= decay_low;
@@ -263,10 +260,10 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const float(&part)[4] = scores[2 * keys + n];
-                const float p0 = exp2_approx(fmaf(part[0], scale_log2, -base_low));
-                const float p1 = exp2_approx(fmaf(part[1], scale_log2, -base_low));
-                const float p2 = exp2_approx(fmaf(part[2], scale_log2, -base_high));
-                const float p3 = exp2_approx(fmaf(part[3], scale_log2, -base_high));
+                const float p0 = exp2_approx(fmaf(part[0], scale_log2, -new_low));
+                const float p1 = exp2_approx(fmaf(part[1], scale_log2, -new_low));
+                const float p2 = exp2_approx(fmaf(part[2], scale_log2, -new_high));
+                const float p3 = exp2_approx(fmaf(part[3], scale_log2, -new_high));
                 sum_low += p0 + p1;
                 sum_high += p2 + p3;
                 probabilities[2 * n] = pack_pair<Storage>(p0, p1);
@@ -285,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
     }
 
-    const float inverses[2] = {1.0f / sum_over_t(sum_low), 1.0f / sum_over_t(sum_high)};
+    const float inverses[2] = {reciprocal_approx(sum_over_t(sum_low)),
+                               reciprocal_approx(sum_over_t(sum_high))};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int flat = first_flat + half * 8 + g;

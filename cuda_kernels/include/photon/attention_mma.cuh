@@ -11,6 +11,9 @@ namespace photon {
 
 constexpr u32 kAllLanes = 0xffffffffu;
 
+// Where a running maximum starts: finite, so that no exponent becomes -inf + inf while all scores are -inf.
+constexpr float kLowest = -3.402823466e+38f;
+
 __device__ __forceinline__ float minus_infinity() {
     return __int_as_float(static_cast<int>(0xff800000u));
 }
@@ -18,6 +21,13 @@ __device__ __forceinline__ float minus_infinity() {
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Within an ulp; infinity at zero.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -51,19 +61,19 @@ __device__ __forceinline__ u32 transpose_8x8(u32 pair) {
     return transposed;
 }
 
-// Sixteen bytes that this kernel reads once, so they take no room in L1; zeros where `is_present` is false,
-// and no read then. Volatile, so that the load stays behind `wait_for_previous`
-// (photon/dependent_launch.cuh).
+// Sixteen bytes that this kernel reads once, so they take no room in L1; zeros where index >= limit, and no
+// read then. The comparison is in here so that no lane holds its outcome in a register. Volatile, so that the
+// load stays behind `wait_for_previous` (photon/dependent_launch.cuh).
 template <typename T>
-__device__ __forceinline__ uint4 load_streaming(const T* address, bool is_present) {
+__device__ __forceinline__ uint4 load_streaming(const T* address, int index, int limit) {
     uint4 words;
     asm volatile(
         "{ .reg .pred present;\n"
-        "  setp.ne.u32 present, %5, 0;\n"
+        "  setp.lt.s32 present, %5, %6;\n"
         "  mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
         "  @present ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
         : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
-        : "l"(address), "r"(static_cast<u32>(is_present)));
+        : "l"(address), "r"(index), "r"(limit));
     return words;
 }
 

@@ -162,6 +162,8 @@ def test_launches_go_to_the_stream_that_is_current() -> None:
     silu_and_mul(out, x)
     expected = out.clone()
     out.zero_()
+    # Loading a kernel waits for the whole device, so torch's has to be there before the sleep begins.
+    assert int(out.count_nonzero()) == 0
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
