@@ -29,6 +29,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         ModelLoadError
         UnsupportedModelError
         BackendUnavailableError
+        KernelCompileError
         ListenError
       InternalError             INTERNAL; fixed text for the client, detail in the log only
         RequestFaultError
@@ -39,7 +40,7 @@ bug of ours and are never mapped to a client's mistake.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -229,6 +230,15 @@ class UnsupportedModelError(StartupError):
 
 class BackendUnavailableError(StartupError):
     """The chosen backend lacks a library or a device. The message says which."""
+
+
+class KernelCompileError(StartupError):
+    """A CUDA kernel did not compile. The message ends with the compiler's log."""
+
+    def __init__(self, source: str, arch: str, macros: Mapping[str, int | str], log: str) -> None:
+        defined = "".join(f" -D{name}={value}" for name, value in sorted(macros.items()))
+        super().__init__(f"{source} does not compile for {arch}{defined}:\n{log}")
+        self.log = log
 
 
 class ListenError(StartupError):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from photon_grpc.models.registry import load_config
 from photon_grpc.options import Options
-from photon_grpc.runner.factory import model_info, pool_blocks, resolve_dtype
+from photon_grpc.runner.backend import resolve_dtype
+from photon_grpc.runner.factory import model_info, pool_blocks
 from photon_grpc.runner.kv_cache import available_memory_bytes, kv_bytes_per_token
 
 __all__ = ["describe_model"]
@@ -19,7 +20,7 @@ __all__ = ["describe_model"]
 def describe_model(folder: Path, options: Options) -> list[tuple[str, str]]:
     """Names and figures for a table. Raises StartupError for a folder that could not be served."""
     config = load_config(folder)
-    dtype = resolve_dtype(options.model.dtype)
+    dtype = resolve_dtype(options.model.dtype, options.model.backend)
     weight_bytes = config.num_parameters * dtype.itemsize
     file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     per_token = kv_bytes_per_token(config, dtype)

@@ -21,6 +21,7 @@ CHECKS: dict[str, list[str]] = {
     "proto modules": [PYTHON, "tools/gen_proto.py", "--check"],
     "proto rules": [PYTHON, "tools/check_proto.py"],
     "settings table": [PYTHON, "tools/settings_table.py", "--check"],
+    "kernels": [PYTHON, "tools/check_kernels.py"],
 }
 
 

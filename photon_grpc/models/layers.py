@@ -59,22 +59,15 @@ class Linear:
             start += rows
 
 
-class RotaryTable:
-    """cos and sin of every position and rotary frequency.
+def rotary_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
+    """[num_positions, head_dim] float32: cos of every pair, then sin, as `Ops.rotary` takes it.
 
     Angles are products in float64: at position 32k a float32 angle is already off by a thousandth.
-    Only cos and sin are rounded, to float32.
+    Only cos and sin are rounded.
     """
-
-    def __init__(self, rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> None:
-        positions = torch.arange(num_positions, dtype=torch.float64)
-        angles = torch.outer(positions, inverse_frequencies(rope, head_dim))  # [num_positions, head_dim / 2]
-        self._table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device, torch.float32)
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for `positions` [num_tokens], in the form that `Ops.rope` takes."""
-        cos, sin = self._table.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    positions = torch.arange(num_positions, dtype=torch.float64)
+    angles = torch.outer(positions, inverse_frequencies(rope, head_dim))  # [num_positions, head_dim / 2]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device, torch.float32)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

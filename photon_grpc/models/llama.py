@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from photon_grpc.models.config import ModelConfig
-from photon_grpc.models.layers import CheckpointTensors, Linear, RotaryTable
-from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops
+from photon_grpc.models.layers import CheckpointTensors, Linear, rotary_table
+from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops, Rotary
 
 
 class DecoderModel:
@@ -33,7 +33,7 @@ class DecoderModel:
         self.device = device
         self._ops = ops
         num_positions = min(max_positions or config.max_position_embeddings, config.max_position_embeddings)
-        self._rotary = RotaryTable(config.rope, config.head_dim, num_positions, device)
+        self._rotary_table = rotary_table(config.rope, config.head_dim, num_positions, device)
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self._layers = tuple(_DecoderLayer(config, ops, dtype, device) for _ in range(config.num_layers))
         self._norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
@@ -47,7 +47,7 @@ class DecoderModel:
         `token_ids` and `positions` are int64 [num_tokens], in the row order of `metadata`. Writes the
         keys and values of all tokens into `kv_cache`.
         """
-        rotary = self._rotary(positions)
+        rotary = self._ops.rotary(self._rotary_table, positions)
         residual = self._ops.embedding(token_ids, self._embedding)
         update: Tensor | None = None
         for layer, layer_cache in zip(self._layers, kv_cache.layers, strict=True):
@@ -107,7 +107,7 @@ class _DecoderLayer:
         self,
         update: Tensor | None,
         residual: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
@@ -159,21 +159,13 @@ class _Attention:
         self.linears = (self._qkv, self._output)
         # One row each for q and k; no storage where the family has no such norm.
         self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
+        self._norms = (self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None
 
-    def __call__(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer_cache: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
-        heads = self._qkv(x).view(-1, num_heads + 2 * num_kv_heads, head_dim)
-        q = heads[:, :num_heads]
-        # q and k stand side by side, so one call rotates both.
-        if len(self._qk_norm):
-            k = heads[:, num_heads : num_heads + num_kv_heads]
-            self._ops.qk_norm_rope(q, k, self._qk_norm[0], self._qk_norm[1], self._eps, *rotary)
-        else:
-            self._ops.rope(heads[:, : num_heads + num_kv_heads], *rotary)
-        kv = heads[:, num_heads:].view(-1, 2, num_kv_heads, head_dim)
-        self._ops.store_kv(kv, layer_cache, metadata.slot_mapping)
+    def __call__(self, x: Tensor, rotary: Rotary, layer_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
+        heads = self._qkv(x).view(-1, self._num_heads + 2 * self._num_kv_heads, self._head_dim)
+        q, kv = self._ops.rope_store_kv(
+            heads, self._num_heads, self._norms, self._eps, rotary, layer_cache, metadata
+        )
         return self._output(self._ops.attention(q, kv, layer_cache, metadata, self._scale))
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:

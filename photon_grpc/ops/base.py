@@ -16,7 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+"""What `Ops.rotary` makes for the tokens of a step and `rope` of the same Ops takes; opaque elsewhere."""
 
 
 @dataclass(slots=True)
@@ -79,12 +83,10 @@ class Ops(ABC):
         """silu(gate) * up for `gate_up` [num_tokens, 2 * inner], gate first: [num_tokens, inner]."""
 
     @abstractmethod
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def rope(self, x: Tensor, rotary: Rotary) -> None:
         """Rotate the heads of `x` [num_tokens, heads, head_dim] in place (Su et al., 2021).
 
-        The pairs are (i, i + head_dim / 2), as in Hugging Face checkpoints. `cos` and `sin` are float32
-        [num_tokens, 1, head_dim], gathered at the tokens' positions: cos repeated in both halves, sin
-        negated in the first.
+        The pairs are (i, i + head_dim / 2), as in Hugging Face checkpoints.
         """
 
     @abstractmethod
@@ -114,21 +116,53 @@ class Ops(ABC):
         residual.add_(x)
         return self.rms_norm(residual, weight, eps)
 
+    def rotary(self, table: Tensor, positions: Tensor) -> Rotary:
+        """What `rope` needs to know of tokens at `positions` [num_tokens].
+
+        `table` is float32 [num_positions, head_dim]: cos of each pair, then sin. By default cos and sin of
+        the tokens, float32 [num_tokens, 1, head_dim]: cos repeated in both halves, sin negated in the
+        first.
+        """
+        cos, sin = table.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
     def qk_norm_rope(
-        self,
-        q: Tensor,
-        k: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rotary: Rotary
     ) -> None:
         """Normalise each head of `q` and `k` over head_dim, then rotate it; both in place."""
         q.copy_(self.rms_norm(q, q_weight, eps))
         k.copy_(self.rms_norm(k, k_weight, eps))
-        self.rope(q, cos, sin)
-        self.rope(k, cos, sin)
+        self.rope(q, rotary)
+        self.rope(k, rotary)
+
+    def rope_store_kv(
+        self,
+        heads: Tensor,
+        num_heads: int,
+        qk_norm: tuple[Tensor, Tensor] | None,
+        eps: float,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise q and k where there is a `qk_norm`, rotate them, and write k and v into the cache.
+
+        `heads` [num_tokens, num_heads + 2 * num_kv_heads, head_dim] holds the query, key and value heads of
+        each token side by side, and may be overwritten. `qk_norm` are the weights of q and k. Returns the
+        `q` and `kv` that `attention` of the same Ops takes.
+        """
+        num_tokens, all_heads, head_dim = heads.shape
+        num_kv_heads = (all_heads - num_heads) // 2
+        q = heads[:, :num_heads]
+        # q and k stand side by side, so one call rotates both.
+        if qk_norm is not None:
+            k = heads[:, num_heads : num_heads + num_kv_heads]
+            self.qk_norm_rope(q, k, *qk_norm, eps, rotary)
+        else:
+            self.rope(heads[:, : num_heads + num_kv_heads], rotary)
+        kv = heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim)
+        self.store_kv(kv, layer_cache, metadata.slot_mapping)
+        return q, kv
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Scores of `hidden` [rows, hidden] against `weight` [vocab, hidden]: [rows, vocab] float32."""

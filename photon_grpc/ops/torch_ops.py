@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from photon_grpc.ops.base import AttentionMetadata, Ops
+from photon_grpc.ops.base import AttentionMetadata, Ops, Rotary
 
 # Decode rows are gathered in groups whose padded context stays about this large: more falls out of the
 # processor's cache between the gather and its use, and without a bound one long row would make all
@@ -100,13 +100,14 @@ class TorchOps(Ops):
         gate, up = gate_up.float().chunk(2, dim=-1)
         return F.silu(gate).mul_(up).to(gate_up.dtype)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def rope(self, x: Tensor, rotary: Rotary) -> None:
+        cos, sin = rotary
         if x.dtype is torch.float32:
             swapped = x.roll(x.shape[-1] // 2, dims=-1).mul_(sin)
             x.mul_(cos).add_(swapped)
             return
         wide = x.float()
-        self.rope(wide, cos, sin)
+        self.rope(wide, rotary)
         x.copy_(wide)
 
     def store_kv(self, kv: Tensor, layer_cache: Tensor, slot_mapping: Tensor) -> None:

@@ -14,15 +14,15 @@ import psutil
 import structlog
 import torch
 
-from photon_grpc.errors import BackendUnavailableError, ConfigError
+from photon_grpc.errors import ConfigError
 from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.fingerprint import fingerprint
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import AttentionMetadata
-from photon_grpc.ops.torch_ops import TorchOps
 from photon_grpc.options import Options
+from photon_grpc.runner.backend import Backend, choose_backend, resolve_dtype
 from photon_grpc.runner.kv_cache import KVCache, kv_memory_bytes, num_blocks_for
 from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.warmup import warm_up
@@ -30,37 +30,40 @@ from photon_grpc.types import ModelInfo
 
 _log = structlog.get_logger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def build_runner(
     folder: Path, options: Options, progress: Callable[[int, int], None] | None = None
 ) -> ModelRunner:
     """A runner whose first tokens have come out. Raises StartupError, naming what is wrong."""
-    if options.model.backend == "cuda":
-        raise BackendUnavailableError("backend cuda: this release has no CUDA kernels; use cpu or auto")
+    backend = choose_backend(options)
     torch.set_num_threads(options.engine.num_threads or default_num_threads())
     config = load_config(folder)
-    dtype = resolve_dtype(options.model.dtype)
-    device = torch.device("cpu")
-    ops = TorchOps()
+    dtype = resolve_dtype(options.model.dtype, backend.name)
+    device, ops = backend.device, backend.ops
     decoder = build_model(
         config, ops, dtype=dtype, device=device, max_positions=options.model.max_model_len or None
     )
     load_weights(decoder, folder, progress=progress)
-    _profile(decoder, config, ops, dtype, options)
+    _profile(decoder, config, backend, dtype, options)
     block_size = options.cache.block_size
-    num_blocks = pool_blocks(config, options, dtype)
+    num_blocks = pool_blocks(config, options, dtype, backend.free_memory_bytes())
     max_model_len = _max_model_len(options, config, num_blocks * block_size)
     kv_cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=device)
     model = model_info(folder, options, config, max_model_len)
-    runner = ModelRunner(decoder, model, kv_cache, max_num_seqs=options.scheduler.max_num_seqs)
+    runner = ModelRunner(
+        decoder,
+        model,
+        kv_cache,
+        backend.make_sampler(config.vocab_size),
+        max_num_seqs=options.scheduler.max_num_seqs,
+    )
     if options.engine.warmup:
         warm_up(runner)
     _log.info(
         "model ready",
         model=model.name,
         architecture=config.architecture,
+        backend=backend.name,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=max_model_len,
         kv_blocks=num_blocks,
@@ -76,11 +79,6 @@ def default_num_threads() -> int:
     loop or a neighbour, two of them are ten times slower than one.
     """
     return max(1, (psutil.cpu_count(logical=False) or 1) - 1)
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """The data type to compute in; `auto` is float32, which CPUs are fastest and exactest in."""
-    return torch.float32 if name == "auto" else _DTYPES[name]
 
 
 def pool_blocks(
@@ -132,23 +130,25 @@ def _max_model_len(options: Options, config: ModelConfig, pool_tokens: int) -> i
 
 
 def _profile(
-    decoder: DecoderModel, config: ModelConfig, ops: TorchOps, dtype: torch.dtype, options: Options
+    decoder: DecoderModel, config: ModelConfig, backend: Backend, dtype: torch.dtype, options: Options
 ) -> None:
     """One forward pass of the largest step, in a cache that is thrown away."""
     num_tokens = options.scheduler.max_num_batched_tokens
     num_tokens = min(num_tokens, options.model.max_model_len or config.max_position_embeddings)
     block_size = options.cache.block_size
     num_blocks = -(-num_tokens // block_size)
-    cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=torch.device("cpu"))
-    positions = torch.arange(num_tokens)
+    device = backend.device
+    cache = KVCache(config, backend.ops, num_blocks, block_size, dtype=dtype, device=device)
+    positions = torch.arange(num_tokens, device=device)
     metadata = AttentionMetadata(
         num_decodes=0,
         slot_mapping=positions,
-        block_tables=torch.arange(num_blocks)[None],
-        context_lens=torch.tensor([num_tokens]),
+        block_tables=torch.arange(num_blocks, device=device)[None],
+        context_lens=torch.tensor([num_tokens], device=device),
         query_starts=(0, num_tokens),
         context_lens_host=(num_tokens,),
     )
     with torch.inference_mode():
-        hidden = decoder.forward(torch.zeros(num_tokens, dtype=torch.int64), positions, cache, metadata)
+        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        hidden = decoder.forward(token_ids, positions, cache, metadata)
         decoder.compute_logits(hidden[-min(num_tokens, options.scheduler.max_num_seqs) :])

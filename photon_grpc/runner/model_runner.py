@@ -8,16 +8,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.ops.base import AttentionMetadata
-from photon_grpc.runner.input_batch import InputBatch, StepIndices
+from photon_grpc.runner.input_batch import InputBatch, IntArray, StepIndices
 from photon_grpc.runner.kv_cache import KVCache
-from photon_grpc.runner.sampler import Sampler
-from photon_grpc.scheduler.output import ModelOutput, ScheduledSequence, SchedulerOutput
+from photon_grpc.runner.sampler import SampledRows
+from photon_grpc.scheduler.output import ModelOutput, SamplerSpec, ScheduledSequence, SchedulerOutput
 from photon_grpc.types import ModelInfo, TokenLogprobs
+
+
+class RowSampler(Protocol):
+    """What `Sampler` and `CudaSampler` have in common; see there."""
+
+    def add(
+        self, seq_id: int, spec: SamplerSpec, token_ids: Sequence[int], num_prompt_tokens: int
+    ) -> None: ...
+
+    def remove(self, seq_id: int) -> None: ...
+
+    def sample(self, seq_ids: Sequence[int], logits: torch.Tensor) -> SampledRows: ...
+
+    def prompt_logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, top: int
+    ) -> list[TokenLogprobs]: ...
+
 
 # Logits of so many prompt positions are held at a time when prompt log-probabilities are asked for.
 _PROMPT_LOGITS_CHUNK = 64
@@ -29,7 +47,13 @@ class ModelRunner:
     max_in_flight = 1
 
     def __init__(
-        self, decoder: DecoderModel, model: ModelInfo, kv_cache: KVCache, *, max_num_seqs: int
+        self,
+        decoder: DecoderModel,
+        model: ModelInfo,
+        kv_cache: KVCache,
+        sampler: RowSampler,
+        *,
+        max_num_seqs: int,
     ) -> None:
         self.model = model
         self.num_blocks = kv_cache.num_blocks
@@ -37,7 +61,8 @@ class ModelRunner:
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._batch = InputBatch(max_num_seqs, model.max_model_len, kv_cache.block_size)
-        self._sampler = Sampler(model.vocab_size, kv_cache.device)
+        self._sampler = sampler
+        self._device = kv_cache.device
         self._prompt_logprobs: dict[int, int] = {}
         self._num_prompt_tokens: dict[int, int] = {}
         self._outputs: deque[ModelOutput] = deque()
@@ -68,10 +93,10 @@ class ModelRunner:
             [row.seq_id for row in rows], [row.num_tokens for row in rows], num_decodes
         )
         hidden = self._decoder.forward(
-            torch.from_numpy(indices.token_ids),
-            torch.from_numpy(indices.positions),
+            self._on_device(indices.token_ids),
+            self._on_device(indices.positions),
             self._kv_cache,
-            _attention_metadata(indices, num_decodes),
+            self._attention_metadata(indices, num_decodes),
         )
         prompt_logprobs = self._score_prompts(rows, starts, indices, hidden) if self._prompt_logprobs else {}
         return self._sample(output.step, rows, indices, hidden, prompt_logprobs)
@@ -135,7 +160,7 @@ class ModelRunner:
             count = min(row.num_tokens, self._num_prompt_tokens[row.seq_id] - 1 - start)
             if count <= 0:
                 continue
-            targets = torch.from_numpy(self._batch.token_at(row.seq_id, start + 1, start + 1 + count))
+            targets = self._on_device(self._batch.token_at(row.seq_id, start + 1, start + 1 + count))
             first = indices.query_starts[i]
             entries: list[TokenLogprobs] = []
             for offset in range(0, count, _PROMPT_LOGITS_CHUNK):
@@ -145,13 +170,16 @@ class ModelRunner:
             scores[row.seq_id] = tuple(entries)
         return scores
 
+    def _attention_metadata(self, indices: StepIndices, num_decodes: int) -> AttentionMetadata:
+        return AttentionMetadata(
+            num_decodes=num_decodes,
+            slot_mapping=self._on_device(indices.slot_mapping),
+            block_tables=self._on_device(indices.block_tables),
+            context_lens=self._on_device(indices.context_lens),
+            query_starts=indices.query_starts,
+            context_lens_host=tuple(indices.context_lens.tolist()),
+        )
 
-def _attention_metadata(indices: StepIndices, num_decodes: int) -> AttentionMetadata:
-    return AttentionMetadata(
-        num_decodes=num_decodes,
-        slot_mapping=torch.from_numpy(indices.slot_mapping),
-        block_tables=torch.from_numpy(indices.block_tables),
-        context_lens=torch.from_numpy(indices.context_lens),
-        query_starts=indices.query_starts,
-        context_lens_host=tuple(indices.context_lens.tolist()),
-    )
+    def _on_device(self, array: IntArray) -> torch.Tensor:
+        """On the CPU the array itself, without a copy."""
+        return torch.from_numpy(array).to(self._device)

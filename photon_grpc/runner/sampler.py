@@ -154,7 +154,7 @@ class _Sequence:
 
         self.bias = _pairs(params.logit_bias)
         self.allowed = np.array(params.allowed_token_ids) if params.allowed_token_ids else None
-        self.banned = _effective_ban(spec, vocab_size)
+        self.banned = effective_ban(spec, vocab_size)
         # Prompt and output together, for the repetition penalty; output alone, for the other two.
         self.seen = _TokenCounts(token_ids) if params.repetition_penalty != 1 else None
         counted = params.presence_penalty or params.frequency_penalty
@@ -202,7 +202,8 @@ def _pairs(bias: Sequence[tuple[int, float]]) -> tuple[npt.NDArray[np.int64], Fl
     return np.array(token_ids), np.array(values, dtype=np.float32)
 
 
-def _effective_ban(spec: SamplerSpec, vocab_size: int) -> npt.NDArray[np.int64] | None:
+def effective_ban(spec: SamplerSpec, vocab_size: int) -> npt.NDArray[np.int64] | None:
+    """The ids of step 7, or None where the ban does not apply."""
     if not spec.min_tokens or not spec.banned_token_ids:
         return None
     banned = {token_id for token_id in spec.banned_token_ids if token_id < vocab_size}

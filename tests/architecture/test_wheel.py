@@ -9,8 +9,8 @@ import tomllib
 import zipfile
 from email.parser import Parser
 from importlib.metadata import packages_distributions
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -29,12 +29,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def requirements(*extras: str) -> list[Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = project["optional-dependencies"]
-    return [
-        Requirement(text) for text in chain(project["dependencies"], *(optional[name] for name in extras))
-    ]
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def extras(*names: str) -> list[Requirement]:
+    return [Requirement(text) for name in names for text in project()["optional-dependencies"][name]]
+
+
+def requirements(*names: str) -> list[Requirement]:
+    return [*map(Requirement, project()["dependencies"]), *extras(*names)]
 
 
 def canonical(name: str) -> str:
@@ -94,6 +99,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
             for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"google"}:
                 imported.update(canonical(name) for name in home.get(top, []))
     declared = {canonical(requirement.name) for requirement in requirements()}
+    # What only one backend imports is an extra, and comes with a package that shares its name `cuda`.
+    optional = {canonical(requirement.name) for requirement in extras("cuda12", "cuda13")}
+    imported -= optional | {"cuda-pathfinder"}
     # `google.protobuf` and `google.rpc` share a name with everything else of Google's.
     # transformers reads weights with safetensors wherever it is the judge of ours; OpenTelemetry's exporters
     # come with the tracing release.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
-from photon_grpc.ops.base import AttentionMetadata
+from photon_grpc.ops.base import AttentionMetadata, Ops
 from photon_grpc.ops.torch_ops import TorchOps
 from photon_grpc.runner.kv_cache import KVCache
 
@@ -30,13 +30,21 @@ class PagedModel:
     """Sequences are named by the caller; `step` computes the next tokens of several at once."""
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype = torch.float32, block_size: int = 16, num_blocks: int = 64
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 16,
+        num_blocks: int = 64,
+        ops: Ops | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        ops = TorchOps()
+        ops = ops or TorchOps()
         self.config = load_config(folder)
-        self.model = build_model(self.config, ops, dtype=dtype, device=CPU)
+        self.model = build_model(self.config, ops, dtype=dtype, device=device)
         load_weights(self.model, folder)
-        self.cache = KVCache(self.config, ops, num_blocks, block_size, dtype=dtype, device=CPU)
+        self.cache = KVCache(self.config, ops, num_blocks, block_size, dtype=dtype, device=device)
+        self.device = device
         self.block_size = block_size
         self._free = list(range(num_blocks))
         random.Random(0).shuffle(self._free)
@@ -70,15 +78,22 @@ class PagedModel:
         width = max(map(len, tables))
         metadata = AttentionMetadata(
             num_decodes=sum(len(tokens) == 1 for _, tokens in rows),
-            slot_mapping=torch.tensor(slots),
-            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
-            context_lens=torch.tensor(lengths),
+            slot_mapping=torch.tensor(slots, device=self.device),
+            block_tables=torch.tensor(
+                [table + [0] * (width - len(table)) for table in tables], device=self.device
+            ),
+            context_lens=torch.tensor(lengths, device=self.device),
             query_starts=tuple(starts),
             context_lens_host=lengths,
         )
         with torch.inference_mode():
-            hidden = self.model.forward(torch.tensor(ids), torch.tensor(positions), self.cache, metadata)
-            logits = self.model.compute_logits(hidden)
+            hidden = self.model.forward(
+                torch.tensor(ids, device=self.device),
+                torch.tensor(positions, device=self.device),
+                self.cache,
+                metadata,
+            )
+            logits = self.model.compute_logits(hidden).cpu()
         result: list[Tensor] = [logits] * len(rows)
         for place, i in enumerate(order):
             result[i] = logits[starts[place] : starts[place + 1]]

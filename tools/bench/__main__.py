@@ -207,6 +207,21 @@ def run_serving(
     return rows, comparison
 
 
+@app.command(name="kernels")
+def time_kernels(
+    modules: Annotated[
+        list[str] | None, typer.Argument(help="Of tools/bench/kernel_cases; all by default.")
+    ] = None,
+    only: Annotated[str, typer.Option("--only", help="Cases with this text in their name.")] = "",
+    output: Output = report.RESULTS,
+    name: Name = "kernels",
+) -> None:
+    """Every CUDA kernel in a graph, beside its floor and its prediction. Needs a GPU."""
+    from tools.bench import kernels
+
+    raise typer.Exit(kernels.main(modules or [], only, output, name))
+
+
 @app.command(name="all")
 def every(
     model: Model = "demo",

@@ -81,7 +81,7 @@ def test_rope_is_a_complex_rotation(dtype: torch.dtype) -> None:
     cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
     # A view into a wider tensor, as q and k are.
     wide = torch.cat((x, x), dim=1)
-    TorchOps().rope(wide[:, :3], torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    TorchOps().rope(wide[:, :3], (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
     _close(wide[:, :3], torch.cat((rotated.real, rotated.imag), -1), dtype)
     assert torch.equal(wide[:, 3:], x)

@@ -13,7 +13,8 @@ from photon_grpc.errors import BackendUnavailableError, ConfigError
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.options import KVCacheOptions, ModelOptions, Options, SchedulerOptions
 from photon_grpc.runner import factory
-from photon_grpc.runner.factory import build_runner, default_num_threads, resolve_dtype
+from photon_grpc.runner.backend import resolve_dtype
+from photon_grpc.runner.factory import build_runner, default_num_threads
 from tests.support.builders import engine_core, engine_request, generate
 from tests.support.tiny_model import tiny_model_folder
 
@@ -41,7 +42,8 @@ def options(pool_bytes: int = POOL, **model: object) -> Options:
     )
 
 
-def test_cuda_is_refused_by_name(folder: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_names_what_is_missing(folder: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="cuda"):
         build_runner(folder, options(backend="cuda"))
 
@@ -96,7 +98,7 @@ def test_the_pool_is_sized_after_the_largest_step_has_run(
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_every_type_computes(folder: Path, dtype: str) -> None:
     runner = build_runner(folder, options(dtype=dtype))
-    assert runner._kv_cache.dtype is resolve_dtype(dtype)
+    assert runner._kv_cache.dtype is resolve_dtype(dtype, "cpu")
     core = engine_core(runner, max_num_seqs=4)
     assert len(generate(core, one=engine_request((5, 6, 7), 8, eos_token_ids=()))["one"]) == 8
 

@@ -21,7 +21,8 @@ from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import EngineRequest, Submit
 from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
-from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.options import ModelOptions, Options
+from photon_grpc.runner.backend import Backend, choose_backend
 from photon_grpc.runner.kv_cache import KVCache
 from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.warmup import warm_up
@@ -32,17 +33,18 @@ from tests.support.tiny_model import tiny_model_folder
 
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "demo")
 DEMO = Path(photon_grpc.__file__).parent / "demo_model"
-BLOCK_SIZE = 8
+BLOCK_SIZE = 16
 NUM_TOKENS = 64
-CPU = torch.device("cpu")
+BACKENDS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 class Checkpoint:
     """One tiny model folder: transformers' answers, and engines over it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: Backend) -> None:
         self.config = load_config(folder)
-        self._decoder = build_model(self.config, TorchOps(), dtype=torch.float32, device=CPU)
+        self._backend = backend
+        self._decoder = build_model(self.config, backend.ops, dtype=torch.float32, device=backend.device)
         load_weights(self._decoder, folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,14 +74,18 @@ class Checkpoint:
             return self._reference(torch.tensor([token_ids])).logits[0]
 
     def runner(self, num_blocks: int = 256, max_num_seqs: int = 16) -> ModelRunner:
-        cache = KVCache(self.config, TorchOps(), num_blocks, BLOCK_SIZE, dtype=torch.float32, device=CPU)
+        backend = self._backend
+        cache = KVCache(
+            self.config, backend.ops, num_blocks, BLOCK_SIZE, dtype=torch.float32, device=backend.device
+        )
         for layer in cache.layers:
             layer.fill_(float("nan"))
         info = model_info(
             vocab_size=self.config.vocab_size,
             max_model_len=min(self.config.max_position_embeddings, num_blocks * BLOCK_SIZE),
         )
-        return ModelRunner(self._decoder, info, cache, max_num_seqs=max_num_seqs)
+        sampler = backend.make_sampler(self.config.vocab_size)
+        return ModelRunner(self._decoder, info, cache, sampler, max_num_seqs=max_num_seqs)
 
     def core(self, num_blocks: int = 256, **scheduler: Any) -> EngineCore:
         max_num_seqs = scheduler.setdefault("max_num_seqs", 16)
@@ -91,13 +97,22 @@ class Checkpoint:
         return tuple(choose.randrange(4, self.config.vocab_size) for _ in range(length))
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
+def tiny_folder(folder: Path, family: str) -> Path:
+    """Heads of 32, which every backend has; Qwen2 states none and divides the hidden size."""
+    sizes = {"hidden_size": 192} if family == "qwen2" else {"hidden_size": 192, "head_dim": 32}
+    return tiny_model_folder(folder, family, **sizes)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def checkpoints(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Checkpoint]]:
+    backend = choose_backend(Options(model=ModelOptions(backend=request.param)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
     yield {
-        family: Checkpoint(DEMO if family == "demo" else tiny_model_folder(folder, family))
+        family: Checkpoint(DEMO if family == "demo" else tiny_folder(folder, family), backend)
         for family in FAMILIES
     }
     torch.set_num_threads(threads)

@@ -1,0 +1,246 @@
+// Ranks the entries of one row that lies in pieces in the CTAs of a cluster: histograms over keys, the
+// boundary at a count or a mass, and the few best entries in order.
+//
+// An entry is a 32-bit key, where less is better, and its id; `rank = key << 24 | id` is unique, so that
+// every order here is total: better keys first, the lower id among equals. Sums are integers, so neither
+// the order of atomics nor the number of CTAs can change a result.
+//
+// All functions are for whole CTAs of kThreads; those named `cluster_` for all CTAs of the row.
+#pragma once
+
+#include "photon/row_cluster.cuh"
+#include "photon/types.cuh"
+
+namespace photon {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBins = 1024;
+constexpr int kCandidates = 1024;
+constexpr int kIdBits = 24;
+constexpr u32 kFull = 0xFFFFFFFFu;
+constexpr u64 kNoRank = ~0ull;
+static_assert(kBins <= 2 * kThreads && kCandidates <= 2 * kThreads, "two per thread in every scan");
+static_assert(kBins >= 256, "a radix digit has eight bits");
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
+
+// Keys of float32 values, greater values first; -0.0 must have been made 0.0 before.
+__device__ __forceinline__ u32 descending_key(float value) {
+    const u32 bits = __float_as_uint(value);
+    return bits & 0x80000000u ? bits : ~bits & 0x7FFFFFFFu;
+}
+
+__device__ __forceinline__ float value_of_key(u32 key) {
+    return __uint_as_float(key & 0x80000000u ? key : ~key & 0x7FFFFFFFu);
+}
+
+constexpr u32 kKeyOfInfinity = 0x007FFFFFu;         // and everything below is +NaN
+constexpr u32 kKeyOfMinusInfinity = 0xFF800000u;    // and everything above is -NaN
+
+__device__ __forceinline__ u64 rank_of(u32 key, u32 id) {
+    return static_cast<u64>(key) << kIdBits | id;
+}
+
+// Where a running count or mass, in rank order, reaches its target.
+struct Crossing {
+    u64 before;    // the sum of the bins before `bin`
+    u64 target;
+    u32 bin;
+    u32 reached;   // 0 if the whole histogram sums to less than the target
+};
+
+struct SelectStorage {
+    union {
+        struct {
+            u32 low[kBins], high[kBins];   // of 64-bit sums
+        } histogram;
+        u64 candidates[kCandidates];
+    };
+    u64 warp_sums[kWarps];
+    Crossing crossing;
+    u32 num_candidates[2];
+};
+
+// One CTA's piece of a row: `keys` of the ids from `first_id` on, `num_keys` of them.
+struct Piece {
+    u32* keys;
+    int first_id;
+    int num_keys;
+};
+
+// Exclusive sum over the threads of a CTA; `total` is that over all of them.
+__device__ __forceinline__ u64 exclusive_sum(u64 value, u64* warp_sums, u64& total) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u64 inclusive = value;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const u64 other = __shfl_up_sync(kFull, inclusive, distance);
+        if (lane >= distance) inclusive += other;
+    }
+    __syncthreads();
+    if (lane == 31) warp_sums[warp] = inclusive;
+    __syncthreads();
+    u64 before = 0;
+    total = 0;
+    for (int i = 0; i < kWarps; ++i) {
+        if (i == warp) before = total;
+        total += warp_sums[i];
+    }
+    return before + inclusive - value;
+}
+
+__device__ __forceinline__ void clear_histogram(SelectStorage& storage, int num_bins) {
+    for (int bin = threadIdx.x; bin < num_bins; bin += kThreads) {
+        storage.histogram.low[bin] = 0;
+        storage.histogram.high[bin] = 0;
+    }
+    __syncthreads();
+}
+
+// Adds the weights of a warp; all its lanes must be there. Rows of equal entries would send all of them to
+// one address, so a warp that agrees on the bin adds once.
+__device__ __forceinline__ void add_to_histogram(SelectStorage& storage, u32 bin, u64 weight) {
+    const u32 active = __ballot_sync(kFull, weight != 0);
+    if (active == 0) return;
+    const int leader = __ffs(active) - 1;
+    const u32 common = __shfl_sync(kFull, bin, leader);
+    if (__all_sync(kFull, weight == 0 || bin == common)) {
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+            weight += __shfl_xor_sync(kFull, weight, distance);
+        }
+        if ((threadIdx.x & 31) != leader) weight = 0;
+    }
+    if (weight != 0) {
+        const u32 low = static_cast<u32>(weight);
+        const u32 old = atomicAdd(&storage.histogram.low[bin], low);
+        const u32 high = static_cast<u32>(weight >> 32) + (old + low < low);
+        if (high != 0) atomicAdd(&storage.histogram.high[bin], high);
+    }
+}
+
+// Sums the histograms of all CTAs and finds the first bin at which `before` plus the running sum reaches
+// the target: `target`, or with `fraction` > 0 that part of the whole sum, rounded up. All CTAs get the
+// result in `storage.crossing`.
+__device__ inline void cluster_find(SelectStorage& storage, int num_bins, u64 before, u64 target,
+                                    double fraction, u32 rank_in_cluster) {
+    cluster_sync();
+    if (rank_in_cluster == 0) {
+        const int first = 2 * threadIdx.x;
+        u64 sums[2] = {0, 0};
+        if (first < num_bins) {
+#pragma unroll
+            for (int rank = 0; rank < kCluster; ++rank) {
+                const SelectStorage* other = peer(&storage, rank);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    sums[i] += other->histogram.low[first + i] +
+                               (static_cast<u64>(other->histogram.high[first + i]) << 32);
+                }
+            }
+        }
+        u64 total;
+        u64 running = before + exclusive_sum(sums[0] + sums[1], storage.warp_sums, total);
+        // Sums are below 2^63 and the product is at most the sum, so the cast is defined. A mass before
+        // an entry is less than the product just when it is less than the product rounded up.
+        if (fraction > 0) target = static_cast<u64>(ceil(fraction * static_cast<double>(total)));
+        if (threadIdx.x == 0) storage.crossing = {before, target, static_cast<u32>(num_bins - 1), 0};
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (running < target && target <= running + sums[i]) {
+                storage.crossing = {running, target, static_cast<u32>(first + i), 1};
+            }
+            running += sums[i];
+        }
+        __syncthreads();
+        if (threadIdx.x > 0 && threadIdx.x < kCluster) {
+            peer(&storage, threadIdx.x)->crossing = storage.crossing;
+        }
+    }
+    cluster_sync();
+}
+
+// Collects in the first CTA the ranks for which `wanted(key, id)` holds; `counter` is 0 or 1, each good
+// for one use. Returns their number, which may be more than the kCandidates that there is room for. Only
+// the first CTA may use its storage afterwards; the others have not arrived at a barrier since.
+template <typename Wanted>
+__device__ __forceinline__ u32 cluster_gather(SelectStorage& storage, const Piece& piece, int counter,
+                                              Wanted wanted) {
+    SelectStorage* target = peer(&storage, 0);
+    const u32 lanes_before = (1u << (threadIdx.x & 31)) - 1;
+    for (int start = 0; start < piece.num_keys; start += kThreads) {
+        const int i = start + threadIdx.x;
+        const u32 key = i < piece.num_keys ? piece.keys[i] : 0;
+        const bool found = i < piece.num_keys && wanted(key, piece.first_id + i);
+        const u32 lanes = __ballot_sync(kFull, found);
+        if (lanes == 0) continue;
+        const int leader = __ffs(lanes) - 1;
+        u32 position = 0;
+        if ((threadIdx.x & 31) == leader) {
+            position = atomicAdd(&target->num_candidates[counter], static_cast<u32>(__popc(lanes)));
+        }
+        position = __shfl_sync(kFull, position, leader) + __popc(lanes & lanes_before);
+        if (found && position < kCandidates) target->candidates[position] = rank_of(key, piece.first_id + i);
+    }
+    cluster_sync();
+    return target->num_candidates[counter];
+}
+
+// The rank at which the running sum of `weight(key)` reaches the target, among the ranks up to `limit`:
+// with it the ranks up to the result are those that stay. Seven radix digits, the best one first: four of
+// the key and three of the id. kNoRank if the sum stays below the target.
+template <typename Weight>
+__device__ inline u64 cluster_boundary(SelectStorage& storage, const Piece& piece, u64 limit, u64 target,
+                                       double fraction, u32 rank_in_cluster, Weight weight) {
+    u64 prefix = 0, before = 0;
+    for (int shift = 48; shift >= 0; shift -= 8) {
+        clear_histogram(storage, 256);
+        for (int start = 0; start < piece.num_keys; start += kThreads) {
+            const int i = start + threadIdx.x;
+            u64 rank = kNoRank;
+            if (i < piece.num_keys) rank = rank_of(piece.keys[i], piece.first_id + i);
+            const bool here = rank <= limit && rank >> (shift + 8) == prefix >> (shift + 8);
+            add_to_histogram(storage, static_cast<u32>(rank >> shift) & 255,
+                             here ? weight(static_cast<u32>(rank >> kIdBits)) : 0);
+        }
+        cluster_find(storage, 256, before, target, shift == 48 ? fraction : 0, rank_in_cluster);
+        const Crossing crossing = storage.crossing;
+        if (!crossing.reached) return kNoRank;
+        target = crossing.target;
+        before = crossing.before;
+        prefix |= static_cast<u64>(crossing.bin) << shift;
+    }
+    return prefix;
+}
+
+// Sorts the first `count` candidates, at most kCandidates, of one CTA; the best comes first.
+__device__ inline void sort_candidates(u64* candidates, u32 count) {
+    u32 size = 2;
+    while (size < count) size *= 2;
+    for (u32 i = count + threadIdx.x; i < size; i += kThreads) candidates[i] = kNoRank;
+    __syncthreads();
+    // Pairs at a distance of up to 32 lie within the 64 entries of one warp.
+    for (u32 run = 2; run <= size; run *= 2) {
+        for (u32 distance = run / 2; distance > 0; distance /= 2) {
+            const u32 low = 2 * distance * (threadIdx.x / distance) + threadIdx.x % distance;
+            if (low < size) {
+                const u64 a = candidates[low], b = candidates[low + distance];
+                if ((a > b) == ((low & run) == 0)) {
+                    candidates[low] = b;
+                    candidates[low + distance] = a;
+                }
+            }
+            const u32 next = distance > 1 ? distance / 2 : run;
+            if (distance > 32 || next > 32) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
+        }
+    }
+    __syncthreads();
+}
+
+}  // namespace photon

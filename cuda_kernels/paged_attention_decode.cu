@@ -1,0 +1,507 @@
+// One new token per row against its paged K/V cache, split over the sequence (flash-decoding).
+//
+//     out[row, h] = softmax(scale * q[row, h] . K[row]) V[row],  kv head = h / PHOTON_GROUP
+//
+// Layouts: q [rows][heads][head_dim] with q_row_stride elements between rows, out [rows][heads][head_dim];
+// kv_cache [blocks][kv_heads][K, V][block_size][head_dim]; block_tables [rows][block_table_stride].
+//
+// Work: a row's context is cut into splits of kChunk tokens, or into kMaxSplits longer ones. Where a row is
+// cut depends on its own length alone, so its result does not depend on the batch, the grid or the device. An
+// item is (row, split, kv head). Every CTA sums the rows' splits from context_lens and walks items
+// blockIdx.x, blockIdx.x + gridDim.x, ...: any grid is right, and a captured launch needs no host knowledge
+// of the lengths. A row of one split is finished by its CTA; else partial results go to a workspace and the
+// last arriver of (row, kv head) folds them in split order. It also sets the counter back to zero, so
+// counters are cleared once, when they are allocated.
+//
+// Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
+// shared memory. Two launches that share workspace and counters must not overlap.
+//
+// Preconditions: rows <= kMaxRows; pointers 16-byte aligned, q_row_stride a multiple of 8; block ids are
+// valid for positions below context_lens[row] (no other entry is read, and no cache slot behind the context).
+// context_lens[row] == 0 marks an idle row: its output is zero.
+//
+// A warp takes 16 cached tokens at a time, as the M operand; the query heads of one kv head are N = 8, so the
+// whole group shares one read of K and V. Both go from memory to registers 16 bytes a lane, straight into mma
+// operands: for K by giving the contraction over head_dim an order of its own (lane t of four holds 8
+// neighbouring dims, and q is read alike), for V by interleaving two tokens' words. Nothing is staged in
+// shared memory. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM, of
+// which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
+// combined.
+//
+// float32: scores, softmax, sums, accumulators. Probabilities are rounded to the storage type for the second
+// product. Bound by: reading K and V once; by latency below about 100 items.
+#include "photon/attention_mma.cuh"
+#include "photon/dependent_launch.cuh"
+#include "photon/vec.cuh"
+
+#if !defined(PHOTON_STORAGE) || !defined(PHOTON_HEAD_DIM) || !defined(PHOTON_KV_HEADS) || \
+    !defined(PHOTON_GROUP) || !defined(PHOTON_BLOCK_SIZE) || !defined(PHOTON_CHUNK) ||    \
+    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS)
+#error "shape constants must be defined"
+#endif
+
+namespace photon {
+
+typedef PHOTON_STORAGE Storage;
+
+constexpr int kHeadDim = PHOTON_HEAD_DIM;
+constexpr int kKvHeads = PHOTON_KV_HEADS;
+constexpr int kGroup = PHOTON_GROUP;
+constexpr int kBlockSize = PHOTON_BLOCK_SIZE;
+constexpr int kChunk = PHOTON_CHUNK;
+constexpr int kMaxSplits = PHOTON_MAX_SPLITS;
+constexpr int kMaxRows = PHOTON_MAX_ROWS;
+
+constexpr int kTile = 16;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
+// Tiles that a warp requests and reduces together; more would not fit its registers.
+constexpr int kStepTiles = 2;
+constexpr int kStepTokens = kStepTiles * kWarps * kTile;
+// Lane t of four takes 8 dims of each span of 32; lane g of eight takes 8 dims of each pass of 64.
+constexpr int kSpans = (kHeadDim + 31) / 32;
+constexpr int kPasses = (kHeadDim + 63) / 64;
+constexpr int kPairs = kGroup * kHeadDim / 2;
+// Of a row in shared memory; the 8 keep two of four lanes' stores in different banks.
+constexpr int kPartialStride = kHeadDim + 8;
+
+static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "16-byte loads; registers");
+static_assert(kGroup >= 1 && kGroup <= 8, "query heads are N = 8");
+static_assert(kBlockSize % kTile == 0, "a tile lies in one block");
+static_assert(kChunk % kStepTokens == 0, "a chunk is whole steps of all warps");
+static_assert(kMaxSplits * 2 <= kWarps * kPartialStride, "the fold reuses the partials' room");
+
+struct Item {
+    int index;
+    int row;
+    int start;
+    int stop;
+
+    __device__ __forceinline__ int kv_head() const { return index % kKvHeads; }
+    __device__ __forceinline__ i64 row_head() const { return static_cast<i64>(row) * kKvHeads + kv_head(); }
+};
+
+struct Shared {
+    float acc[kWarps][kGroup][kPartialStride];
+    float max[kWarps][8];
+    float sum[kWarps][8];
+    int first_split[kMaxRows + 1];
+    int context_lens[kMaxRows];
+    int warp_totals[kWarps];
+    Item current[kWarps];
+    Item next[kWarps];
+    int is_last;
+};
+
+struct KeyTile {
+    uint4 words[2][kSpans];
+};
+
+struct ValueTile {
+    uint4 words[4][kPasses];
+};
+
+__device__ __forceinline__ int split_tokens(int context_len) {
+    if (context_len <= kMaxSplits * kChunk) return kChunk;
+    return ((context_len + kMaxSplits - 1) / kMaxSplits + kTile - 1) / kTile * kTile;
+}
+
+// At least one, so that an idle row has an item that writes its zeros.
+__device__ __forceinline__ int count_splits(int context_len) {
+    const int tokens = split_tokens(context_len);
+    return max((context_len + tokens - 1) / tokens, 1);
+}
+
+// Fills first_split (prefix sums) and context_lens.
+__device__ void sum_splits(Shared& shared, const int* __restrict__ context_lens, int rows) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int before = 0;
+    for (int base = 0; base < rows; base += kThreads) {
+        const int row = base + static_cast<int>(threadIdx.x);
+        const int context_len = row < rows ? load_index(context_lens + row) : 0;
+        const int splits = row < rows ? count_splits(context_len) : 0;
+        int sum = splits;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int below = __shfl_up_sync(kAllLanes, sum, distance);
+            if (lane >= distance) sum += below;
+        }
+        if (lane == 31) shared.warp_totals[warp] = sum;
+        __syncthreads();
+        int total = 0;
+#pragma unroll
+        for (int other = 0; other < kWarps; ++other) {
+            if (other == warp) sum += total;
+            total += shared.warp_totals[other];
+        }
+        if (row < rows) {
+            shared.first_split[row] = before + sum - splits;
+            shared.context_lens[row] = context_len;
+        }
+        before += total;
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) shared.first_split[rows] = before;
+    __syncthreads();
+}
+
+__device__ __forceinline__ Item locate(const Shared& shared, int rows, int index) {
+    const int global_split = index / kKvHeads;
+    int low = 0, high = rows - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (shared.first_split[middle] <= global_split) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    const int context_len = shared.context_lens[low];
+    const int tokens = split_tokens(context_len);
+    Item item;
+    item.index = index;
+    item.row = low;
+    item.start = (global_split - shared.first_split[low]) * tokens;
+    item.stop = min(item.start + tokens, context_len);
+    return item;
+}
+
+// First token of a warp's tile: the warps take the tiles of an item in turn.
+__device__ __forceinline__ int tile_start(const Item& item, int tile) {
+    return item.start + (tile * kWarps + static_cast<int>(threadIdx.x >> 5)) * kTile;
+}
+
+// Lane i gets the block id of the warp's tile first_tile + i.
+__device__ __forceinline__ int load_block_ids(const Item& item, int first_tile,
+                                              const int* __restrict__ block_tables, int block_table_stride) {
+    const int token = tile_start(item, first_tile + static_cast<int>(threadIdx.x & 31));
+    if (token >= item.stop) return 0;
+    return load_index(block_tables + static_cast<i64>(item.row) * block_table_stride + token / kBlockSize);
+}
+
+__device__ __forceinline__ const Storage* tile_keys(const Storage* __restrict__ kv_cache, const Item& item,
+                                                    int tile, int block_ids) {
+    const i64 block_id = __shfl_sync(kAllLanes, block_ids, tile & 31);
+    return kv_cache + (block_id * kKvHeads + item.kv_head()) * (2 * kBlockSize * kHeadDim) +
+           tile_start(item, tile) % kBlockSize * kHeadDim;
+}
+
+// Slots behind the context are not read: they count as zero, so nothing in them reaches a product.
+__device__ __forceinline__ void load_keys(KeyTile& keys, const Storage* __restrict__ source, int num_tokens) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            keys.words[half][span] =
+                load_streaming(source + g * kHeadDim + 8 * t + half * 8 * kHeadDim + 32 * span, 8 * half,
+                               is_dim ? num_tokens - g : 0);
+        }
+    }
+}
+
+__device__ __forceinline__ void load_values(ValueTile& values, const Storage* __restrict__ source,
+                                            int num_tokens) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+        const int token = (slot & 1) + 8 * (slot >> 1);
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
+            values.words[slot][pass] =
+                load_streaming(source + 2 * t * kHeadDim + 8 * g + token * kHeadDim + 64 * pass, token,
+                               is_dim ? num_tokens - 2 * t : 0);
+        }
+    }
+}
+
+__device__ __forceinline__ u32 word(const uint4& value, int index) {
+    return index == 0 ? value.x : index == 1 ? value.y : index == 2 ? value.z : value.w;
+}
+
+__device__ __forceinline__ void load_queries(uint4 (&queries)[kSpans], const Storage* __restrict__ q,
+                                             i64 q_row_stride, const Item& item) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const Storage* source = q + item.row * q_row_stride + (item.kv_head() * kGroup + g) * kHeadDim + 8 * t;
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+        const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+        queries[span] = load_streaming(source + 32 * span, g, is_dim ? kGroup : 0);
+    }
+}
+
+// Scores of 16 tokens: (token g, heads 2t, 2t+1), then token g+8.
+__device__ __forceinline__ void multiply_keys(float (&scores)[4], const KeyTile& keys,
+                                              const uint4 (&queries)[kSpans]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[i] = 0.0f;
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+        const uint4 low = keys.words[0][span], high = keys.words[1][span], query = queries[span];
+        mma_16x8x16<Storage>(scores, low.x, high.x, low.y, high.y, query.x, query.y);
+        mma_16x8x16<Storage>(scores, low.z, high.z, low.w, high.w, query.z, query.w);
+    }
+}
+
+// acc[pass][i] += V^T P: (dim 64 pass + 8g + 2i, heads 2t, 2t+1), then the next dim.
+__device__ __forceinline__ void multiply_values(float (&acc)[kPasses][4][4], const ValueTile& values,
+                                                u32 probabilities_low, u32 probabilities_high) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 words[4];
+#pragma unroll
+            for (int slot = 0; slot < 4; ++slot) words[slot] = word(values.words[slot][pass], i);
+            mma_16x8x16<Storage>(
+                acc[pass][i], __byte_perm(words[0], words[1], 0x5410),
+                __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x5410),
+                __byte_perm(words[2], words[3], 0x7632), probabilities_low, probabilities_high);
+        }
+    }
+}
+
+// Folds the partial results of one (row, kv head) in split order. `scratch` holds (max, sum) of each split.
+__device__ void fold_splits(float* scratch, Storage* __restrict__ out, const float* __restrict__ partial_acc,
+                            const float* __restrict__ partial_stats, i64 row_head, int num_splits) {
+    const i64 slot = row_head * kMaxSplits;
+    for (int i = threadIdx.x; i < num_splits * kGroup * 2; i += kThreads) {
+        scratch[i] = __ldcg(partial_stats + slot * kGroup * 2 + i);
+    }
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
+        const int head = pair / (kHeadDim / 2);
+        float max = kLowest;
+        for (int split = 0; split < num_splits; ++split) {
+            max = fmaxf(max, scratch[(split * kGroup + head) * 2]);
+        }
+        const float2* source = reinterpret_cast<const float2*>(partial_acc) + slot * kPairs + pair;
+        float sum = 0.0f, low = 0.0f, high = 0.0f;
+#pragma unroll 8
+        for (int split = 0; split < num_splits; ++split) {
+            const float2 acc = __ldcg(source + split * kPairs);
+            const float weight = exp2_approx(scratch[(split * kGroup + head) * 2] - max);
+            sum += weight * scratch[(split * kGroup + head) * 2 + 1];
+            low += weight * acc.x;
+            high += weight * acc.y;
+        }
+        reinterpret_cast<u32*>(out)[row_head * kPairs + pair] =
+            pack_pair<Storage>(low * reciprocal_approx(sum), high * reciprocal_approx(sum));
+    }
+    __syncthreads();
+}
+
+}  // namespace photon
+
+// Outputs and workspaces: out; partial_acc [rows][kv_heads][kMaxSplits][group][head_dim]; partial_stats
+// [rows][kv_heads][kMaxSplits][group][max, sum]; counters [rows][kv_heads], zero between launches.
+extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerSm)
+    paged_attention_decode(photon::Storage* __restrict__ out, float* __restrict__ partial_acc,
+                           float* __restrict__ partial_stats, int* __restrict__ counters,
+                           const photon::Storage* __restrict__ q,
+                           const photon::Storage* __restrict__ kv_cache, const int* __restrict__ block_tables,
+                           const int* __restrict__ context_lens, int rows, int block_table_stride,
+                           photon::i64 q_row_stride, float scale_log2) {
+    using namespace photon;
+    __shared__ Shared shared;
+    const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+
+    wait_for_previous();
+    sum_splits(shared, context_lens, rows);
+    const int num_items = shared.first_split[rows] * kKvHeads;
+    if (static_cast<int>(blockIdx.x) >= num_items) return;
+
+    Item item = locate(shared, rows, blockIdx.x);
+    int block_ids = load_block_ids(item, 0, block_tables, block_table_stride);
+    KeyTile keys[kStepTiles];
+    ValueTile values[kStepTiles];
+
+    const auto request_keys = [&](const Item& of, int step) {
+#pragma unroll
+        for (int i = 0; i < kStepTiles; ++i) {
+            const int tile = step * kStepTiles + i;
+            load_keys(keys[i], tile_keys(kv_cache, of, tile, block_ids), of.stop - tile_start(of, tile));
+        }
+    };
+    const auto request_values = [&](const Item& of, int step) {
+#pragma unroll
+        for (int i = 0; i < kStepTiles; ++i) {
+            const int tile = step * kStepTiles + i;
+            load_values(values[i], tile_keys(kv_cache, of, tile, block_ids) + kBlockSize * kHeadDim,
+                        of.stop - tile_start(of, tile));
+        }
+    };
+
+    request_keys(item, 0);
+    request_values(item, 0);
+
+    while (true) {
+        const bool has_next = item.index + static_cast<int>(gridDim.x) < num_items;
+        int next_block_ids = 0;
+        if (has_next) {
+            const Item next = locate(shared, rows, item.index + gridDim.x);
+            next_block_ids = load_block_ids(next, 0, block_tables, block_table_stride);
+            shared.next[warp] = next;
+        }
+        // Kept here because registers are short in the loop. Every lane stores the same.
+        shared.current[warp] = item;
+        __syncwarp();
+
+        float max_low = kLowest, max_high = kLowest;  // heads 2t and 2t+1
+        float sum_low = 0.0f, sum_high = 0.0f;
+        float acc[kPasses][4][4] = {};
+        for (int step = 0; tile_start(item, step * kStepTiles) < item.stop; ++step) {
+            const bool has_step = tile_start(item, (step + 1) * kStepTiles) < item.stop;
+            // Every step anew, while its keys are on their way: registers are short behind the scores.
+            uint4 queries[kSpans];
+            load_queries(queries, q, q_row_stride, shared.current[warp]);
+            float scores[kStepTiles][4];
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) multiply_keys(scores[i], keys[i], queries);
+            if (has_step) {
+                if ((step + 1) * kStepTiles % 32 == 0) {
+                    block_ids = load_block_ids(shared.current[warp], (step + 1) * kStepTiles, block_tables,
+                                               block_table_stride);
+                }
+                request_keys(item, step + 1);
+            }
+
+            float new_low = max_low, new_high = max_high;
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) {
+                const int num_tokens = item.stop - tile_start(item, step * kStepTiles + i);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const bool is_visible = g + 8 * half < num_tokens;
+                    float& low = scores[i][2 * half];
+                    float& high = scores[i][2 * half + 1];
+                    low = is_visible ? low * scale_log2 : minus_infinity();
+                    high = is_visible ? high * scale_log2 : minus_infinity();
+                    new_low = fmaxf(new_low, low);
+                    new_high = fmaxf(new_high, high);
+                }
+            }
+            new_low = max_over_g(new_low);
+            new_high = max_over_g(new_high);
+            const float decay_low = exp2_approx(max_low - new_low);
+            const float decay_high = exp2_approx(max_high - new_high);
+            max_low = new_low;
+            max_high = new_high;
+            sum_low *= decay_low;
+            sum_high *= decay_high;
+            u32 probabilities[kStepTiles][2];
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const u32 pair = pack_pair<Storage>(exp2_approx(scores[i][2 * half] - new_low),
+                                                        exp2_approx(scores[i][2 * half + 1] - new_high));
+                    // The sums are of what the product sees: the weights add up to one, rounded or not.
+                    const float2 rounded = unpack_pair<Storage>(pair);
+                    sum_low += rounded.x;
+                    sum_high += rounded.y;
+                    probabilities[i][half] = transpose_8x8(pair);
+                }
+            }
+#pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    acc[pass][i][0] *= decay_low;
+                    acc[pass][i][1] *= decay_high;
+                    acc[pass][i][2] *= decay_low;
+                    acc[pass][i][3] *= decay_high;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) {
+                multiply_values(acc, values[i], probabilities[i][0], probabilities[i][1]);
+            }
+            if (has_step) request_values(item, step + 1);
+        }
+
+        sum_low = sum_over_g(sum_low);
+        sum_high = sum_over_g(sum_high);
+        if (g == 0) {
+            shared.max[warp][2 * t] = max_low;
+            shared.max[warp][2 * t + 1] = max_high;
+            shared.sum[warp][2 * t] = sum_low;
+            shared.sum[warp][2 * t + 1] = sum_high;
+        }
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int dim = 64 * pass + 8 * g;
+            if (64 * (pass + 1) <= kHeadDim || dim < kHeadDim) {
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    if (2 * t + odd < kGroup) {
+                        float4* target = reinterpret_cast<float4*>(&shared.acc[warp][2 * t + odd][dim]);
+                        target[0] = make_float4(acc[pass][0][odd], acc[pass][0][odd + 2], acc[pass][1][odd],
+                                                acc[pass][1][odd + 2]);
+                        target[1] = make_float4(acc[pass][2][odd], acc[pass][2][odd + 2], acc[pass][3][odd],
+                                                acc[pass][3][odd + 2]);
+                    }
+                }
+            }
+        }
+        // The next item's first tiles travel while this one is combined.
+        if (has_next) {
+            const Item next = shared.next[warp];
+            block_ids = next_block_ids;
+            request_keys(next, 0);
+            request_values(next, 0);
+        } else {
+            let_next_start();
+        }
+        __syncthreads();
+
+        item = shared.current[warp];
+        const i64 row_head = item.row_head();
+        const int first_split = shared.first_split[item.row];
+        const int num_splits = shared.first_split[item.row + 1] - first_split;
+        for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
+            const int head = pair / (kHeadDim / 2), dim = pair % (kHeadDim / 2) * 2;
+            float max = kLowest;
+#pragma unroll
+            for (int other = 0; other < kWarps; ++other) max = fmaxf(max, shared.max[other][head]);
+            float sum = 0.0f, low = 0.0f, high = 0.0f;
+#pragma unroll
+            for (int other = 0; other < kWarps; ++other) {
+                const float weight = exp2_approx(shared.max[other][head] - max);
+                const float2 part = *reinterpret_cast<const float2*>(&shared.acc[other][head][dim]);
+                sum += weight * shared.sum[other][head];
+                low += weight * part.x;
+                high += weight * part.y;
+            }
+            if (num_splits == 1) {
+                const bool is_idle = item.stop == 0;
+                const float inverse = reciprocal_approx(sum);
+                reinterpret_cast<u32*>(out)[row_head * kPairs + pair] =
+                    is_idle ? 0u : pack_pair<Storage>(low * inverse, high * inverse);
+            } else {
+                const i64 slot = row_head * kMaxSplits + item.index / kKvHeads - first_split;
+                reinterpret_cast<float2*>(partial_acc)[slot * kPairs + pair] = make_float2(low, high);
+                if (dim == 0) {
+                    reinterpret_cast<float2*>(partial_stats)[slot * kGroup + head] = make_float2(max, sum);
+                }
+            }
+        }
+        __syncthreads();
+
+        if (num_splits > 1) {
+            if (threadIdx.x == 0) {
+                shared.is_last = arrive(counters + row_head) == num_splits - 1;
+                if (shared.is_last) counters[row_head] = 0;
+            }
+            __syncthreads();
+            if (shared.is_last)
+                fold_splits(&shared.acc[0][0][0], out, partial_acc, partial_stats, row_head, num_splits);
+        }
+        if (!has_next) return;
+        item = shared.next[warp];
+        __syncwarp();
+    }
+}

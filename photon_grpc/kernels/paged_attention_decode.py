@@ -1,0 +1,196 @@
+"""Attention of one new token per row over the paged cache; see cuda_kernels/paged_attention_decode.cu."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from photon_grpc.kernels import launcher
+from photon_grpc.kernels.checks import require, require_index, require_rows, storage_name
+from photon_grpc.kernels.launcher import KernelSpec, Pointer
+
+CHUNK_TOKENS = 256
+"""Tokens of a split, until a row has `max_splits`. A constant: results must not depend on the batch."""
+MAX_ROWS = 1024
+
+_THREADS = 256
+_TILE = 16
+_MAX_GROUP = 8
+_DEPTH = 16
+_MAX_HEAD_DIM = 128
+# Splits of the longest rows times kv heads: two waves of CTAs on 132 multiprocessors, from a single row.
+_LONG_ROW_ITEMS = 256
+_MIN_SPLITS, _MOST_SPLITS = 8, 64
+
+_MACROS = (
+    "PHOTON_STORAGE",
+    "PHOTON_HEAD_DIM",
+    "PHOTON_KV_HEADS",
+    "PHOTON_GROUP",
+    "PHOTON_BLOCK_SIZE",
+    "PHOTON_CHUNK",
+    "PHOTON_MAX_SPLITS",
+    "PHOTON_MAX_ROWS",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """Device memory for partial results, at fixed addresses; serves one launch at a time.
+
+    Its contents are void between launches, but for the counters, which every launch leaves at zero.
+    """
+
+    acc: Tensor
+    """[max_rows, num_kv_heads, max_splits, group, head_dim] float32."""
+    stats: Tensor
+    """[max_rows, num_kv_heads, max_splits, group, 2] float32: maximum and sum of each split."""
+    counters: Tensor
+    """[max_rows, num_kv_heads] int32."""
+
+
+def max_splits(num_kv_heads: int) -> int:
+    """Splits of the longest rows: a function of the model alone."""
+    return min(max(_LONG_ROW_ITEMS // num_kv_heads, _MIN_SPLITS), _MOST_SPLITS)
+
+
+def allocate_workspace(
+    max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+) -> DecodeWorkspace:
+    """Room for launches of up to `max_rows` rows. Raises ValueError for shapes that the kernel has not."""
+    group = _group(num_heads, num_kv_heads)
+    if not 0 < max_rows <= MAX_ROWS:
+        raise ValueError(f"max_rows is {max_rows}, not in 1 to {MAX_ROWS}")
+    splits = max_splits(num_kv_heads)
+    return DecodeWorkspace(
+        torch.empty(max_rows, num_kv_heads, splits, group, head_dim, dtype=torch.float32, device=device),
+        torch.empty(max_rows, num_kv_heads, splits, group, 2, dtype=torch.float32, device=device),
+        torch.zeros(max_rows, num_kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+def _macros(
+    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int
+) -> dict[str, int | str]:
+    values = (
+        storage,
+        head_dim,
+        num_kv_heads,
+        group,
+        block_size,
+        CHUNK_TOKENS,
+        max_splits(num_kv_heads),
+        MAX_ROWS,
+    )
+    return dict(zip(_MACROS, values, strict=True))
+
+
+PAGED_ATTENTION_DECODE = KernelSpec(
+    name="paged_attention_decode",
+    source="paged_attention_decode",
+    parameters=(*(Pointer,) * 8, np.int32, np.int32, np.int64, np.float32),
+    max_threads=_THREADS,
+    macros=_MACROS,
+    # Llama 3.2 1B and 3B, Llama 3 8B, Qwen2.5 0.5B and 7B, Llama 2 7B, and the other groups and dims.
+    checked=tuple(
+        _macros(storage, *shape)
+        for storage in ("bf16", "f16")
+        for shape in (
+            (8, 4, 64, 16),
+            (8, 4, 64, 32),
+            (8, 3, 128, 16),
+            (8, 4, 128, 32),
+            (2, 7, 64, 16),
+            (4, 7, 128, 16),
+            (32, 1, 128, 16),
+            (1, 8, 128, 32),
+            (4, 2, 80, 16),
+            (1, 1, 16, 16),
+            (2, 6, 96, 16),
+            (2, 5, 48, 16),
+        )
+    ),
+    # The loads in flight are held in registers.
+    max_registers=255,
+    overlaps=True,
+)
+SPECS = (PAGED_ATTENTION_DECODE,)
+
+
+def paged_attention_decode(
+    out: Tensor,
+    workspace: DecodeWorkspace,
+    q: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> None:
+    """out [rows, num_heads, head_dim] = softmax(scale * q K^T) V over each row's own context.
+
+    `q` [rows, num_heads, head_dim], whose rows may lie apart; `kv_cache`
+    [num_blocks, num_kv_heads, 2, block_size, head_dim]; `block_tables` int32 [rows, max_blocks], of which
+    the entries behind a row's context are never used; `context_lens` int32 [rows], the new token counted
+    in, 0 for an idle row, whose output is zero. Lengths may change between replays of a captured launch.
+    Raises ValueError for shapes that the kernel has not: bfloat16 and float16, up to 8 query heads per
+    kv head, head_dim a multiple of 16 up to 128, block_size a multiple of 16.
+    """
+    rows, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, _, block_size, _ = kv_cache.shape
+    group = _group(num_heads, num_kv_heads)
+    storage = storage_name(q.dtype)
+    if storage not in ("bf16", "f16"):
+        raise ValueError(f"attention on the tensor cores takes bfloat16 and float16, not {q.dtype}")
+    if head_dim % _DEPTH or not 0 < head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}, not a multiple of {_DEPTH} up to {_MAX_HEAD_DIM}")
+    if block_size % _TILE or block_size == 0:
+        raise ValueError(f"block_size is {block_size}, not a multiple of {_TILE}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}")
+    stride = require_rows("q", q, q.dtype, rows, num_heads, head_dim)
+    require("out", out, q.dtype, rows, num_heads, head_dim)
+    require("kv_cache", kv_cache, q.dtype, num_blocks, num_kv_heads, 2, block_size, head_dim)
+    require_index("block_tables", block_tables, torch.int32, rows, block_tables.shape[-1])
+    require_index("context_lens", context_lens, torch.int32, rows)
+    max_rows = workspace.counters.shape[0]
+    if rows > max_rows:
+        raise ValueError(f"{rows} rows; the workspace has room for {max_rows}")
+    splits = max_splits(num_kv_heads)
+    require("acc", workspace.acc, torch.float32, max_rows, num_kv_heads, splits, group, head_dim)
+    require("stats", workspace.stats, torch.float32, max_rows, num_kv_heads, splits, group, 2)
+    require_index("counters", workspace.counters, torch.int32, max_rows, num_kv_heads)
+    kernel = launcher.load(
+        PAGED_ATTENTION_DECODE.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size))
+    )
+    # As many CTAs as are resident at a time, or as a batch of these rows can have items.
+    ctas_per_multiprocessor = 2 if head_dim == 64 else 1
+    ctas = min(kernel.device.num_multiprocessors * ctas_per_multiprocessor, rows * num_kv_heads * splits)
+    kernel(
+        (ctas, 1, 1),
+        _THREADS,
+        out.data_ptr(),
+        workspace.acc.data_ptr(),
+        workspace.stats.data_ptr(),
+        workspace.counters.data_ptr(),
+        q.data_ptr(),
+        kv_cache.data_ptr(),
+        block_tables.data_ptr(),
+        context_lens.data_ptr(),
+        np.int32(rows),
+        np.int32(block_tables.shape[1]),
+        np.int64(stride),
+        np.float32(scale * math.log2(math.e)),
+    )
+
+
+def _group(num_heads: int, num_kv_heads: int) -> int:
+    group, rest = divmod(num_heads, num_kv_heads)
+    if rest or not 0 < group <= _MAX_GROUP:
+        raise ValueError(
+            f"{num_heads} query heads on {num_kv_heads} kv heads: groups are of 1 to {_MAX_GROUP}"
+        )
+    return group

@@ -1,0 +1,228 @@
+"""Ops on an NVIDIA GPU: our kernels around torch's large matrix products.
+
+Owns the results' memory (torch's allocator, so a graph capture places them in its pool) and the layout of
+the cache. Knows nothing of models. Engine thread, on torch's current stream, under
+`torch.inference_mode()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from photon_grpc.errors import ConfigError, UnsupportedModelError
+from photon_grpc.kernels import embedding, rmsnorm, rope_store_kv, silu_and_mul
+from photon_grpc.kernels.launcher import require_cuda
+from photon_grpc.kernels.paged_attention_decode import (
+    DecodeWorkspace,
+    allocate_workspace,
+    paged_attention_decode,
+)
+from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
+from photon_grpc.ops.base import AttentionMetadata, Ops, Rotary
+
+_HEAD_DIM_STEP = 16
+_MAX_HEAD_DIM = 128
+_BLOCK_SIZE_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the kernels read of a step, in their types."""
+
+    block_tables: Tensor
+    """[num_rows, max_blocks] int32."""
+    context_lens: Tensor
+    """[num_rows] int32."""
+    query_starts: Tensor | None
+    """[prefill rows + 1] int32, from the first prefill token on; None where there is none."""
+
+
+class CudaOps(Ops):
+    """See `Ops`. A layer's cache is [num_blocks, num_kv_heads, 2 (K, V), block_size, head_dim].
+
+    The residual stream is float32 whatever the storage type: it is small, and would be rounded twice in
+    every layer. A token with slot -1 is stored nowhere; a decode row of context 0 is idle. Block tables and
+    context lengths may be int32 or int64; int32 is what the kernels read, and saves a conversion. float32
+    weights work too, with a slow attention: they are for comparisons.
+    """
+
+    def __init__(self, max_decodes: int) -> None:
+        """For steps of up to `max_decodes` decode rows.
+
+        Raises BackendUnavailableError where the machine lacks something.
+        """
+        require_cuda()
+        self._max_decodes = max_decodes
+        self._workspaces: dict[tuple[int, int, int], DecodeWorkspace] = {}
+
+    def kv_layer_shape(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> tuple[int, ...]:
+        # Asked before anything else is made, so that a start fails here and no step does.
+        if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"backend cuda: heads of {head_dim}; it has those that are a multiple of {_HEAD_DIM_STEP} up "
+                f"to {_MAX_HEAD_DIM}"
+            )
+        if block_size % _BLOCK_SIZE_STEP:
+            raise ConfigError(
+                f"cache.block_size is {block_size}: backend cuda takes multiples of {_BLOCK_SIZE_STEP}"
+            )
+        return (num_blocks, num_kv_heads, 2, block_size, head_dim)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        out = torch.empty(token_ids.shape[0], weight.shape[1], dtype=torch.float32, device=token_ids.device)
+        embedding.embedding(out, token_ids, weight)
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if hidden.dtype is torch.float32:
+            return F.linear(hidden, weight)
+        # The product's own accumulator, not rounded to 16 bits on the way.
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+        rmsnorm.rms_norm(out.flatten(0, -2), x.flatten(0, -2), weight, eps)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        rmsnorm.add_rms_norm(out, residual, x, weight, eps)
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        silu_and_mul.silu_and_mul(out, gate_up)
+        return out
+
+    def rotary(self, table: Tensor, positions: Tensor) -> Rotary:
+        """The pair itself: the kernel looks the angles up."""
+        return table, positions
+
+    def rope(self, x: Tensor, rotary: Rotary) -> None:
+        rope_store_kv.rope(x, *rotary)
+
+    def qk_norm_rope(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rotary: Rotary
+    ) -> None:
+        rope_store_kv.qk_norm_rope(q, q_weight, eps, *rotary)
+        rope_store_kv.qk_norm_rope(k, k_weight, eps, *rotary)
+
+    def store_kv(self, kv: Tensor, layer_cache: Tensor, slot_mapping: Tensor) -> None:
+        rope_store_kv.store_kv(layer_cache, kv, slot_mapping)
+
+    def rope_store_kv(
+        self,
+        heads: Tensor,
+        num_heads: int,
+        qk_norm: tuple[Tensor, Tensor] | None,
+        eps: float,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        q = heads[:, :num_heads]
+        rope_store_kv.rope_store_kv(q, layer_cache, heads, qk_norm, eps, *rotary, metadata.slot_mapping)
+        # Attention reads the cache alone; the keys here are still those before the rotation.
+        return q, heads[:, num_heads:]
+
+    def attention(
+        self, q: Tensor, kv: Tensor, layer_cache: Tensor, metadata: AttentionMetadata, scale: float
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if q.dtype is torch.float32:
+            _attend_float32(out, q, layer_cache, metadata, scale)
+            return out.flatten(1)
+        plan: _Plan | None = metadata.plan
+        if plan is None:
+            plan = metadata.plan = _make_plan(metadata)
+        decodes = metadata.num_decodes
+        if decodes:
+            paged_attention_decode(
+                out[:decodes],
+                self._workspace_for(q, layer_cache),
+                q[:decodes],
+                layer_cache,
+                plan.block_tables[:decodes],
+                plan.context_lens[:decodes],
+                scale,
+            )
+        if plan.query_starts is not None:
+            paged_attention_prefill(
+                out[decodes:],
+                q[decodes:],
+                layer_cache,
+                plan.block_tables[decodes:],
+                plan.context_lens[decodes:],
+                plan.query_starts,
+                scale,
+            )
+        return out.flatten(1)
+
+    def _workspace_for(self, q: Tensor, layer_cache: Tensor) -> DecodeWorkspace:
+        """One for all layers: their launches follow one another."""
+        num_kv_heads, head_dim = layer_cache.shape[1], layer_cache.shape[4]
+        shape = (q.shape[1], num_kv_heads, head_dim)
+        workspace = self._workspaces.get(shape)
+        if workspace is None:
+            workspace = allocate_workspace(self._max_decodes, *shape, q.device)
+            self._workspaces[shape] = workspace
+        return workspace
+
+
+def _make_plan(metadata: AttentionMetadata) -> _Plan:
+    decodes = metadata.num_decodes
+    query_starts = None
+    if len(metadata.context_lens_host) > decodes:
+        query_starts = torch.tensor(metadata.query_starts[decodes:], dtype=torch.int32) - decodes
+        query_starts = query_starts.to(metadata.block_tables.device)
+    return _Plan(metadata.block_tables.to(torch.int32), metadata.context_lens.to(torch.int32), query_starts)
+
+
+def _attend_float32(
+    out: Tensor, q: Tensor, layer_cache: Tensor, metadata: AttentionMetadata, scale: float
+) -> None:
+    """Row by row in torch: exact rather than fast, to compare with."""
+    for row, context_len in enumerate(metadata.context_lens_host):
+        start, stop = metadata.query_starts[row : row + 2]
+        context = _gather(layer_cache, metadata.block_tables[row], context_len)
+        out[start:stop] = _attend(q[start:stop], context, scale)
+
+
+def _gather(layer_cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
+    """Keys and values of one row's context, in order: [context_len, 2, num_kv_heads, head_dim]."""
+    positions = torch.arange(context_len, device=layer_cache.device)
+    block_size = layer_cache.shape[3]
+    blocks = block_table[positions // block_size]
+    return layer_cache[blocks, :, :, positions % block_size].transpose(1, 2)
+
+
+def _attend(q: Tensor, context: Tensor, scale: float) -> Tensor:
+    """The last tokens of one context: [query_len, num_heads, head_dim]."""
+    query_len, context_len = q.shape[0], context.shape[0]
+    mask = None
+    if 1 < query_len < context_len:
+        mask = torch.ones(query_len, context_len, dtype=torch.bool, device=q.device)
+        mask = mask.tril_(context_len - query_len)
+    keys, values = context.unbind(1)
+    return (
+        F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=query_len == context_len,
+            scale=scale,
+            enable_gqa=True,
+        )
+        .squeeze(0)
+        .transpose(0, 1)
+    )
