@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
 import torch
 
+from photon_grpc.errors import BackendUnavailableError
 from photon_grpc.ops.base import Ops
 from photon_grpc.ops.torch_ops import TorchOps
 from photon_grpc.options import Options
 from photon_grpc.runner.kv_cache import available_memory_bytes
 from photon_grpc.runner.model_runner import RowSampler
 from photon_grpc.runner.sampler import Sampler
+
+_log = structlog.get_logger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,7 +37,7 @@ class Backend:
 
 
 def choose_backend(options: Options) -> Backend:
-    """The backend that `model.backend` names; `auto` is CUDA where all that it needs is there.
+    """The backend that `model.backend` names; `auto` is CUDA where all that it needs is there, else the CPU.
 
     Raises BackendUnavailableError, naming what is missing, where CUDA is asked for by name.
     """
@@ -45,7 +49,12 @@ def choose_backend(options: Options) -> Backend:
         case _:
             if not torch.cuda.is_available():
                 return _cpu()
-            return _cuda(options)
+            try:
+                return _cuda(options)
+            except BackendUnavailableError as missing:
+                # The plain installation has no CuPy, and must serve on a machine with a GPU all the same.
+                _log.warning("serving on the CPU beside a GPU", reason=missing.message)
+                return _cpu()
 
 
 def resolve_dtype(name: str, backend: str) -> torch.dtype:
