@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     using namespace photon;
     extern __shared__ uint4 stages[];
     __shared__ Tile tile;  // read again where it is needed: registers are short in the loop
-    const int lane = threadIdx.x & 31, warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) >> 5, 0);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int g = lane >> 2, t = lane & 3;
 
     if (warp == 0) {
