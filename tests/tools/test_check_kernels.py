@@ -1,0 +1,61 @@
+"""The check without a GPU finds what it is there to find."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from photon_grpc.kernels.compiler import Compiled
+from photon_grpc.kernels.launcher import KernelSpec, Pointer
+from tools import check_kernels
+
+SPEC = KernelSpec(name="f", source="f", parameters=(Pointer,), max_threads=32, max_registers=40)
+
+
+def log(name: str = "f", registers: int = 40, spills: int = 0, shared: int = 0, extra: str = "") -> Compiled:
+    return Compiled(
+        b"",
+        f"{extra}\n"
+        f"ptxas info    : Compiling entry function '{name}' for 'sm_90a'\n"
+        f"ptxas         .     0 bytes stack frame, {spills} bytes spill stores, {spills} bytes spill loads\n"
+        f"ptxas info    : Used {registers} registers, used 1 barriers, {shared} bytes smem\n",
+    )
+
+
+def test_nothing_is_wrong_at_the_limits() -> None:
+    macros: dict[str, int | str] = {"PHOTON_SHARED_BYTES": (163 << 10) - 1024}
+    assert check_kernels.problems(SPEC, macros, log(shared=1024), "sm_80") == []
+
+
+@pytest.mark.parametrize(
+    ("compiled", "macros", "message"),
+    [
+        (log(name="g"), {}, "no extern"),
+        (log(registers=41), {}, "41 registers, budget 40"),
+        (log(spills=4), {}, "spills 8 bytes"),
+        (log(shared=49153), {}, "49153 bytes of static shared memory"),
+        (log(shared=1), {"PHOTON_SHARED_BYTES": 163 << 10}, "bytes of shared memory, sm_80 has"),
+        (log(extra='f.cu(5): warning #177-D: variable "x" was declared'), {}, "#177-D"),
+        (log(extra="ptxas info : (C7508) Potential Performance Loss: 'setmaxnreg' ignored"), {}, "C7508"),
+    ],
+)
+def test_what_is_wrong_is_named(compiled: Compiled, macros: dict[str, int | str], message: str) -> None:
+    (found,) = check_kernels.problems(SPEC, macros, compiled, "sm_80")
+    assert message in found
+
+
+def test_a_compiler_that_dies_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, -11, "", "segmentation fault")
+
+    monkeypatch.setattr(check_kernels.subprocess, "run", die)
+    (result,) = check_kernels.run_worker("rmsnorm")
+    assert "ended with -11" in str(result["problems"])
+
+
+def test_one_source_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="the dev extra brings cuda-bindings on Linux alone")
+    assert check_kernels.main(["silu_and_mul", "--report"]) == 0
+    assert "silu_and_mul(PHOTON_STORAGE=bf16) sm_90a: " in capsys.readouterr().out
