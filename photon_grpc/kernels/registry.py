@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from photon_grpc.kernels import (
     embedding,
+    gemv,
     paged_attention_decode,
     paged_attention_prefill,
     rmsnorm,
@@ -20,6 +21,7 @@ from photon_grpc.kernels.launcher import KernelSpec, Variant
 
 SPECS: tuple[KernelSpec, ...] = (
     *embedding.SPECS,
+    *gemv.SPECS,
     *paged_attention_decode.SPECS,
     *paged_attention_prefill.SPECS,
     *rmsnorm.SPECS,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from photon_grpc.models.config import LinearRopeScaling, Llama3RopeScaling, RopeConfig
-from photon_grpc.ops.base import Ops
+from photon_grpc.ops.base import Ops, Projection
 
 CheckpointTensors = Iterator[tuple[str, Tensor]]
 """Pairs of a name in the checkpoint and the storage that it fills."""
@@ -42,9 +42,10 @@ class Linear:
         self._ops = ops
         self._parts = tuple(parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in_features] -> [rows, out_features]."""
-        return self._ops.linear(x, self.weight, self.bias)
+    @property
+    def projection(self) -> Projection:
+        """What the Ops multiply with."""
+        return self.weight, self.bias
 
     def pack(self) -> None:
         """Let the Ops choose the weight's final form. Nothing can be loaded afterwards."""

@@ -52,7 +52,7 @@ class DecoderModel:
         update: Tensor | None = None
         for layer, layer_cache in zip(self._layers, kv_cache.layers, strict=True):
             update = layer(update, residual, rotary, layer_cache, metadata)
-        return _add_norm(self._ops, update, residual, self._norm, self.config.rms_norm_eps)
+        return self._ops.add_norm(update, residual, self._norm, self.config.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token of the vocabulary: [rows, hidden_size] -> [rows, vocab_size] float32."""
@@ -110,15 +110,15 @@ class _DecoderLayer:
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Take the previous layer's `update` into `residual`, in place, and return this layer's.
 
-        The addition is left to the reader of a residual because it fuses with the norm that follows.
+        Either may be None: some Ops add at once, others leave the addition to the norm that reads the sum.
         """
-        x = _add_norm(self._ops, update, residual, self._input_norm, self._eps)
-        attended = self._attention(x, rotary, layer_cache, metadata)
-        x = self._ops.add_rms_norm(attended, residual, self._post_norm, self._eps)
-        return self._down(self._ops.silu_and_mul(self._gate_up(x)))
+        ops = self._ops
+        update = self._attention(update, residual, self._input_norm, rotary, layer_cache, metadata)
+        inner = ops.norm_gate_up_silu(update, residual, self._post_norm, self._eps, self._gate_up.projection)
+        return ops.linear_update(inner, residual, self._down.projection)
 
     def pack(self) -> None:
         for linear in (*self._attention.linears, self._gate_up, self._down):
@@ -161,21 +161,33 @@ class _Attention:
         self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
         self._norms = (self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None
 
-    def __call__(self, x: Tensor, rotary: Rotary, layer_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
-        heads = self._qkv(x).view(-1, self._num_heads + 2 * self._num_kv_heads, self._head_dim)
-        q, kv = self._ops.rope_store_kv(
-            heads, self._num_heads, self._norms, self._eps, rotary, layer_cache, metadata
+    def __call__(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor | None:
+        q, kv = self._ops.norm_qkv_rope_store_kv(
+            update,
+            residual,
+            norm,
+            self._eps,
+            self._qkv.projection,
+            self._num_heads,
+            self._head_dim,
+            self._norms,
+            rotary,
+            layer_cache,
+            metadata,
         )
-        return self._output(self._ops.attention(q, kv, layer_cache, metadata, self._scale))
+        attended = self._ops.attention(q, kv, layer_cache, metadata, self._scale)
+        return self._ops.linear_update(attended, residual, self._output.projection)
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield from self._qkv.checkpoint_tensors(prefix)
         yield from self._output.checkpoint_tensors(prefix)
         for name, weight in zip(("q_norm", "k_norm"), self._qk_norm, strict=False):
             yield f"{prefix}.{name}.weight", weight
-
-
-def _add_norm(ops: Ops, update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if update is None:
-        return ops.rms_norm(residual, weight, eps)
-    return ops.add_rms_norm(update, residual, weight, eps)

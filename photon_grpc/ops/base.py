@@ -19,6 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+Projection = tuple[Tensor, Tensor | None]
+"""A weight [out, in], as `Ops.pack_linear` left it, and its bias."""
+
 Rotary = tuple[Tensor, Tensor]
 """What `Ops.rotary` makes for the tokens of a step and `rope` of the same Ops takes; opaque elsewhere."""
 
@@ -163,6 +166,45 @@ class Ops(ABC):
         kv = heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim)
         self.store_kv(kv, layer_cache, metadata.slot_mapping)
         return q, kv
+
+    def add_norm(self, update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The norm of `residual`, after `update` is added to it in place where there is one."""
+        if update is None:
+            return self.rms_norm(residual, weight, eps)
+        return self.add_rms_norm(update, residual, weight, eps)
+
+    # The steps of a decoder layer, as a backend may fuse them: from one residual to the next. `projection` is
+    # (weight, bias). An update is what a product adds to the residual; it is None where the backend has
+    # added it already, else whoever reads the residual next adds it, which fuses with the norm there.
+
+    def norm_qkv_rope_store_kv(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        projection: Projection,
+        num_heads: int,
+        head_dim: int,
+        qk_norm: tuple[Tensor, Tensor] | None,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, projection to heads, and `rope_store_kv`; returns what that returns."""
+        x = self.add_norm(update, residual, norm, eps)
+        heads = self.linear(x, *projection).view(x.shape[0], -1, head_dim)
+        return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
+
+    def norm_gate_up_silu(
+        self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
+    ) -> Tensor:
+        """Norm, projection to gate and up, and `silu_and_mul`: [num_tokens, inner]."""
+        return self.silu_and_mul(self.linear(self.add_norm(update, residual, norm, eps), *projection))
+
+    def linear_update(self, x: Tensor, residual: Tensor, projection: Projection) -> Tensor | None:
+        """The update that `x` [num_tokens, in] brings, or None where `residual` has it now."""
+        return self.linear(x, *projection)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Scores of `hidden` [rows, hidden] against `weight` [vocab, hidden]: [rows, vocab] float32."""

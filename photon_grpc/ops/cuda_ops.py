@@ -14,19 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from photon_grpc.errors import ConfigError, UnsupportedModelError
-from photon_grpc.kernels import embedding, rmsnorm, rope_store_kv, silu_and_mul
+from photon_grpc.kernels import embedding, gemv, linear_output, rmsnorm, rope_store_kv, silu_and_mul
 from photon_grpc.kernels.launcher import require_cuda
+from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.paged_attention_decode import (
     DecodeWorkspace,
     allocate_workspace,
     paged_attention_decode,
 )
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
-from photon_grpc.ops.base import AttentionMetadata, Ops, Rotary
+from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
+# Beyond this, reading the residual in every CTA takes longer than one kernel that norms it for all.
+_MAX_NORMED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,81 @@ class CudaOps(Ops):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def norm_qkv_rope_store_kv(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        projection: Projection,
+        num_heads: int,
+        head_dim: int,
+        qk_norm: tuple[Tensor, Tensor] | None,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = projection
+        if update is not None or not _is_gemv(residual, weight):
+            return super().norm_qkv_rope_store_kv(
+                update,
+                residual,
+                norm,
+                eps,
+                projection,
+                num_heads,
+                head_dim,
+                qk_norm,
+                rotary,
+                layer_cache,
+                metadata,
+            )
+        tokens = residual.shape[0]
+        if qk_norm is not None:
+            # The norm of a head needs all of it, and a CTA of the product has a part.
+            heads = weight.new_empty(tokens, weight.shape[0])
+            self._normed(linear_output.store_rows(heads, bias), residual, norm, eps, weight)
+            heads = heads.view(tokens, -1, head_dim)
+            return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
+        q = weight.new_empty(tokens, num_heads, head_dim)
+        output = linear_output.rope_and_store(q, layer_cache, *rotary, metadata.slot_mapping, bias)
+        self._normed(output, residual, norm, eps, weight)
+        # Attention reads the cache alone.
+        return q, q
+
+    def norm_gate_up_silu(
+        self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
+    ) -> Tensor:
+        weight, bias = projection
+        if update is not None or not _is_gemv(residual, weight):
+            return super().norm_gate_up_silu(update, residual, norm, eps, projection)
+        out = weight.new_empty(residual.shape[0], weight.shape[0] // 2)
+        self._normed(linear_output.silu_and_mul(out, bias), residual, norm, eps, weight)
+        return out
+
+    def linear_update(self, x: Tensor, residual: Tensor, projection: Projection) -> Tensor | None:
+        weight, bias = projection
+        if not _is_gemv(x, weight):
+            return super().linear_update(x, residual, projection)
+        gemv.gemv(linear_output.add_rows(residual, bias), x, weight)
+        return None
+
+    def _normed(
+        self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
+    ) -> None:
+        """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
+        if residual.shape[0] <= _MAX_NORMED_TOKENS and gemv.can_norm(weight.shape[1], residual.shape[0]):
+            gemv.normed_gemv(output, residual, norm, eps, weight)
+        else:
+            gemv.gemv(output, self.rms_norm(residual, norm, eps), weight)
+
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if hidden.dtype is torch.float32:
             return F.linear(hidden, weight)
+        if _is_gemv(hidden, weight):
+            out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
+            gemv.gemv(linear_output.float_rows(out), hidden, weight)
+            return out
         # The product's own accumulator, not rounded to 16 bits on the way.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
@@ -176,6 +251,11 @@ class CudaOps(Ops):
             workspace = allocate_workspace(self._max_decodes, *shape, q.device)
             self._workspaces[shape] = workspace
         return workspace
+
+
+def _is_gemv(x: Tensor, weight: Tensor) -> bool:
+    """Whether so few tokens are best multiplied by our own kernel. float32 has none."""
+    return 0 < x.shape[0] <= gemv.MAX_TOKENS and weight.dtype is not torch.float32
 
 
 def _make_plan(metadata: AttentionMetadata) -> _Plan:
