@@ -9,18 +9,20 @@
 //
 // Work: sixteen rows of the weight (a tile, eight pairs of linear_output.cuh) times all tokens are one mma
 // result. The warps of a CTA share a tile by k, in chunks of 64 taken in turn, and their sums are added in
-// warp order. A CTA walks tiles blockIdx.x, blockIdx.x + gridDim.x, ... Lane (g, t) of a warp loads the 16
+// warp order. A CTA walks tiles blockIdx.x, blockIdx.x + gridDim.x, ... Lane (g, t) of a warp takes the 16
 // bytes at 8 t and 32 + 8 t of the chunk from rows g and g + 8: the contraction has an order of its own, and x
-// is read alike. So no weight passes through shared memory, and a thread requests its next chunk as soon as
-// it has used one: 256 bytes of each thread are always under way, 64 KB of a multiprocessor. The result of a
-// token depends on the weight's shape alone, not on the grid and not on other tokens.
+// is read alike. So no thread needs what another one loads: each has a ring of its own in shared memory, which
+// it fills by cp.async kDepth - 1 chunks ahead, across tiles, without a barrier. 48 KB of a multiprocessor are
+// always under way, where 26 KB cover the latency. (With the ring in registers ptxas waits for all of it before
+// it requests anything: a third slower.) The result of a token depends on the weight's shape alone, not on the
+// grid and not on other tokens.
 //
-// The first tile's chunks are requested before the kernel before this one has finished; the next kernel may
-// start at once, since two of these CTAs fit into a multiprocessor.
+// The first chunks are requested before the kernel before this one has finished; the next kernel may start at
+// once, since two of these CTAs fit into a multiprocessor.
 //
 // Launch: grid of any size (one CTA per multiprocessor keeps room for the next kernel), kThreads threads,
-// PHOTON_SHARED_BYTES of dynamic shared memory: the x of all tokens for staged and normed, none for direct,
-// which reads x from L2 again for every tile: for kernels of one or two tiles a CTA.
+// PHOTON_SHARED_BYTES of dynamic shared memory: the rings, and the x of all tokens for staged and normed. direct
+// has x in the rings instead, read from L2 again for every tile: for kernels of one or two tiles a CTA.
 // Preconditions: 1 <= tokens <= PHOTON_TOKENS; k a multiple of 8, n * k below 2^32; input, weight, norm 16-byte aligned, and
 // input_row_stride a multiple of 16 bytes.
 // Arithmetic: products of 16-bit values, sums in float32. In bf16 a normed x is input * norm, rounded, and the
@@ -32,8 +34,9 @@
 #include "photon/linear_output.cuh"
 #include "photon/reduce.cuh"
 
-#if !defined(PHOTON_K) || !defined(PHOTON_TOKENS) || !defined(PHOTON_INPUT) || !defined(PHOTON_SHARED_BYTES)
-#error "PHOTON_K, PHOTON_TOKENS, PHOTON_INPUT and PHOTON_SHARED_BYTES must be defined"
+#if !defined(PHOTON_K) || !defined(PHOTON_TOKENS) || !defined(PHOTON_INPUT) || !defined(PHOTON_DEPTH) || \
+    !defined(PHOTON_SHARED_BYTES)
+#error "PHOTON_K, PHOTON_TOKENS, PHOTON_INPUT, PHOTON_DEPTH and PHOTON_SHARED_BYTES must be defined"
 #endif
 
 namespace photon {
@@ -46,34 +49,32 @@ constexpr int kTokens = PHOTON_TOKENS;
 constexpr int kGroups = kTokens / 8;  // of eight tokens, the N of an mma
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kCtasPerSm = kInput == direct && kGroups > 1 ? 1 : 2;
 constexpr int kPairs = 8;  // of weight rows in a tile
 
 constexpr int kChunk = 64;
-constexpr int kChunks = (kK + kChunk - 1) / kChunk;
-constexpr int kChunksPerWarp = (kChunks + kWarps - 1) / kWarps;
-// Chunks that a thread has under way.
-constexpr int kDepth = kChunksPerWarp < 4 ? kChunksPerWarp : 4;
-constexpr int kRounds = (kChunksPerWarp + kDepth - 1) / kDepth;
-// Chunks of x that are requested before the first is used: from L2 several, from shared memory one.
-constexpr int kTogether = kInput == direct && kDepth == 4 ? 4 / kGroups : 1;
-
+constexpr int kChunksPerWarp = ((kK + kChunk - 1) / kChunk + kWarps - 1) / kWarps;
+constexpr int kChunkStep = kWarps * kChunk;
+constexpr int kStagedK = kChunksPerWarp * kChunkStep;
 // Of a token in shared memory. Two neighbouring rows differ by 64 bytes modulo 128, so that eight lanes of
 // two tokens read every bank once.
-constexpr int kChunkStep = kWarps * kChunk;
-constexpr int kRoundStep = kDepth * kChunkStep;
-constexpr int kStagedK = kRounds * kRoundStep;
 constexpr int kStagedStride = kStagedK + 32;
-
-// Vectors of the residual that a thread requests together, beside the ring.
+// Vectors of the residual that a thread requests together.
 constexpr int kTokensTogether = 4;
 
+// A thread's pieces of 16 bytes in a slot of the ring: of two weight rows, and of its x for direct.
+constexpr int kWeightPieces = 4;
+constexpr int kPieces = kWeightPieces + (kInput == direct ? 2 * kGroups : 0);
+constexpr int kDepth = PHOTON_DEPTH;
+constexpr int kPieceBytes = 16 * kThreads;
+constexpr int kSlotBytes = kPieces * kPieceBytes;
+constexpr int kRingBytes = kDepth * kSlotBytes;
+
+// Behind the rings the staged tokens, and behind those the norm.
+constexpr int kNormStart = kTokens * kStagedStride;
+constexpr int kStagedValues = kInput == direct ? 0 : kNormStart + (kInput == normed ? kStagedK : 0);
+static_assert(kRingBytes + 2 * kStagedValues == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
 static_assert(kTokens == 8 || kTokens == 16, "one or two mma results");
 static_assert(kK % 8 == 0, "16-byte loads");
-// Staged tokens, and behind them the norm.
-constexpr int kNormStart = kTokens * kStagedStride;
-constexpr int kSharedValues = kInput == direct ? 0 : kNormStart + (kInput == normed ? kStagedK : 0);
-static_assert(kSharedValues * 2 == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
 
 template <typename T>
 struct Divides {
@@ -92,64 +93,87 @@ struct Shared {
     float squares[kTokens][kWarps];
 };
 
-// The part of a chunk that one lane holds of two rows.
-struct WeightChunk {
-    uint4 low[2], high[2];
-};
-
-struct TokenChunk {
-    uint4 words[2];
-};
-
-// Sixteen bytes of a weight, which is read once; zeros and no read where not present.
-__device__ __forceinline__ uint4 load_weight(const Storage* address, bool is_present) {
-    uint4 words;
-    asm volatile(
-        "{ .reg .pred present;\n"
-        "  setp.ne.s32 present, %5, 0;\n"
-        "  mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-        "  @present ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-        : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
-        : "l"(address), "r"(static_cast<int>(is_present)));
-    return words;
-}
-
-// Where the lane's first eight values of its warp's first chunk stand. Those of chunk `i` of a round are
-// i * kChunkStep further, so that all loads of a round share one address.
+// Where the lane's first eight values of its warp's first chunk stand. Those of the next chunk are kChunkStep
+// further.
 __device__ __forceinline__ int lane_start() {
     return static_cast<int>(threadIdx.x >> 5) * kChunk + 8 * static_cast<int>(threadIdx.x & 3);
 }
 
-// Whether 16 bytes of a round are inside of the row; `round_start` is where the lane begins in it.
-__device__ __forceinline__ bool is_inside(int round_start, int offset) {
-    return kStagedK == kK || round_start + offset < kK;
+// Sixteen bytes into a ring; zeros and no read where not present. A weight's neighbours are wanted too.
+__device__ __forceinline__ void request(u32 target, const Storage* source, bool is_present) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(target), "l"(source), "r"(is_present ? 16 : 0)
+                 : "memory");
 }
 
-// The two rows of a tile that a lane reads, from where it begins: elements from the weight's start, since
-// registers are short.
-struct Rows {
-    u32 low, high;
+template <int kPending>
+__device__ __forceinline__ void wait_for_requests() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+    uint4 words;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address)
+                 : "memory");
+    return words;
+}
+
+// The chunk that is requested next: of which tile, where in the rows, and into which slot.
+struct Cursor {
+    u32 low, high;  // elements from the weight's start to where the lane begins in its two rows
+    int tile;
+    int k;          // of the chunk, counted from lane_start
+    u32 slot;       // address in shared memory of the thread's first piece
 };
 
-__device__ __forceinline__ Rows tile_rows(const Output& output, int tile) {
+__device__ __forceinline__ void enter_tile(Cursor& cursor, const Output& output, int tile) {
     const int pair = tile * kPairs + static_cast<int>((threadIdx.x & 31) >> 2);
     // Rows past the end read the last one: nothing comes of them.
     const u32 low = min(low_row(output, pair), output.n - 1), high = min(high_row(output, pair), output.n - 1);
-    return {low * kK + lane_start(), high * kK + lane_start()};
+    cursor.low = low * kK + lane_start();
+    cursor.high = high * kK + lane_start();
+    cursor.tile = tile;
+    cursor.k = 0;
 }
 
-// Chunk `i` of the round that begins `round * kRoundStep` into the rows.
-__device__ __forceinline__ void request_weights(WeightChunk& chunk, const Storage* weight, const Rows& rows,
-                                                int round, int i, bool is_present) {
-    const Storage* const low = weight + (rows.low + round * kRoundStep);
-    const Storage* const high = weight + (rows.high + round * kRoundStep);
+__device__ __forceinline__ u32 next_slot(u32 slot, u32 ring) {
+    return slot + kSlotBytes == ring + kRingBytes ? ring : slot + kSlotBytes;
+}
+
+__device__ __forceinline__ bool is_inside(int k, int half) {
+    return kStagedK == kK || lane_start() + k + 32 * half < kK;
+}
+
+__device__ __forceinline__ void request_weights(const Cursor& cursor, const Storage* weight, int num_tiles) {
+    const bool is_tile = cursor.tile < num_tiles;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int offset = i * kChunkStep + 32 * half;
-        const bool present = is_present && is_inside(lane_start() + round * kRoundStep, offset);
-        chunk.low[half] = load_weight(low + offset, present);
-        chunk.high[half] = load_weight(high + offset, present);
+        const bool present = is_tile && is_inside(cursor.k, half);
+        const u32 target = cursor.slot + 2 * half * kPieceBytes;
+        request(target, weight + cursor.low + (cursor.k + 32 * half), present);
+        request(target + kPieceBytes, weight + cursor.high + (cursor.k + 32 * half), present);
     }
+}
+
+// The x of the same chunk, for direct; `x` is where the lane begins in its token of each group.
+__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* const (&x)[kGroups]) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            request(cursor.slot + (kWeightPieces + 2 * group + half) * kPieceBytes, x[group] + cursor.k + 32 * half,
+                    is_inside(cursor.k, half));
+        }
+    }
+}
+
+__device__ __forceinline__ void advance(Cursor& cursor, const Output& output, u32 ring) {
+    cursor.k += kChunkStep;
+    if (cursor.k == kStagedK) enter_tile(cursor, output, cursor.tile + static_cast<int>(gridDim.x));
+    cursor.slot = next_slot(cursor.slot, ring);
 }
 
 __device__ __forceinline__ Storage* staged_row(Storage* staged_tokens, int token) {
@@ -249,37 +273,27 @@ __device__ __forceinline__ void stage_normed(Storage* staged_tokens, const Share
     }
 }
 
-// The part of x that the lane multiplies chunk `i` of a round with. `x` is where the lane begins in its token
-// of the group, in memory or staged.
-__device__ __forceinline__ TokenChunk load_tokens(const Storage* x, int round, int i) {
-    TokenChunk chunk;
+// Adds the products of one chunk; `token_rows` is where the lane's x of each group stands in shared memory.
+__device__ __forceinline__ void multiply(float (&sums)[kGroups][4], u32 slot, const u32 (&token_rows)[kGroups], int k) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int offset = i * kChunkStep + 32 * half;
-        const Storage* const address = x + round * kRoundStep + offset;
-        if (kInput == direct) {
-            const bool present = is_inside(lane_start() + round * kRoundStep, offset);
-            chunk.words[half] = load_streaming(address, 0, static_cast<int>(present));
-        } else {
-            chunk.words[half] = *reinterpret_cast<const uint4*>(address);
+        const uint4 low = load_shared(slot + 2 * half * kPieceBytes);
+        const uint4 high = load_shared(slot + (2 * half + 1) * kPieceBytes);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            const uint4 x = kInput == direct
+                                ? load_shared(slot + (kWeightPieces + 2 * group + half) * kPieceBytes)
+                                : load_shared(token_rows[group] + 2 * (k + 32 * half));
+            mma_16x8x16<Storage>(sums[group], low.x, high.x, low.y, high.y, x.x, x.y);
+            mma_16x8x16<Storage>(sums[group], low.z, high.z, low.w, high.w, x.z, x.w);
         }
-    }
-    return chunk;
-}
-
-__device__ __forceinline__ void multiply(float (&sums)[4], const WeightChunk& weights, const TokenChunk& tokens) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const uint4 low = weights.low[half], high = weights.high[half], x = tokens.words[half];
-        mma_16x8x16<Storage>(sums, low.x, high.x, low.y, high.y, x.x, x.y);
-        mma_16x8x16<Storage>(sums, low.z, high.z, low.w, high.w, x.z, x.w);
     }
 }
 
 }  // namespace photon
 
 // Arguments from `out` to `out_row_stride` are those of struct Output.
-extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerSm)
+extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
     gemv(void* out, photon::Storage* kv_cache, const void* input, const photon::Storage* __restrict__ weight,
          const photon::Storage* __restrict__ norm, const photon::Storage* __restrict__ bias,
          const float* __restrict__ angles, const photon::Index* positions, const photon::i64* slots, int tokens,
@@ -288,18 +302,22 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     using namespace photon;
     extern __shared__ uint4 dynamic_shared[];
     __shared__ Shared shared;
-    Storage* const staged_tokens = reinterpret_cast<Storage*>(dynamic_shared);
+    const u32 ring = static_cast<u32>(__cvta_generic_to_shared(dynamic_shared)) + 16 * threadIdx.x;
+    Storage* const staged_tokens = reinterpret_cast<Storage*>(dynamic_shared) + kRingBytes / 2;
     const Output output = {out, bias, kv_cache, angles, positions, slots, n, num_heads, num_kv_heads, head_dim,
                            block_size, out_row_stride};
     const int num_tiles = (num_pairs(output) + kPairs - 1) / kPairs;
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 
-    int tile = blockIdx.x;
-    WeightChunk ring[kDepth];
-    {
-        const Rows rows = tile_rows(output, tile);
+    Cursor cursor;
+    cursor.slot = ring;
+    enter_tile(cursor, output, blockIdx.x);
+    const Cursor start = cursor;
 #pragma unroll
-        for (int i = 0; i < kDepth; ++i) request_weights(ring[i], weight, rows, 0, i, tile < num_tiles);
+    for (int i = 0; i < kDepth - 1; ++i) {
+        request_weights(cursor, weight, num_tiles);
+        commit_copies();
+        advance(cursor, output, ring);
     }
     let_next_start();
     if (kInput == normed) {
@@ -307,8 +325,27 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         __syncthreads();
     }
     wait_for_previous();
-    if (tile >= num_tiles) return;
+    if (static_cast<int>(blockIdx.x) >= num_tiles) return;
 
+    // Tokens past the last one repeat it, and nothing comes of them.
+    const Storage* x[kGroups] = {};
+    u32 token_rows[kGroups] = {};
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+        const int token = min(8 * group + g, tokens - 1);
+        if (kInput == direct) x[group] = static_cast<const Storage*>(input) + token * input_row_stride + lane_start();
+        token_rows[group] = static_cast<u32>(__cvta_generic_to_shared(staged_row(staged_tokens, token) + lane_start()));
+    }
+    if (kInput == direct) {
+        // Behind the weights, each in a group of its own, so that the count of groups below is right for them.
+        Cursor late = start;
+#pragma unroll
+        for (int i = 0; i < kDepth - 1; ++i) {
+            request_tokens(late, x);
+            commit_copies();
+            advance(late, output, ring);
+        }
+    }
     if (kInput == staged) {
         stage_tokens(staged_tokens, static_cast<const Storage*>(input), input_row_stride, tokens);
     }
@@ -328,52 +365,27 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     Place place{};
     if (finishes) place = find_place(output, my_token);
     if (kInput != direct) __syncthreads();
-    const float divisor_inverse = kInput == normed && kDividesSums && finishes
-                                      ? inverse_root(shared, my_token, num_sharers(tokens), eps)
-                                      : 1.0f;
+    const float factor = kInput == normed && kDividesSums && finishes
+                             ? inverse_root(shared, my_token, num_sharers(tokens), eps)
+                             : 1.0f;
 
-    // Tokens past the last one repeat it, and nothing comes of them.
-    const Storage* x[kGroups];
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-        const int token = min(8 * group + g, tokens - 1);
-        x[group] = (kInput == direct ? static_cast<const Storage*>(input) + token * input_row_stride
-                                     : staged_row(staged_tokens, token)) +
-                   lane_start();
-    }
-
-    for (int parity = 0; tile < num_tiles; parity ^= 1) {
-        const int next_tile = tile + static_cast<int>(gridDim.x);
-        const Rows rows = tile_rows(output, tile), next_rows = tile_rows(output, next_tile);
+    u32 slot = ring;
+    int parity = 0;
+    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         float2 operands = make_float2(0.0f, 0.0f);
         if (finishes) operands = request_pair(output, tile * kPairs + my_pair, my_token, place);
 
         float sums[kGroups][4] = {};
-#pragma unroll 1
-        for (int round = 0; round < kRounds; ++round) {
-            const bool goes_on = round + 1 < kRounds;
-            const Rows source = goes_on ? rows : next_rows;
-            const bool is_present = goes_on || next_tile < num_tiles;
-            const int next_round = goes_on ? round + 1 : 0;
-#pragma unroll
-            for (int first = 0; first < kDepth; first += kTogether) {
-                TokenChunk chunks[kTogether][kGroups];
-#pragma unroll
-                for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-                    for (int group = 0; group < kGroups; ++group) {
-                        chunks[i][group] = load_tokens(x[group], round, first + i);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-                    for (int group = 0; group < kGroups; ++group) {
-                        multiply(sums[group], ring[first + i], chunks[i][group]);
-                    }
-                    request_weights(ring[first + i], weight, source, next_round, first + i, is_present);
-                }
-            }
+#pragma unroll 4
+        for (int i = 0; i < kChunksPerWarp; ++i) {
+            // Into the slot whose chunk was used last.
+            request_weights(cursor, weight, num_tiles);
+            if (kInput == direct) request_tokens(cursor, x);
+            commit_copies();
+            advance(cursor, output, ring);
+            wait_for_requests<kDepth - 1>();
+            multiply(sums, slot, token_rows, i * kChunkStep);
+            slot = next_slot(slot, ring);
         }
 
 #pragma unroll
@@ -391,9 +403,8 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
                 low += shared.sums[parity][other][my_pair][my_token];
                 high += shared.sums[parity][other][my_pair + kPairs][my_token];
             }
-            finish_pair(output, tile * kPairs + my_pair, my_token, place, operands, low * divisor_inverse,
-                        high * divisor_inverse);
+            finish_pair(output, tile * kPairs + my_pair, my_token, place, operands, low * factor, high * factor);
         }
-        tile = next_tile;
+        parity ^= 1;
     }
 }

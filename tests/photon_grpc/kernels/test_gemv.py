@@ -16,7 +16,7 @@ EPS = 1e-5
 TOKENS = (1, 2, 3, 5, 7, 8, 9, 15, 16)
 KINDS = ("store_rows", "float_rows", "add_rows", "silu_and_mul")
 # Llama 3.2 1B, Qwen2.5 0.5B and 7B, and rows that fill no tile and no chunk.
-SIZES = ((2048, 2048), (1152, 896), (896, 4864), (3584, 18944), (2048, 8192), (40, 200), (8, 8), (24, 1032))
+SIZES = ((2048, 2048), (1152, 896), (896, 4864), (3584, 18944), (2048, 8192), (48, 200), (16, 8), (80, 1032))
 HEADS = (Heads(32, 8, 64), Heads(14, 2, 64), Heads(4, 4, 128), Heads(3, 1, 80), Heads(1, 1, 16))
 
 
