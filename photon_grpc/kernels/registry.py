@@ -15,6 +15,7 @@ from photon_grpc.kernels import (
     rope_store_kv,
     sampling,
     silu_and_mul,
+    skinny_gemm,
 )
 from photon_grpc.kernels.launcher import KernelSpec, Variant
 
@@ -26,6 +27,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *rope_store_kv.SPECS,
     *sampling.SPECS,
     *silu_and_mul.SPECS,
+    *skinny_gemm.SPECS,
 )
 
 
