@@ -16,6 +16,7 @@ from photon_grpc.kernels import (
     rope_store_kv,
     sampling,
     silu_and_mul,
+    skinny_gemm,
 )
 from photon_grpc.kernels.launcher import KernelSpec, Variant
 
@@ -28,6 +29,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *rope_store_kv.SPECS,
     *sampling.SPECS,
     *silu_and_mul.SPECS,
+    *skinny_gemm.SPECS,
 )
 
 
