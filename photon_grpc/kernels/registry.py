@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from photon_grpc.kernels import (
+    apply_updates,
     embedding,
     paged_attention_decode,
     paged_attention_prefill,
@@ -15,10 +16,12 @@ from photon_grpc.kernels import (
     rope_store_kv,
     sampling,
     silu_and_mul,
+    step_inputs,
 )
 from photon_grpc.kernels.launcher import KernelSpec, Variant
 
 SPECS: tuple[KernelSpec, ...] = (
+    *apply_updates.SPECS,
     *embedding.SPECS,
     *paged_attention_decode.SPECS,
     *paged_attention_prefill.SPECS,
@@ -26,6 +29,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *rope_store_kv.SPECS,
     *sampling.SPECS,
     *silu_and_mul.SPECS,
+    *step_inputs.SPECS,
 )
 
 
