@@ -40,4 +40,6 @@ def apply_updates(message: Tensor, first_segment: int, num_segments: int) -> Non
             f"{num_segments} segments from word {first_segment} on, in a message of {message.numel()}"
         )
     address = message.data_ptr()
-    launcher.load(APPLY_UPDATES.variant())((num_segments, 1, 1), _THREADS, address, address + 4 * first_segment)
+    launcher.load(APPLY_UPDATES.variant())(
+        (num_segments, 1, 1), _THREADS, address, address + 4 * first_segment
+    )

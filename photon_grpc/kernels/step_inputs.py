@@ -95,7 +95,9 @@ def step_inputs(
     require_index("prompt_tokens", rows.prompt_tokens, torch.int32, num_tokens - num_decodes)
     starts = rows.query_starts
     if (starts is not None) != (num_prefills > 0):
-        raise ValueError(f"query_starts are for the rows behind the decodes, of which there are {num_prefills}")
+        raise ValueError(
+            f"query_starts are for the rows behind the decodes, of which there are {num_prefills}"
+        )
     if starts is not None:
         require_index("query_starts", starts, torch.int32, num_prefills + 1)
     launcher.load(STEP_INPUTS.variant())(

@@ -16,6 +16,10 @@ _MIXED_ROWS = (0, 4, 16, 32, 64)
 _MIXED_STEP = 64
 _PREFILL_TOKENS = (16, 32, 64, 128, 256, 512)
 _PREFILL_ROWS = 16
+# (greedy, logprobs) of the captured steps. A prefill step is long beside its sampling, so one kind serves
+# every row there is; log-probabilities cost nothing where nobody asked for them.
+_DECODE_KINDS = ((False, True), (False, False), (True, False))
+_MIXED_KINDS = ((False, True),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,17 @@ class StepShape:
     @property
     def num_tokens(self) -> int:
         return self.num_decodes + self.num_prefill_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What tells one captured step from another."""
+
+    shape: StepShape
+    greedy: bool
+    """Every row is; the kernel for it is shorter."""
+    logprobs: bool
+    """Some row may have asked for log-probabilities."""
 
 
 class Buckets:
@@ -59,17 +74,28 @@ class Buckets:
             return None
         return StepShape(self._mixed[place], self._num_prefills, self._tokens[tokens])
 
-    def decode_shapes(self) -> list[StepShape]:
-        """Every shape without prefill, the largest first."""
-        return [StepShape(rows, 0, 0) for rows in reversed(self._decodes)]
+    def kind(self, shape: StepShape, *, greedy: bool, logprobs: bool) -> StepKind:
+        """The captured step that serves such rows in this shape."""
+        kinds = _MIXED_KINDS if shape.num_prefills else _DECODE_KINDS
+        # The last that promises no more and leaves nothing out.
+        return next(
+            StepKind(shape, *kind) for kind in reversed(kinds) if kind[0] <= greedy and kind[1] >= logprobs
+        )
 
-    def mixed_shapes(self) -> list[StepShape]:
-        """Every shape with prefill, the largest first."""
-        return [
-            StepShape(rows, self._num_prefills, tokens)
-            for tokens in reversed(self._tokens)
-            for rows in reversed(self._mixed)
+    def kinds(self) -> list[StepKind]:
+        """Every captured step, the largest first."""
+        decodes = [StepShape(rows, 0, 0) for rows in self._decodes]
+        mixed = [
+            StepShape(rows, self._num_prefills, tokens) for tokens in self._tokens for rows in self._mixed
         ]
+        kinds = [StepKind(shape, *kind) for shape in decodes for kind in _DECODE_KINDS]
+        kinds += [StepKind(shape, *kind) for shape in mixed for kind in _MIXED_KINDS]
+        return sorted(kinds, key=lambda kind: -kind.shape.num_tokens)
+
+    @property
+    def largest(self) -> StepShape:
+        """The shape with most rows and most tokens."""
+        return StepShape(self._mixed[-1], self._num_prefills, self._tokens[-1])
 
 
 def _up_to(limit: int, sizes: tuple[int, ...], step: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows
 from photon_grpc.models.llama import DecoderModel
-from photon_grpc.runner.buckets import Buckets, StepShape
+from photon_grpc.runner.buckets import Buckets, StepKind, StepShape
 from photon_grpc.runner.cuda_sampler import HostRows, WriteState
 from photon_grpc.runner.device_batch import NO_SLOT, DeviceBatch, PrefillRow, Slots
 from photon_grpc.runner.kv_cache import KVCache
@@ -74,27 +74,19 @@ class DeviceSampler(PromptScorer, Protocol):
     def copy_out(self, host: HostRows, num_rows: int, *, logprobs: bool) -> None: ...
 
 
-class StepKernels(Protocol):
-    """The two kernels that the runner launches itself."""
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """The two kernels that the runner launches itself; see the modules of their names."""
 
     apply_updates: ApplyUpdates
     step_inputs: Callable[[StepInputs, SequenceState, StepRows, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What tells one captured step from another."""
-
-    shape: StepShape
-    greedy: bool
-    logprobs: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
     """The rows of a step, and how it is run; kept while the batch stays as it is."""
 
-    kind: _Kind
+    kind: StepKind
     is_captured: bool
     decode_ids: list[int]
     decode_slots: Slots
@@ -151,24 +143,24 @@ class CudaRunner:
         self._stream = stream
         self._buckets = Buckets(max_num_seqs, max_num_batched_tokens)
         self._capture = capture
-        shapes = [*self._buckets.decode_shapes(), *self._buckets.mixed_shapes()]
-        max_rows = max(shape.num_rows for shape in shapes)
+        largest = self._buckets.largest
         self._updates = Updates(stream, kernels.apply_updates, kv_cache.device, self.max_in_flight)
-        self._sampler = make_sampler(self._updates.write, max_rows)
+        self._sampler = make_sampler(self._updates.write, largest.num_rows)
         self._batch = DeviceBatch(
             self._updates,
             self._sampler.state.last_token_ids,
             max_model_len=model.max_model_len,
             block_size=kv_cache.block_size,
-            max_rows=max_rows,
-            max_tokens=max(max_num_batched_tokens, *(shape.num_tokens for shape in shapes)),
+            max_rows=largest.num_rows,
+            max_tokens=max(max_num_batched_tokens, largest.num_tokens),
         )
         self._steps = [
-            _Step(self._sampler.host_rows(stream.host_buffer), stream.mark()) for _ in range(self.max_in_flight)
+            _Step(self._sampler.host_rows(stream.host_buffer), stream.mark())
+            for _ in range(self.max_in_flight)
         ]
         self._num_launched = 0
         self._in_flight: deque[_Step] = deque()
-        self._graphs: dict[_Kind, Work] = {}
+        self._graphs: dict[StepKind, Work] = {}
         # The rows that the device has been told of; None where it has to be told anew.
         self._rows: _Rows | None = None
         # (alternatives, prompt tokens) of those whose prompts are to be scored.
@@ -179,14 +171,9 @@ class CudaRunner:
         if not self._capture:
             return
         started = time.monotonic()
-        kinds = [
-            _Kind(shape, greedy, logprobs)
-            for shape in self._buckets.decode_shapes()
-            for greedy, logprobs in ((False, True), (False, False), (True, False))
-        ]
-        kinds += [_Kind(shape, False, True) for shape in self._buckets.mixed_shapes()]
+        kinds = self._buckets.kinds()
         with torch.inference_mode():
-            for kind in sorted(kinds, key=lambda kind: -kind.shape.num_tokens):
+            for kind in kinds:
                 self._graph(kind)
         _log.info("graphs captured", graphs=len(kinds), seconds=round(time.monotonic() - started, 2))
 
@@ -308,11 +295,8 @@ class CudaRunner:
             if (top := self._sampler.top_logprobs(seq_id)) is not None
         )
         sampled_ids = tuple(seq_id for seq_id, _ in sampled)
-        is_greedy = not logprobs and self._sampler.are_greedy(sampled_ids)
-        if shape is not None and shape.num_prefills:
-            kind = _Kind(shape, greedy=False, logprobs=True)
-        else:
-            kind = _Kind(shape or exact, greedy=is_greedy, logprobs=bool(logprobs))
+        needs = {"greedy": self._sampler.are_greedy(sampled_ids), "logprobs": bool(logprobs)}
+        kind = StepKind(exact, **needs) if shape is None else self._buckets.kind(shape, **needs)
         return _Rows(
             kind=kind,
             is_captured=shape is not None,
@@ -402,7 +386,7 @@ class CudaRunner:
 
     # --- the device's side ----------------------------------------------------------------------
 
-    def _graph(self, kind: _Kind) -> Work:
+    def _graph(self, kind: StepKind) -> Work:
         """The captured step of this kind; captured now where it was not, after a run of idle rows."""
         graph = self._graphs.get(kind)
         if graph is not None:
@@ -427,7 +411,7 @@ class CudaRunner:
 
     def _compute(
         self,
-        kind: _Kind,
+        kind: StepKind,
         lengths: tuple[tuple[int, ...], tuple[int, ...]],
         sample: bool,
         score: Callable[[Tensor], None] | None,

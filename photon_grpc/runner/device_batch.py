@@ -68,7 +68,9 @@ class DeviceBatch:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.block_size = block_size
-        self.state = SequenceState(zeros(torch.int32, num_slots), zeros(torch.int32, num_slots, width), last_token_ids)
+        self.state = SequenceState(
+            zeros(torch.int32, num_slots), zeros(torch.int32, num_slots, width), last_token_ids
+        )
         self._row_slots = torch.full((max_rows,), NO_SLOT, dtype=torch.int32, device=device)
         self._query_starts = zeros(torch.int32, max_rows + 1)
         self._prompt_tokens = zeros(torch.int32, max_tokens)

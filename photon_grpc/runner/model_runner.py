@@ -38,7 +38,6 @@ class RowSampler(Protocol):
     ) -> list[TokenLogprobs]: ...
 
 
-
 class ModelRunner:
     """Implements `runner.base.Runner` for a torch model."""
 

@@ -30,7 +30,7 @@ def num_scored(num_tokens: int, start: int, num_prompt_tokens: int) -> int:
 def score_prompt(
     decoder: DecoderModel, sampler: PromptScorer, hidden: Tensor, targets: Tensor, top: int
 ) -> tuple[TokenLogprobs, ...]:
-    """Scores of `targets` [n], each foretold by its row of `hidden` [n, hidden_size]; waits for the device."""
+    """Scores of `targets` [n], each foretold by its row of `hidden` [n, hidden_size]; waits for a device."""
     entries: list[TokenLogprobs] = []
     for start in range(0, len(targets), _CHUNK):
         logits = decoder.compute_logits(hidden[start : start + _CHUNK])

@@ -81,7 +81,7 @@ class CudaStream:
 class _CudaMark:
     def __init__(self) -> None:
         # The wait sleeps, and without the interpreter lock: the next step is under way already.
-        self._event = torch.cuda.Event(blocking=True)
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # not annotated
 
     def set(self) -> None:
         self._event.record()
@@ -94,7 +94,7 @@ def engine_stream() -> None:
     """Make a stream of its own this thread's current one; the default stream cannot be captured."""
     current = torch.cuda.current_stream()
     if current == torch.cuda.default_stream():
-        own = torch.cuda.Stream()
+        own = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # not annotated in torch
         own.wait_stream(current)
         torch.cuda.set_stream(own)
 

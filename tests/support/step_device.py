@@ -22,6 +22,7 @@ from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows
 from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.runner.cuda_runner import StepKernels
 from photon_grpc.runner.cuda_sampler import HostRows, WriteState
 from photon_grpc.runner.sampler import NO_TOKEN, Sampler
 from photon_grpc.runner.stream import Work
@@ -84,50 +85,52 @@ class _LazyMark:
         self._stream.advance_to(self._end)
 
 
-class TorchStepKernels:
-    """`apply_updates` and `step_inputs` in torch."""
+def apply_updates_oracle(message: Tensor, first_segment: int, num_segments: int) -> None:
+    words = message.numpy()
+    end = first_segment + num_segments * SEGMENT_WORDS
+    segments = words[first_segment:end].copy().view(SEGMENT_DTYPE)
+    written: set[int] = set()
+    for segment in segments:
+        address, start, count = (int(segment[name]) for name in ("address", "start", "count"))
+        places = set(range(address, address + 4 * count, 4))
+        assert not places & written, "two segments of a message write one place"
+        written |= places
+        ctypes.memmove(address, message.data_ptr() + 4 * start, 4 * count)
 
-    def apply_updates(self, message: Tensor, first_segment: int, num_segments: int) -> None:
-        words = message.numpy()
-        end = first_segment + num_segments * SEGMENT_WORDS
-        segments = words[first_segment:end].copy().view(SEGMENT_DTYPE)
-        written: set[int] = set()
-        for segment in segments:
-            address, start, count = (int(segment[name]) for name in ("address", "start", "count"))
-            places = set(range(address, address + 4 * count, 4))
-            assert not places & written, "two segments of a message write one place"
-            written |= places
-            ctypes.memmove(address, message.data_ptr() + 4 * start, 4 * count)
 
-    def step_inputs(
-        self, out: StepInputs, state: SequenceState, rows: StepRows, num_decodes: int, block_size: int
-    ) -> None:
-        out.token_ids.fill_(0)
-        out.positions.fill_(0)
-        out.slot_mapping.fill_(-1)
-        for row, slot in enumerate(rows.slots.tolist()):
-            out.context_lens[row] = 0
-            out.last_tokens[row] = 0
-            if slot < 0:
-                continue
-            if row < num_decodes:
-                first, tokens = row, state.last_token_ids[slot : slot + 1]
-            else:
-                assert rows.query_starts is not None
-                begin, end = rows.query_starts[row - num_decodes :][:2].tolist()
-                first, tokens = num_decodes + begin, rows.prompt_tokens[begin:end]
-            start, count = int(state.num_computed[slot]), len(tokens)
-            positions = torch.arange(start, start + count)
-            blocks = state.tables[slot].long()[positions // block_size]
-            span = slice(first, first + count)
-            out.token_ids[span] = tokens.long()
-            out.positions[span] = positions
-            out.slot_mapping[span] = blocks * block_size + positions % block_size
-            out.context_lens[row] = start + count
-            out.last_tokens[row] = first + count - 1
-            width = -(-(start + count) // block_size)
-            out.block_tables[row, :width] = state.tables[slot, :width]
-            state.num_computed[slot] = start + count
+def step_inputs_oracle(
+    out: StepInputs, state: SequenceState, rows: StepRows, num_decodes: int, block_size: int
+) -> None:
+    out.token_ids.fill_(0)
+    out.positions.fill_(0)
+    out.slot_mapping.fill_(-1)
+    for row, slot in enumerate(rows.slots.tolist()):
+        out.context_lens[row] = 0
+        out.last_tokens[row] = 0
+        if slot < 0:
+            continue
+        if row < num_decodes:
+            first, tokens = row, state.last_token_ids[slot : slot + 1]
+        else:
+            assert rows.query_starts is not None
+            begin, end = rows.query_starts[row - num_decodes :][:2].tolist()
+            first, tokens = num_decodes + begin, rows.prompt_tokens[begin:end]
+        start, count = int(state.num_computed[slot]), len(tokens)
+        positions = torch.arange(start, start + count)
+        blocks = state.tables[slot].long()[positions // block_size]
+        span = slice(first, first + count)
+        out.token_ids[span] = tokens.long()
+        out.positions[span] = positions
+        out.slot_mapping[span] = blocks * block_size + positions % block_size
+        out.context_lens[row] = start + count
+        out.last_tokens[row] = first + count - 1
+        width = -(-(start + count) // block_size)
+        out.block_tables[row, :width] = state.tables[slot, :width]
+        state.num_computed[slot] = start + count
+
+
+TORCH_STEP_KERNELS = StepKernels(apply_updates_oracle, step_inputs_oracle)
+"""The kernels of a step in torch."""
 
 
 class PaddedTorchOps(TorchOps):
@@ -190,7 +193,9 @@ class LaneSampler:
         self._free = list(range(max_num_seqs))
         self._sequences: dict[int, tuple[int, SamplerSpec]] = {}
         self._num_lanes = 0
-        self._out = HostRows(lambda dtype, *shape: torch.zeros(shape, dtype=dtype), max_rows, MAX_TOP_LOGPROBS)
+        self._out = HostRows(
+            lambda dtype, *shape: torch.zeros(shape, dtype=dtype), max_rows, MAX_TOP_LOGPROBS
+        )
 
     def add(self, seq_id: int, spec: SamplerSpec, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         slot = self._free.pop()

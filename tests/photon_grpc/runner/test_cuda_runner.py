@@ -29,7 +29,7 @@ from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.sampler import Sampler
 from photon_grpc.runner.warmup import warm_up
 from tests.support.builders import engine_core, engine_request, model_info, run_to_end, sampling
-from tests.support.step_device import CPU, LazyStream, PaddedTorchOps, TorchStepKernels, lane_sampler
+from tests.support.step_device import CPU, TORCH_STEP_KERNELS, LazyStream, PaddedTorchOps, lane_sampler
 from tests.support.tiny_model import tiny_model_folder
 
 BLOCK_SIZE = 4
@@ -60,7 +60,7 @@ class Models:
             self._info(num_blocks),
             self._cache(PaddedTorchOps(), num_blocks),
             lane_sampler(VOCAB, max_num_seqs),
-            kernels=TorchStepKernels(),
+            kernels=TORCH_STEP_KERNELS,
             stream=LazyStream(),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -299,7 +299,7 @@ def test_close_waits_and_may_be_called_twice(models: Models) -> None:
         max_size=9,
     ),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_course_of_events_gives_the_same_tokens(
     models: Models,
     num_blocks: int,
