@@ -53,8 +53,9 @@ RANGES: Mapping[str, Any] = {
     "cache.kv_cache_memory_bytes": _AT_LEAST_ZERO,
     "cache.free_memory_fraction": Field(gt=0, le=1),
     "cache.max_kv_cache_bytes": _POSITIVE,
-    "scheduler.max_num_seqs": _POSITIVE,
-    "scheduler.max_num_batched_tokens": _POSITIVE,
+    "cache.gpu_memory_utilization": Field(gt=0, le=1),
+    "scheduler.max_num_seqs": _AT_LEAST_ZERO,
+    "scheduler.max_num_batched_tokens": _AT_LEAST_ZERO,
     "scheduler.priority_boost_s": _AT_LEAST_ZERO,
     "engine.num_threads": _AT_LEAST_ZERO,
     "server.port": Field(ge=0, le=65535),
@@ -306,7 +307,7 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
         problems.append(f"{path} = {value!r}{origins.of(path)}: {rule}")
 
     scheduler, server, limits = options.scheduler, options.server, options.limits
-    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+    if 0 < scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         refuse(
             "scheduler.max_num_batched_tokens",
             f"must be at least scheduler.max_num_seqs ({scheduler.max_num_seqs}), "

@@ -165,7 +165,8 @@ class LLM:
 
     async def _generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
         # As many as the engine admits at once; the rest of a long list waits here.
-        admitted = self._options.scheduler.max_num_seqs + self._options.limits.max_queued_requests
+        running = self._options.scheduler.max_num_seqs or self._stack.engine.info.model.max_num_seqs
+        admitted = running + self._options.limits.max_queued_requests
         num_completions = max((request.sampling.n or 1 for request in requests), default=1)
         places = asyncio.Semaphore(max(1, admitted // num_completions))
 

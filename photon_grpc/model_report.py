@@ -10,9 +10,9 @@ from pathlib import Path
 
 from photon_grpc.models.registry import load_config
 from photon_grpc.options import Options
-from photon_grpc.runner.backend import resolve_dtype
+from photon_grpc.runner.backend import resolve_dtype, step_limits
 from photon_grpc.runner.factory import model_info, pool_blocks
-from photon_grpc.runner.kv_cache import available_memory_bytes, kv_bytes_per_token
+from photon_grpc.runner.kv_cache import available_memory_bytes, kv_bytes_per_token, kv_memory_bytes
 
 __all__ = ["describe_model"]
 
@@ -26,7 +26,10 @@ def describe_model(folder: Path, options: Options) -> list[tuple[str, str]]:
     per_token = kv_bytes_per_token(config, dtype)
     free_bytes = max(available_memory_bytes() - weight_bytes, 0)
     block_size = options.cache.block_size
-    pool_tokens = pool_blocks(config, options, dtype, free_bytes) * block_size
+    backend = "cuda" if options.model.backend == "cuda" else "cpu"
+    max_num_seqs, _ = step_limits(options.scheduler, backend)
+    pool_bytes = kv_memory_bytes(options.cache, free_bytes)
+    pool_tokens = pool_blocks(config, options, dtype, pool_bytes, max_num_seqs) * block_size
     allowed = options.model.max_model_len or config.max_position_embeddings
     info = model_info(folder, options, config, min(allowed, pool_tokens))
     heads = f"{config.num_heads} query, {config.num_kv_heads} key and value, of {config.head_dim}"

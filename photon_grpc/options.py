@@ -30,15 +30,20 @@ class KVCacheOptions:
     kv_cache_memory_bytes: int = _opt(
         0, "KV pool size; 0: from free memory, up to a full batch of longest contexts"
     )
-    free_memory_fraction: float = _opt(0.3, "share of free memory for the KV pool when no size is given")
-    max_kv_cache_bytes: int = _opt(4 << 30, "upper bound on a pool sized from free memory")
+    free_memory_fraction: float = _opt(0.3, "CPU: share of free memory for the KV pool when no size is given")
+    max_kv_cache_bytes: int = _opt(4 << 30, "CPU: upper bound on a pool sized from free memory")
+    gpu_memory_utilization: float = _opt(
+        0.9, "CUDA: share of the GPU's memory in use, by whomever, once a pool without a stated size is made"
+    )
     prefix_caching: bool = _opt(True, "share KV blocks between requests with equal prefixes")
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOptions:
-    max_num_seqs: int = _opt(64, "sequences that run at the same time")
-    max_num_batched_tokens: int = _opt(512, "tokens computed in one step, prefill and decode together")
+    max_num_seqs: int = _opt(0, "sequences that run at the same time; 0: 64 on the CPU, 256 on CUDA")
+    max_num_batched_tokens: int = _opt(
+        0, "tokens computed in one step, prefill and decode together; 0: 512 on the CPU, 8192 on CUDA"
+    )
     priority_boost_s: float = _opt(30.0, "one priority step counts as having arrived this much earlier")
 
 

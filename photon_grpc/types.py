@@ -223,3 +223,7 @@ class ModelInfo:
     default_min_p: float = 0.0
     default_repetition_penalty: float = 1.0
     has_chat_template: bool = False
+    max_num_seqs: int = 64
+    """Sequences that run at the same time, where the settings leave it open."""
+    max_num_batched_tokens: int = 512
+    """Tokens computed in one step, likewise."""

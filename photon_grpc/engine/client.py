@@ -213,7 +213,8 @@ class AsyncEngine:
         on_step: Callable[[EngineStats], None],
         on_stopped: Callable[[PhotonError | None], None],
     ) -> None:
-        self._max_live = scheduler_options.max_num_seqs + limits.max_queued_requests
+        self._max_num_seqs = scheduler_options.max_num_seqs
+        self._max_queued = limits.max_queued_requests
         self._on_step = on_step
         self._on_stopped = on_stopped
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -276,7 +277,7 @@ class AsyncEngine:
 
     def _check_room(self, num_completions: int) -> None:
         # An idle engine takes any request: one that is larger than the queue could never come otherwise.
-        if self._num_live and self._num_live + num_completions > self._max_live:
+        if self._num_live and self._num_live + num_completions > self._max_num_seqs + self._max_queued:
             raise OverloadedError("the queue is full", retry_after_s=1.0)
 
     def submit(self, request_id: str, request: EngineRequest) -> RequestStream:
@@ -357,6 +358,7 @@ class AsyncEngine:
                 self._deliver_step(message)
             case EngineReady():
                 self._info = message
+                self._max_num_seqs = self._max_num_seqs or message.model.max_num_seqs
                 # Nothing has run yet, and the size of the pool is already true.
                 self._stats = EngineStats(kv_blocks_total=message.num_blocks, block_size=message.block_size)
                 self._on_step(self._stats)

@@ -47,8 +47,10 @@ class EngineCore:
         self.runner = runner
         self.scheduler = Scheduler(
             KVCacheManager(runner.num_blocks, runner.block_size, prefix_caching=cache_options.prefix_caching),
-            max_num_seqs=scheduler_options.max_num_seqs,
-            max_num_batched_tokens=scheduler_options.max_num_batched_tokens,
+            max_num_seqs=scheduler_options.max_num_seqs or runner.model.max_num_seqs,
+            max_num_batched_tokens=(
+                scheduler_options.max_num_batched_tokens or runner.model.max_num_batched_tokens
+            ),
             priority_boost_s=scheduler_options.priority_boost_s,
         )
         self._clock = clock

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from photon_grpc.kernels import (
+    apply_updates,
     embedding,
     gemv,
     paged_attention_decode,
@@ -17,10 +18,12 @@ from photon_grpc.kernels import (
     sampling,
     silu_and_mul,
     skinny_gemm,
+    step_inputs,
 )
 from photon_grpc.kernels.launcher import KernelSpec, Variant
 
 SPECS: tuple[KernelSpec, ...] = (
+    *apply_updates.SPECS,
     *embedding.SPECS,
     *gemv.SPECS,
     *paged_attention_decode.SPECS,
@@ -30,6 +33,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *sampling.SPECS,
     *silu_and_mul.SPECS,
     *skinny_gemm.SPECS,
+    *step_inputs.SPECS,
 )
 
 

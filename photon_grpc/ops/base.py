@@ -45,6 +45,9 @@ class AttentionMetadata:
     """num_rows + 1 prefix sums of the query lengths, on the host."""
     context_lens_host: tuple[int, ...]
     """`context_lens`, on the host."""
+    query_starts_device: Tensor | None = None
+    """[rows behind the decodes + 1] int32: their part of `query_starts` on the device, from 0 on. A step
+    that has it may be captured and replayed for other lengths: what is on the host is then void."""
     plan: Any = field(default=None, init=False, repr=False)
     """What the backend derived from the rest at its first use in the step; it alone reads it."""
 

@@ -260,8 +260,8 @@ def _is_gemv(x: Tensor, weight: Tensor) -> bool:
 
 def _make_plan(metadata: AttentionMetadata) -> _Plan:
     decodes = metadata.num_decodes
-    query_starts = None
-    if len(metadata.context_lens_host) > decodes:
+    query_starts = metadata.query_starts_device
+    if query_starts is None and len(metadata.context_lens_host) > decodes:
         query_starts = torch.tensor(metadata.query_starts[decodes:], dtype=torch.int32) - decodes
         query_starts = query_starts.to(metadata.block_tables.device)
     return _Plan(metadata.block_tables.to(torch.int32), metadata.context_lens.to(torch.int32), query_starts)

@@ -12,16 +12,30 @@ import structlog
 import torch
 
 from photon_grpc.errors import BackendUnavailableError
+from photon_grpc.models.llama import DecoderModel
 from photon_grpc.ops.base import Ops
 from photon_grpc.ops.torch_ops import TorchOps
-from photon_grpc.options import Options
-from photon_grpc.runner.kv_cache import available_memory_bytes
-from photon_grpc.runner.model_runner import RowSampler
+from photon_grpc.options import Options, SchedulerOptions
+from photon_grpc.runner.base import Runner
+from photon_grpc.runner.kv_cache import KVCache, available_memory_bytes, kv_memory_bytes
+from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.sampler import Sampler
+from photon_grpc.types import ModelInfo
 
 _log = structlog.get_logger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Rows and tokens of the largest step, where the settings leave it open.
+_CPU_LIMITS = (64, 512)
+_CUDA_LIMITS = (256, 8192)
+
+ForwardPass = Callable[[int, int], None]
+"""Runs a step of so many decode rows and so many tokens of prefill, and lets go of everything."""
+
+
+MakeRunner = Callable[[DecoderModel, ModelInfo, KVCache], Runner]
+"""A runner for steps of up to as many rows and tokens as the `ModelInfo` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +45,11 @@ class Backend:
     name: str
     device: torch.device
     ops: Ops
-    make_sampler: Callable[[int], RowSampler]
-    """A sampler for a vocabulary of this size."""
-    free_memory_bytes: Callable[[], int]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    make_runner: MakeRunner
+    pool_bytes: Callable[[ForwardPass, int], int]
+    """Memory for a KV pool, measured after the largest steps have run; given the size of the vocabulary."""
 
 
 def choose_backend(options: Options) -> Backend:
@@ -43,18 +59,18 @@ def choose_backend(options: Options) -> Backend:
     """
     match options.model.backend:
         case "cpu":
-            return _cpu()
+            return _cpu(options)
         case "cuda":
             return _cuda(options)
         case _:
             if not torch.cuda.is_available():
-                return _cpu()
+                return _cpu(options)
             try:
                 return _cuda(options)
             except BackendUnavailableError as missing:
                 # The plain installation has no CuPy, and must serve on a machine with a GPU all the same.
                 _log.warning("serving on the CPU beside a GPU", reason=missing.message)
-                return _cpu()
+                return _cpu(options)
 
 
 def resolve_dtype(name: str, backend: str) -> torch.dtype:
@@ -64,34 +80,32 @@ def resolve_dtype(name: str, backend: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _cpu() -> Backend:
+def step_limits(options: SchedulerOptions, backend: str) -> tuple[int, int]:
+    """`(max_num_seqs, max_num_batched_tokens)`: as stated, or what suits the backend and fits the other."""
+    num_seqs, num_tokens = _CUDA_LIMITS if backend == "cuda" else _CPU_LIMITS
+    if options.max_num_batched_tokens:
+        num_seqs = min(num_seqs, options.max_num_batched_tokens)
+    num_seqs = options.max_num_seqs or num_seqs
+    return num_seqs, options.max_num_batched_tokens or max(num_tokens, num_seqs)
+
+
+def _cpu(options: Options) -> Backend:
     device = torch.device("cpu")
-    return Backend(
-        "cpu", device, TorchOps(), lambda vocab_size: Sampler(vocab_size, device), available_memory_bytes
-    )
+    num_seqs, num_tokens = step_limits(options.scheduler, "cpu")
+
+    def make_runner(decoder: DecoderModel, model: ModelInfo, kv_cache: KVCache) -> Runner:
+        return ModelRunner(
+            decoder, model, kv_cache, Sampler(model.vocab_size, device), max_num_seqs=model.max_num_seqs
+        )
+
+    def pool_bytes(run: ForwardPass, vocab_size: int) -> int:
+        run(0, num_tokens)
+        return kv_memory_bytes(options.cache, available_memory_bytes())
+
+    return Backend("cpu", device, TorchOps(), num_seqs, num_tokens, make_runner, pool_bytes)
 
 
 def _cuda(options: Options) -> Backend:
-    from photon_grpc.ops.cuda_ops import CudaOps
+    from photon_grpc.runner.cuda_backend import cuda_backend
 
-    max_num_seqs = options.scheduler.max_num_seqs
-    ops = CudaOps(max_decodes=max_num_seqs)
-    device = torch.device("cuda", torch.cuda.current_device())
-
-    def make_sampler(vocab_size: int) -> RowSampler:
-        from photon_grpc.runner.cuda_sampler import CudaSampler
-
-        return CudaSampler(
-            vocab_size,
-            device,
-            max_num_seqs=max_num_seqs,
-            max_logit_bias=options.limits.max_logit_bias,
-            max_top_logprobs=options.limits.max_top_logprobs,
-        )
-
-    def free_memory_bytes() -> int:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(device)[0])
-
-    return Backend("cuda", device, ops, make_sampler, free_memory_bytes)
+    return cuda_backend(options)

@@ -1,7 +1,8 @@
 """`Sampler` for a GPU: the same steps, state and results, with the state on the device.
 
 Owns one slot of device memory per sequence, and the buffers through which rows reach the kernels. All
-of them keep their address, so `launch` may be captured in a CUDA graph and replayed for other rows.
+of them keep their address, so `launch` may be captured in a CUDA graph and replayed for other rows. Nothing
+here but `collect`, `sample` and `prompt_logprobs` waits for the device.
 Must not know requests, streams of tokens or the scheduler beyond `SamplerSpec`. Lives on the engine
 thread; everything runs on torch's current stream, which has to be the same one throughout.
 
@@ -13,7 +14,7 @@ Those come from a pool that grows by eight at a time and is never given back.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,10 @@ from photon_grpc.types import TokenLogprobs
 
 _MIN_TEMPERATURE = 1e-6
 _MARKS_PER_CHUNK = 8
+
+
+WriteState = Callable[[Tensor, npt.NDArray[np.generic]], None]
+"""Lets a contiguous tensor on the device become an array, from its beginning on, in the stream's order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,28 @@ class _Sequence:
     top_logprobs: int | None
 
 
+class HostRows:
+    """The results of one launch on the host, which a copy fills while the host goes on."""
+
+    def __init__(self, buffer: Callable[..., Tensor], max_rows: int, max_top_logprobs: int) -> None:
+        """`buffer(dtype, *shape)` makes memory that the device can copy to."""
+        self.token_ids = buffer(torch.int32, max_rows)
+        self.chosen = buffer(torch.float64, max_rows)
+        self.top_ids = buffer(torch.int32, max_rows, max_top_logprobs)
+        self.top_values = buffer(torch.float64, max_rows, max_top_logprobs)
+        self._token_ids = self.token_ids.numpy()
+
+    def tokens(self, num_rows: int) -> list[int]:
+        """The tokens of the first rows; NO_TOKEN for faults and idle ones."""
+        tokens: list[int] = self._token_ids[:num_rows].tolist()
+        return tokens
+
+    def logprobs(self, row: int, top: int) -> TokenLogprobs:
+        """Those of a row that asked for `top` alternatives."""
+        ids, values = self.top_ids[row, :top].tolist(), self.top_values[row, :top].tolist()
+        return TokenLogprobs(float(self.chosen[row]), tuple(zip(ids, values, strict=True)))
+
+
 class _MarksPool:
     """Device rows of one word per vocabulary entry, for the sequences that need one."""
 
@@ -136,8 +163,11 @@ class CudaSampler:
         max_rows: int | None = None,
         max_logit_bias: int = 300,
         max_top_logprobs: int = 20,
+        write: WriteState | None = None,
     ) -> None:
         """Room for `max_num_seqs` sequences at a time and `max_rows` (by default as many) rows of a step.
+
+        `write` brings a sequence's parameters to the device before the next launch; by default at once.
 
         Raises BackendUnavailableError without a usable device, ValueError for a vocabulary out of range.
         """
@@ -148,6 +178,7 @@ class CudaSampler:
 
         self._vocab_size = vocab_size
         self._device = device
+        self._write = write or _write_now
         self._marks = _MarksPool(vocab_size, device)
         self._sequences: dict[int, _Sequence] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
@@ -188,12 +219,12 @@ class CudaSampler:
         slot = self._free.pop()
         state = self.state
         if num_biases:
-            state.bias_ids[slot, :num_biases] = self._upload(packed.bias.token_ids)
-            state.bias_values[slot, :num_biases] = self._upload(packed.bias.values)
-        state.params[slot] = self._upload(packed.record.view(np.uint8))
-        state.num_outputs[slot] = packed.num_outputs
+            self._write(state.bias_ids[slot], packed.bias.token_ids)
+            self._write(state.bias_values[slot], packed.bias.values)
+        self._write(state.params[slot], packed.record)
+        self._write(state.num_outputs[slot:], np.array([packed.num_outputs], dtype=np.int32))
         if token_ids:
-            state.last_token_ids[slot] = token_ids[-1]
+            self._write(state.last_token_ids[slot:], np.array([token_ids[-1]], dtype=np.int32))
         self._sequences[seq_id] = _Sequence(
             slot, marks, greedy=spec.sampling.temperature == 0, top_logprobs=spec.top_logprobs
         )
@@ -218,6 +249,11 @@ class CudaSampler:
     def want_logprobs(self, seq_ids: Sequence[int]) -> bool:
         """Whether `launch` has to be told so."""
         return any(self._sequences[seq_id].top_logprobs is not None for seq_id in seq_ids)
+
+    def top_logprobs(self, seq_id: int) -> int | None:
+        """How many alternatives a sequence asked for; None: no log-probabilities."""
+        count = self._sequences[seq_id].top_logprobs
+        return None if count is None else min(count, self._vocab_size)
 
     def set_rows(self, seq_ids: Sequence[int], num_rows: int | None = None) -> None:
         """Whose rows the next launch has; those from there to `num_rows` are idle."""
@@ -248,6 +284,22 @@ class CudaSampler:
                 self._scratch,
             )
 
+    def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows:
+        """Room for the results of a launch, in memory that `buffer(dtype, *shape)` makes."""
+        return HostRows(buffer, *self._top_ids.shape)
+
+    def copy_out(self, host: HostRows, num_rows: int, *, logprobs: bool) -> None:
+        """Bring what the last launch had for its first rows to the host; nothing is waited for."""
+        pairs = [(host.token_ids, self.token_ids)]
+        if logprobs:
+            pairs += [
+                (host.chosen, self._chosen),
+                (host.top_ids, self._top_ids),
+                (host.top_values, self._top_values),
+            ]
+        for target, source in pairs:
+            target[:num_rows].copy_(source[:num_rows], non_blocking=True)
+
     def collect(self, seq_ids: Sequence[int]) -> SampledRows:
         """Wait for the last launch and read what it brought for the sequences of its rows, in order."""
         rows = len(seq_ids)
@@ -261,9 +313,9 @@ class CudaSampler:
         if self.want_logprobs(seq_ids):
             entries = _read(self._chosen[:rows], self._top_ids[:rows], self._top_values[:rows])
             for seq_id, (chosen, top) in zip(seq_ids, entries, strict=True):
-                count = self._sequences[seq_id].top_logprobs
+                count = self.top_logprobs(seq_id)
                 if count is not None and seq_id not in faults:
-                    logprobs[seq_id] = TokenLogprobs(chosen, top[: min(count, self._vocab_size)])
+                    logprobs[seq_id] = TokenLogprobs(chosen, top[:count])
         return SampledRows(token_ids, logprobs, faults)
 
     def sample(self, seq_ids: Sequence[int], logits: Tensor) -> SampledRows:
@@ -288,8 +340,14 @@ class CudaSampler:
         return [TokenLogprobs(value, best) for value, best in _read(chosen, top_ids, top_values)]
 
     def _upload(self, values: npt.NDArray[np.generic]) -> Tensor:
-        # From pageable memory, so that the driver has taken a copy when this returns.
-        return torch.from_numpy(values).to(self._device)
+        # torch keeps the pinned memory until the copy has been made.
+        return torch.from_numpy(values).pin_memory().to(self._device, non_blocking=True)
+
+
+def _write_now(target: Tensor, values: npt.NDArray[np.generic]) -> None:
+    # From pageable memory, so that the driver has taken a copy when this returns.
+    source = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).ravel())
+    target.view(torch.uint8)[: len(source)] = source.to(target.device)
 
 
 def _read(

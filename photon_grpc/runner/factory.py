@@ -8,6 +8,8 @@ nobody else will want.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import psutil
@@ -23,8 +25,8 @@ from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.options import Options
 from photon_grpc.runner.backend import Backend, choose_backend, resolve_dtype
-from photon_grpc.runner.kv_cache import KVCache, kv_memory_bytes, num_blocks_for
-from photon_grpc.runner.model_runner import ModelRunner
+from photon_grpc.runner.base import Runner
+from photon_grpc.runner.kv_cache import KVCache, num_blocks_for
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.types import ModelInfo
 
@@ -33,7 +35,7 @@ _log = structlog.get_logger(__name__)
 
 def build_runner(
     folder: Path, options: Options, progress: Callable[[int, int], None] | None = None
-) -> ModelRunner:
+) -> Runner:
     """A runner whose first tokens have come out. Raises StartupError, naming what is wrong."""
     backend = choose_backend(options)
     torch.set_num_threads(options.engine.num_threads or default_num_threads())
@@ -44,19 +46,20 @@ def build_runner(
         config, ops, dtype=dtype, device=device, max_positions=options.model.max_model_len or None
     )
     load_weights(decoder, folder, progress=progress)
-    _profile(decoder, config, backend, dtype, options)
     block_size = options.cache.block_size
-    num_blocks = pool_blocks(config, options, dtype, backend.free_memory_bytes())
+    pool_bytes = backend.pool_bytes(
+        lambda num_decodes, num_tokens: _pass(decoder, backend, options, num_decodes, num_tokens),
+        config.vocab_size,
+    )
+    num_blocks = pool_blocks(config, options, dtype, pool_bytes, backend.max_num_seqs)
     max_model_len = _max_model_len(options, config, num_blocks * block_size)
     kv_cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=device)
-    model = model_info(folder, options, config, max_model_len)
-    runner = ModelRunner(
-        decoder,
-        model,
-        kv_cache,
-        backend.make_sampler(config.vocab_size),
-        max_num_seqs=options.scheduler.max_num_seqs,
+    model = replace(
+        model_info(folder, options, config, max_model_len),
+        max_num_seqs=backend.max_num_seqs,
+        max_num_batched_tokens=backend.max_num_batched_tokens,
     )
+    runner = backend.make_runner(decoder, model, kv_cache)
     if options.engine.warmup:
         warm_up(runner)
     _log.info(
@@ -82,20 +85,18 @@ def default_num_threads() -> int:
 
 
 def pool_blocks(
-    config: ModelConfig, options: Options, dtype: torch.dtype, free_bytes: int | None = None
+    config: ModelConfig, options: Options, dtype: torch.dtype, pool_bytes: int, max_num_seqs: int
 ) -> int:
-    """Blocks of the KV pool; `free_bytes` is measured where it is not given. Raises ConfigError.
+    """Blocks of a KV pool in `pool_bytes`. Raises ConfigError where not even one fits.
 
     A pool of stated size has that size. One taken from free memory ends where a full batch of the
     longest contexts fits: what lies beyond could only hold prefixes of long ago.
     """
-    num_blocks = num_blocks_for(
-        kv_memory_bytes(options.cache, free_bytes), config, options.cache.block_size, dtype
-    )
+    num_blocks = num_blocks_for(pool_bytes, config, options.cache.block_size, dtype)
     if options.cache.kv_cache_memory_bytes:
         return num_blocks
     longest = options.model.max_model_len or config.max_position_embeddings
-    return min(num_blocks, options.scheduler.max_num_seqs * -(-longest // options.cache.block_size))
+    return min(num_blocks, max_num_seqs * -(-longest // options.cache.block_size))
 
 
 def model_info(folder: Path, options: Options, config: ModelConfig, max_model_len: int) -> ModelInfo:
@@ -129,26 +130,28 @@ def _max_model_len(options: Options, config: ModelConfig, pool_tokens: int) -> i
     return min(allowed, pool_tokens)
 
 
-def _profile(
-    decoder: DecoderModel, config: ModelConfig, backend: Backend, dtype: torch.dtype, options: Options
+def _pass(
+    decoder: DecoderModel, backend: Backend, options: Options, num_decodes: int, num_tokens: int
 ) -> None:
-    """One forward pass of the largest step, in a cache that is thrown away."""
-    num_tokens = options.scheduler.max_num_batched_tokens
-    num_tokens = min(num_tokens, options.model.max_model_len or config.max_position_embeddings)
-    block_size = options.cache.block_size
-    num_blocks = -(-num_tokens // block_size)
-    device = backend.device
-    cache = KVCache(config, backend.ops, num_blocks, block_size, dtype=dtype, device=device)
-    positions = torch.arange(num_tokens, device=device)
+    """A forward pass of decode rows and prefills of so many tokens, in a cache that is thrown away."""
+    config, block_size, device = decoder.config, options.cache.block_size, backend.device
+    longest = options.model.max_model_len or config.max_position_embeddings
+    prefills = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
+    lens = (*(1,) * num_decodes, *prefills)
+    query_starts = (0, *accumulate(lens))
+    width = -(-max(lens) // block_size)
+    cache = KVCache(config, backend.ops, width, block_size, dtype=decoder.dtype, device=device)
+    # Rows write over one another; nobody asks what they say.
+    positions = torch.cat([torch.arange(length, device=device) for length in lens])
     metadata = AttentionMetadata(
-        num_decodes=0,
+        num_decodes=num_decodes,
         slot_mapping=positions,
-        block_tables=torch.arange(num_blocks, device=device)[None],
-        context_lens=torch.tensor([num_tokens], device=device),
-        query_starts=(0, num_tokens),
-        context_lens_host=(num_tokens,),
+        block_tables=torch.arange(width, device=device).repeat(len(lens), 1),
+        context_lens=torch.tensor(lens, device=device),
+        query_starts=query_starts,
+        context_lens_host=lens,
     )
     with torch.inference_mode():
-        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        token_ids = torch.zeros(query_starts[-1], dtype=torch.int64, device=device)
         hidden = decoder.forward(token_ids, positions, cache, metadata)
-        decoder.compute_logits(hidden[-min(num_tokens, options.scheduler.max_num_seqs) :])
+        decoder.compute_logits(hidden[-min(len(hidden), backend.max_num_seqs) :])

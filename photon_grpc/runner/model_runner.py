@@ -1,4 +1,4 @@
-"""SchedulerOutput -> model -> tokens, on one device, synchronously.
+"""SchedulerOutput -> model -> tokens, synchronously: the CPU's runner, and what others are held to.
 
 Built and used on the engine thread. Decode rows stand before prefill rows in the batch, because they
 take the vectorised path through attention.
@@ -16,6 +16,7 @@ from photon_grpc.models.llama import DecoderModel
 from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.runner.input_batch import InputBatch, IntArray, StepIndices
 from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.prompt_scores import num_scored, score_prompt
 from photon_grpc.runner.sampler import SampledRows
 from photon_grpc.scheduler.output import ModelOutput, SamplerSpec, ScheduledSequence, SchedulerOutput
 from photon_grpc.types import ModelInfo, TokenLogprobs
@@ -35,10 +36,6 @@ class RowSampler(Protocol):
     def prompt_logprobs(
         self, logits: torch.Tensor, token_ids: torch.Tensor, top: int
     ) -> list[TokenLogprobs]: ...
-
-
-# Logits of so many prompt positions are held at a time when prompt log-probabilities are asked for.
-_PROMPT_LOGITS_CHUNK = 64
 
 
 class ModelRunner:
@@ -156,18 +153,14 @@ class ModelRunner:
             top = self._prompt_logprobs.get(row.seq_id)
             if top is None:
                 continue
-            # The logits at position p are about the token at p + 1.
-            count = min(row.num_tokens, self._num_prompt_tokens[row.seq_id] - 1 - start)
-            if count <= 0:
+            count = num_scored(row.num_tokens, start, self._num_prompt_tokens[row.seq_id])
+            if not count:
                 continue
             targets = self._on_device(self._batch.token_at(row.seq_id, start + 1, start + 1 + count))
             first = indices.query_starts[i]
-            entries: list[TokenLogprobs] = []
-            for offset in range(0, count, _PROMPT_LOGITS_CHUNK):
-                stop = min(offset + _PROMPT_LOGITS_CHUNK, count)
-                logits = self._decoder.compute_logits(hidden[first + offset : first + stop])
-                entries.extend(self._sampler.prompt_logprobs(logits, targets[offset:stop], top))
-            scores[row.seq_id] = tuple(entries)
+            scores[row.seq_id] = score_prompt(
+                self._decoder, self._sampler, hidden[first : first + count], targets, top
+            )
         return scores
 
     def _attention_metadata(self, indices: StepIndices, num_decodes: int) -> AttentionMetadata:

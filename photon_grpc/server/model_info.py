@@ -43,6 +43,9 @@ class ModelServicer:
         """Figures of the KV pool stay absent until the engine has one."""
         stats = self._front_door.stats()
         has_pool = stats.kv_blocks_total > 0
+        max_running = self._options.scheduler.max_num_seqs
+        if has_pool and not max_running:
+            max_running = self._front_door.model.max_num_seqs
         return model_pb2.GetServerInfoResponse(
             version=__version__,
             instance_id=self._instance_id,
@@ -50,7 +53,7 @@ class ModelServicer:
             minimum_client_revision=MINIMUM_CLIENT_REVISION,
             kv_block_tokens=stats.block_size if has_pool else None,
             total_kv_blocks=stats.kv_blocks_total if has_pool else None,
-            max_running_requests=self._options.scheduler.max_num_seqs,
+            max_running_requests=max_running,
             max_queued_requests=self._options.limits.max_queued_requests,
             start_time=self._start_time,
         )

@@ -46,6 +46,13 @@ ROOMS: dict[str, Room] = {
         "kernels.sampling kernels.sampling_state runner.philox runner.sampler scheduler.output types",
         "torch numpy",
     ),
+    "runner.cuda_runner": room(
+        "kernels.sampling kernels.step_inputs models ops runner scheduler.output types",
+        "torch numpy structlog",
+    ),
+    "runner.device_batch": room("kernels.step_inputs ops.base runner scheduler.output", "torch numpy"),
+    "runner.updates": room("kernels.apply_updates runner", "torch numpy"),
+    "runner.cuda_backend": room("kernels models ops errors types", "torch structlog"),
     "engine": room("scheduler runner.base errors types", "structlog"),
     "frontend": room(
         "engine.client engine.messages engine.validation telemetry errors types",

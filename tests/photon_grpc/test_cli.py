@@ -126,6 +126,7 @@ class TestSettings:
         monkeypatch.setattr(cli, "configure_logging", lambda options: None)
         flags = "--model demo --host 127.0.0.2 --port 7 --dev --dtype bfloat16 --backend cpu"
         flags += " --kv-cache-memory 1MiB --max-num-seqs 3 --max-model-len 99 --no-prefix-caching"
+        flags += " --gpu-memory-utilization 0.5"
         flags += " --set scheduler.max_num_batched_tokens=17"
         with pytest.raises(SystemExit) as caught:
             cli.main(["serve", *flags.split()])
@@ -138,6 +139,7 @@ class TestSettings:
             "public",
         )
         assert (options.cache.kv_cache_memory_bytes, options.cache.prefix_caching) == (1 << 20, False)
+        assert options.cache.gpu_memory_utilization == 0.5
         assert (options.scheduler.max_num_seqs, options.model.max_model_len) == (3, 99)
         assert options.scheduler.max_num_batched_tokens == 17
 

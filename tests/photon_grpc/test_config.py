@@ -146,6 +146,12 @@ class TestErrorsNameTheSource:
         assert "cache.block_size" in message
 
 
+def test_a_stated_budget_must_let_every_stated_row_decode() -> None:
+    budget = parse_assignment("scheduler.max_num_batched_tokens=63")
+    message = refusal(overrides=[parse_assignment("scheduler.max_num_seqs=64"), budget])
+    assert "scheduler.max_num_batched_tokens = 63" in message
+
+
 @pytest.mark.parametrize(
     "assignment",
     [
@@ -154,14 +160,16 @@ class TestErrorsNameTheSource:
         "cache.free_memory_fraction=0",
         "cache.free_memory_fraction=1.01",
         "cache.free_memory_fraction=nan",
+        "cache.gpu_memory_utilization=0",
+        "cache.gpu_memory_utilization=1.01",
         "cache.kv_cache_memory_bytes=-1",
         "cache.kv_cache_memory_bytes=2 sheep",
         "cache.prefix_caching=maybe",
         "model.dtype=int8",
         "model.backend=tpu",
         "model.max_model_len=1",
-        "scheduler.max_num_seqs=0",
-        "scheduler.max_num_batched_tokens=63",
+        "scheduler.max_num_seqs=-1",
+        "scheduler.max_num_batched_tokens=-1",
         "server.port=65536",
         "server.port=-1",
         "server.admin_port=-2",

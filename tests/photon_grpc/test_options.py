@@ -55,7 +55,7 @@ def test_descriptions_are_one_line_and_numbers_carry_their_unit() -> None:
             assert text
             assert "\n" not in text
             if hints[name] is float:
-                assert name.endswith(("_s", "_fraction")), name
+                assert name.endswith(("_s", "_fraction", "_utilization")), name
 
 
 def test_options_cannot_be_changed_once_made() -> None:

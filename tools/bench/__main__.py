@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from photon_grpc.errors import StartupError
-from photon_grpc.options import SchedulerOptions
 from tools.bench import report, serving
 from tools.bench.figures import Objective
 from tools.bench.server_process import ServerSpec
@@ -171,8 +170,7 @@ def server_spec(model: str, dtype: str, threads: int, step_ms: float, max_num_se
     """A scripted engine has the budget to begin every stream in a step or two; a real one, the default."""
     if model:
         folder = model if model == "demo" else os.path.abspath(model)
-        budget = max(SchedulerOptions().max_num_batched_tokens, max_num_seqs)
-        return ServerSpec(folder, dtype, threads, 0.0, max_num_seqs, budget)
+        return ServerSpec(folder, dtype, threads, 0.0, max_num_seqs, max_num_batched_tokens=0)
     return ServerSpec(
         step_s=step_ms / 1e3, max_num_seqs=max_num_seqs, max_num_batched_tokens=64 * max_num_seqs
     )

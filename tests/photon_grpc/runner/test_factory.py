@@ -12,7 +12,7 @@ import torch
 from photon_grpc.errors import BackendUnavailableError, ConfigError
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.options import KVCacheOptions, ModelOptions, Options, SchedulerOptions
-from photon_grpc.runner import factory
+from photon_grpc.runner import backend
 from photon_grpc.runner.backend import resolve_dtype
 from photon_grpc.runner.factory import build_runner, default_num_threads
 from tests.support.builders import engine_core, engine_request, generate
@@ -79,7 +79,7 @@ def test_the_pool_is_sized_after_the_largest_step_has_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[object] = []
-    forward, measure = DecoderModel.forward, factory.kv_memory_bytes
+    forward, measure = DecoderModel.forward, backend.kv_memory_bytes
 
     def noted_forward(self: DecoderModel, token_ids: torch.Tensor, *rest: object) -> torch.Tensor:
         happened.append(len(token_ids))
@@ -90,7 +90,7 @@ def test_the_pool_is_sized_after_the_largest_step_has_run(
         return measure(*arguments)
 
     monkeypatch.setattr(DecoderModel, "forward", noted_forward)
-    monkeypatch.setattr(factory, "kv_memory_bytes", noted_measure)
+    monkeypatch.setattr(backend, "kv_memory_bytes", noted_measure)
     build_runner(folder, options())
     assert happened[:2] == [64, "sized"]
 

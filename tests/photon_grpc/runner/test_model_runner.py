@@ -24,7 +24,6 @@ from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner.backend import Backend, choose_backend
 from photon_grpc.runner.kv_cache import KVCache
-from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.scheduler.output import SequenceOutput
 from photon_grpc.types import TokenLogprobs
@@ -73,7 +72,7 @@ class Checkpoint:
         with torch.inference_mode():
             return self._reference(torch.tensor([token_ids])).logits[0]
 
-    def runner(self, num_blocks: int = 256, max_num_seqs: int = 16) -> ModelRunner:
+    def runner(self, num_blocks: int = 256, max_num_seqs: int = 16, max_num_batched_tokens: int = 512) -> Any:
         backend = self._backend
         cache = KVCache(
             self.config, backend.ops, num_blocks, BLOCK_SIZE, dtype=torch.float32, device=backend.device
@@ -83,14 +82,15 @@ class Checkpoint:
         info = model_info(
             vocab_size=self.config.vocab_size,
             max_model_len=min(self.config.max_position_embeddings, num_blocks * BLOCK_SIZE),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
-        sampler = backend.make_sampler(self.config.vocab_size)
-        return ModelRunner(self._decoder, info, cache, sampler, max_num_seqs=max_num_seqs)
+        return backend.make_runner(self._decoder, info, cache)
 
     def core(self, num_blocks: int = 256, **scheduler: Any) -> EngineCore:
         max_num_seqs = scheduler.setdefault("max_num_seqs", 16)
-        scheduler.setdefault("max_num_batched_tokens", 512)
-        return engine_core(self.runner(num_blocks, max_num_seqs), **scheduler)
+        budget = scheduler.setdefault("max_num_batched_tokens", 512)
+        return engine_core(self.runner(num_blocks, max_num_seqs, budget), **scheduler)
 
     def prompt(self, length: int, seed: int = 0) -> tuple[int, ...]:
         choose = random.Random(f"{length}/{seed}")

@@ -15,7 +15,7 @@ import pytest
 
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import Abort, AbortReason, Deadlines, FailureKind, SequenceOutput, Submit
-from photon_grpc.options import KVCacheOptions, SchedulerOptions
+from photon_grpc.options import KVCacheOptions
 from photon_grpc.runner.scripted import echo, logprobs_of
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
 from photon_grpc.scheduler.output import ModelOutput, RowFault, SamplerSpec
@@ -739,8 +739,8 @@ def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
     core = scripted_core(
         num_blocks=320,
         block_size=options.block_size,
-        max_num_seqs=SchedulerOptions().max_num_seqs,
-        max_num_batched_tokens=SchedulerOptions().max_num_batched_tokens,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
     )
     generator = random.Random(93)
     for key in range(1, 121):

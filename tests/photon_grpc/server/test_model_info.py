@@ -105,6 +105,7 @@ async def test_server_info() -> None:
     assert first.version == __version__
     assert (first.schema_revision, first.minimum_client_revision) == (1, 1)
     assert (first.kv_block_tokens, first.total_kv_blocks) == (16, 100)
-    assert first.max_running_requests == options.scheduler.max_num_seqs
+    assert options.scheduler.max_num_seqs == 0
+    assert first.max_running_requests == FakeFrontDoor().model_info.max_num_seqs
     assert first.max_queued_requests == options.limits.max_queued_requests
     assert first.start_time.seconds > 1_700_000_000

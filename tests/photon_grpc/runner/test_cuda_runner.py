@@ -1,0 +1,352 @@
+"""The GPU's runner without a GPU: the same tokens as the synchronous runner, whatever is under way.
+
+A lazy stream stands for the device (`tests/support/step_device.py`): nothing has happened before the host
+waits for it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from photon_grpc.engine.core import EngineCore
+from photon_grpc.engine.messages import Abort, AbortReason, EngineRequest, SequenceOutput, Submit
+from photon_grpc.models.llama import DecoderModel
+from photon_grpc.models.loader import load_weights
+from photon_grpc.models.registry import build_model, load_config
+from photon_grpc.ops.base import Ops
+from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.runner.cuda_runner import CudaRunner
+from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.model_runner import ModelRunner
+from photon_grpc.runner.sampler import Sampler
+from photon_grpc.runner.warmup import warm_up
+from tests.support.builders import engine_core, engine_request, model_info, run_to_end, sampling
+from tests.support.step_device import CPU, TORCH_STEP_KERNELS, LazyStream, PaddedTorchOps, lane_sampler
+from tests.support.tiny_model import tiny_model_folder
+
+BLOCK_SIZE = 4
+VOCAB = 512
+MAX_MODEL_LEN = 160
+
+
+class Models:
+    """One checkpoint, twice: for the runner under test and for the one that it is held to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = load_config(folder)
+        self.plain = self._load(TorchOps())
+        self.padded = self._load(PaddedTorchOps())
+
+    def synchronous(self, num_blocks: int, max_num_seqs: int) -> ModelRunner:
+        cache = self._cache(TorchOps(), num_blocks)
+        return ModelRunner(
+            self.plain, self._info(num_blocks), cache, Sampler(VOCAB, CPU), max_num_seqs=max_num_seqs
+        )
+
+    def ahead(
+        self, num_blocks: int, max_num_seqs: int, budget: int = 64, *, capture: bool = True
+    ) -> CudaRunner:
+        return CudaRunner(
+            self.padded,
+            self._info(num_blocks),
+            self._cache(PaddedTorchOps(), num_blocks),
+            lane_sampler(VOCAB, max_num_seqs),
+            kernels=TORCH_STEP_KERNELS,
+            stream=LazyStream(),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            capture=capture,
+        )
+
+    def cores(self, num_blocks: int = 64, **scheduler: Any) -> tuple[EngineCore, EngineCore]:
+        max_num_seqs = scheduler.setdefault("max_num_seqs", 6)
+        budget = scheduler.setdefault("max_num_batched_tokens", 40)
+        capture = scheduler.pop("capture", True)
+        return (
+            engine_core(self.synchronous(num_blocks, max_num_seqs), **scheduler),
+            engine_core(self.ahead(num_blocks, max_num_seqs, budget, capture=capture), **scheduler),
+        )
+
+    def _load(self, ops: Ops) -> DecoderModel:
+        decoder = build_model(self.config, ops, dtype=torch.float32, device=CPU)
+        load_weights(decoder, self.folder)
+        return decoder
+
+    def _cache(self, ops: Ops, num_blocks: int) -> KVCache:
+        cache = KVCache(self.config, ops, num_blocks, BLOCK_SIZE, dtype=torch.float32, device=CPU)
+        for layer in cache.layers:
+            layer.fill_(float("nan"))
+        return cache
+
+    def _info(self, num_blocks: int) -> Any:
+        return model_info(vocab_size=VOCAB, max_model_len=min(MAX_MODEL_LEN, num_blocks * BLOCK_SIZE))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tiny_model_folder(
+        tmp_path_factory.mktemp("model"), hidden_size=48, head_dim=8, intermediate_size=32
+    )
+    yield Models(folder)
+    torch.set_num_threads(threads)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    choose = random.Random(f"{length}/{seed}")
+    return tuple(choose.randrange(4, VOCAB) for _ in range(length))
+
+
+def request(tokens: tuple[int, ...], max_tokens: int = 20, **overrides: Any) -> EngineRequest:
+    return engine_request(tokens, max_tokens, **{"eos_token_ids": (), **overrides})
+
+
+def results(core: EngineCore, requests: list[EngineRequest], gap: int = 0) -> list[SequenceOutput]:
+    """Submit, `gap` steps between one and the next, and run to the end."""
+    outputs: list[SequenceOutput] = []
+    for key, one in enumerate(requests):
+        core.submit(Submit(key, one))
+        for _ in range(gap):
+            outputs.extend(core.step().outputs)
+    return outputs + run_to_end(core)
+
+
+def tokens_of(outputs: list[SequenceOutput]) -> dict[tuple[int, int], list[int]]:
+    tokens: dict[tuple[int, int], list[int]] = {}
+    for output in outputs:
+        tokens.setdefault((output.key, output.index), []).extend(output.token_ids)
+    return tokens
+
+
+def assert_same(models: Models, requests: list[EngineRequest], gap: int = 0, **core: Any) -> EngineCore:
+    """Both runners give the same tokens; the core of the one under test."""
+    expected, actual = models.cores(**core)
+    assert tokens_of(results(actual, requests, gap)) == tokens_of(results(expected, requests, gap))
+    assert actual.scheduler.stats().kv_blocks_used == 0
+    return actual
+
+
+@pytest.mark.parametrize("length", [1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 39, 40, 41, 100])
+def test_one_request(models: Models, length: int) -> None:
+    assert_same(models, [request(prompt(length))])
+
+
+@pytest.mark.parametrize("gap", [0, 1, 3])
+@pytest.mark.parametrize("capture", [True, False])
+def test_company(models: Models, gap: int, capture: bool) -> None:
+    requests = [request(prompt(length, i), 5 + 4 * i) for i, length in enumerate((1, 30, 4, 17, 90, 5, 8, 9))]
+    assert_same(models, requests, gap, capture=capture)
+
+
+def test_preemption_with_steps_under_way(models: Models) -> None:
+    core = assert_same(models, [request(prompt(20, i), 30) for i in range(5)], num_blocks=30)
+    assert core.scheduler.stats().preemptions > 0
+
+
+def test_prefixes_are_shared(models: Models) -> None:
+    head = prompt(24)
+    core = assert_same(models, [request(head + prompt(i, i), 12) for i in (1, 5, 9)], gap=2)
+    assert core.scheduler.stats().prefix_hits > 0
+
+
+def test_the_token_after_an_end_is_dropped(models: Models) -> None:
+    (tokens,) = tokens_of(results(models.cores()[0], [request(prompt(9), 12)])).values()
+    ends = [request(prompt(9), 12, stop_token_ids=(tokens[5],)), request(prompt(10), 12)]
+    assert_same(models, ends)
+
+
+def test_sampled_rows_beside_greedy_ones(models: Models) -> None:
+    noisy = [sampling(temperature=0.9, top_p=0.9, seed=seed, n=2) for seed in (3, 4)]
+    penalised = sampling(repetition_penalty=1.5, logit_bias=((7, 3.0),))
+    requests = [request(prompt(5 + i, i), 15, sampling=one) for i, one in enumerate([*noisy, penalised])]
+    assert_same(models, [*requests, request(prompt(33))], gap=1)
+
+
+def test_logprobs_of_outputs_and_prompts(models: Models) -> None:
+    requests = [
+        request(prompt(45), 6, top_logprobs=3, prompt_top_logprobs=2),
+        request(prompt(7), 9),
+        request(prompt(8), 9, top_logprobs=0),
+    ]
+    told = []
+    for core in models.cores():
+        outputs = results(core, requests, gap=1)
+        told.append(
+            [
+                [entry for output in outputs if output.key == key for entry in getattr(output, name)]
+                for key in range(len(requests))
+                for name in ("prompt_logprobs", "logprobs")
+            ]
+        )
+    expected, actual = told
+    assert [len(entries) for entries in actual] == [44, 6, 0, 0, 0, 9]
+    for one, other in zip(expected, actual, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert [token_id for token_id, _ in a.top] == [token_id for token_id, _ in b.top]
+
+
+def test_a_row_of_nan_ends_its_request_alone(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = models.cores()[1]
+    runner = core.runner
+    assert isinstance(runner, CudaRunner)
+    compute = runner._decoder.compute_logits
+    calls = 0
+
+    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        logits = compute(hidden)
+        if bool(runner._sampler.row_slots[0] >= 0):
+            calls += 1
+            if calls == 5:
+                logits[0, 3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner._decoder, "compute_logits", poisoned)
+    outputs = results(core, [request(prompt(20)), request(prompt(25))])
+    assert [o.failure is not None for o in outputs if o.key == 0 and o.is_last] == [True]
+    (expected,) = tokens_of(results(models.cores()[0], [request(prompt(25))])).values()
+    assert tokens_of(outputs)[1, 0] == expected
+    assert core.scheduler.stats().faults == 1
+
+
+def test_a_steady_batch_sends_only_its_new_blocks(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = models.cores()[1]
+    runner = core.runner
+    assert isinstance(runner, CudaRunner)
+    for key in range(3):
+        core.submit(Submit(key, request(prompt(BLOCK_SIZE + key), 40)))
+    for _ in range(4):
+        core.step()
+    sent: list[int] = []
+    send = runner._updates.send
+
+    def noted() -> None:
+        sent.append(sum(count for _, _, count in runner._updates._segments))
+        send()
+
+    monkeypatch.setattr(runner._updates, "send", noted)
+    for _ in range(2 * BLOCK_SIZE):
+        core.step()
+    assert sum(sent) == 3 * 2
+    assert sent.count(0) == 2
+
+
+def test_every_small_step_is_a_replay(models: Models) -> None:
+    _, core = models.cores(max_num_batched_tokens=64)
+    runner = core.runner
+    assert isinstance(runner, CudaRunner)
+    stream = runner._stream
+    assert isinstance(stream, LazyStream)
+    runner.prepare()
+    captured = stream.num_captures
+    results(core, [request(prompt(3 + 9 * i, i), 6 + i) for i in range(8)], gap=2)
+    assert stream.num_captures == captured
+    assert stream.num_replays == captured + core.scheduler.stats().steps
+
+
+def test_warm_up_leaves_no_trace(models: Models) -> None:
+    runner = models.ahead(64, 1)
+    runner.prepare()
+    warm_up(runner)
+    expected = tokens_of(results(models.cores()[0], [request(prompt(20))]))
+    assert tokens_of(results(engine_core(runner, max_num_seqs=1), [request(prompt(20))])) == expected
+
+
+def test_idle_rows_write_no_kv(models: Models) -> None:
+    runner = models.ahead(64, 6)
+    runner.prepare()
+    runner._steps[0].arrived.set()
+    runner._steps[0].arrived.wait()
+    assert all(bool(layer.isnan().all()) for layer in runner._kv_cache.layers)
+
+
+def test_close_waits_and_may_be_called_twice(models: Models) -> None:
+    core = models.cores()[1]
+    core.submit(Submit(1, request(prompt(5))))
+    core.step()
+    core.runner.close()
+    core.runner.close()
+
+
+@given(
+    num_blocks=st.integers(12, 48),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(6, 48),
+    prefix_caching=st.booleans(),
+    capture=st.booleans(),
+    events=st.lists(
+        st.tuples(
+            st.integers(1, 40),  # length of the prompt
+            st.integers(1, 24),  # outputs
+            st.integers(0, 3),  # which prompt
+            st.integers(1, 2),  # completions
+            st.booleans(),  # greedy
+            st.integers(0, 4),  # steps until the next
+            st.none() | st.integers(0, 8),  # which request is aborted then
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_course_of_events_gives_the_same_tokens(
+    models: Models,
+    num_blocks: int,
+    max_num_seqs: int,
+    budget: int,
+    prefix_caching: bool,
+    capture: bool,
+    events: list[tuple[int, int, int, int, bool, int, int | None]],
+) -> None:
+    capacity = min(num_blocks * BLOCK_SIZE, MAX_MODEL_LEN)
+    told: list[dict[tuple[int, int], list[int]]] = []
+    aborted: set[int] = set()
+    cores = models.cores(
+        num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        prefix_caching=prefix_caching,
+        capture=capture,
+    )
+    for core in cores:
+        outputs: list[SequenceOutput] = []
+        for key, (length, max_tokens, seed, n, greedy, steps, victim) in enumerate(events):
+            length = min(length, capacity - 1)
+            parameters = sampling(n=n) if greedy else sampling(n=n, temperature=0.8, top_k=20, seed=key)
+            core.submit(
+                Submit(
+                    key,
+                    request(
+                        prompt(40, seed)[:length], min(max_tokens, capacity - length), sampling=parameters
+                    ),
+                )
+            )
+            for _ in range(steps):
+                outputs.extend(core.step().outputs)
+                core.scheduler.check_invariants()
+            if victim is not None and victim <= key:
+                aborted.add(victim)
+                core.abort(Abort(victim, None, AbortReason.CANCELLED))
+        outputs.extend(run_to_end(core))
+        outputs.extend(core.flush().outputs)
+        told.append(tokens_of(outputs))
+    expected, actual = told
+    assert set(expected) == set(actual)
+    for (key, index), tokens in actual.items():
+        other = expected[key, index]
+        if key in aborted:
+            # The one that is a step ahead has had other tokens by then.
+            shorter = min(len(tokens), len(other))
+            tokens, other = tokens[:shorter], other[:shorter]
+        assert tokens == other
