@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from photon_grpc.errors import ConfigError, UnsupportedModelError
-from photon_grpc.kernels import embedding, gemv, linear_output, rmsnorm, rope_store_kv, silu_and_mul
+from photon_grpc.kernels import (
+    embedding,
+    gemv,
+    linear_output,
+    rmsnorm,
+    rope_store_kv,
+    silu_and_mul,
+    skinny_gemm,
+)
 from photon_grpc.kernels.launcher import require_cuda
 from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.paged_attention_decode import (
@@ -28,8 +36,10 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond this, reading the residual in every CTA takes longer than one kernel that norms it for all.
-_MAX_NORMED_TOKENS = 8
+# Beyond the first, norming the residual in every CTA takes longer than one kernel that norms it for all, and
+# weights are better shared by a CTA; beyond the second, cuBLASLt is faster.
+MAX_GEMV_TOKENS = 8
+MAX_SKINNY_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +110,7 @@ class CudaOps(Ops):
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         weight, bias = projection
-        if update is not None or not _is_gemv(residual, weight):
+        if update is not None or not _has_few(residual, weight):
             return super().norm_qkv_rope_store_kv(
                 update,
                 residual,
@@ -131,7 +141,7 @@ class CudaOps(Ops):
         self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
     ) -> Tensor:
         weight, bias = projection
-        if update is not None or not _is_gemv(residual, weight):
+        if update is not None or not _has_few(residual, weight):
             return super().norm_gate_up_silu(update, residual, norm, eps, projection)
         out = weight.new_empty(residual.shape[0], weight.shape[0] // 2)
         self._normed(linear_output.silu_and_mul(out, bias), residual, norm, eps, weight)
@@ -139,26 +149,26 @@ class CudaOps(Ops):
 
     def linear_update(self, x: Tensor, residual: Tensor, projection: Projection) -> Tensor | None:
         weight, bias = projection
-        if not _is_gemv(x, weight):
+        if not _has_few(x, weight):
             return super().linear_update(x, residual, projection)
-        gemv.gemv(linear_output.add_rows(residual, bias), x, weight)
+        _multiply(linear_output.add_rows(residual, bias), x, weight)
         return None
 
     def _normed(
         self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
     ) -> None:
         """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
-        if residual.shape[0] <= _MAX_NORMED_TOKENS and gemv.can_norm(weight.shape[1], residual.shape[0]):
+        if residual.shape[0] <= MAX_GEMV_TOKENS and gemv.can_norm(weight.shape[1], residual.shape[0]):
             gemv.normed_gemv(output, residual, norm, eps, weight)
         else:
-            gemv.gemv(output, self.rms_norm(residual, norm, eps), weight)
+            _multiply(output, self.rms_norm(residual, norm, eps), weight)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if hidden.dtype is torch.float32:
             return F.linear(hidden, weight)
-        if _is_gemv(hidden, weight):
+        if _has_few(hidden, weight):
             out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-            gemv.gemv(linear_output.float_rows(out), hidden, weight)
+            _multiply(linear_output.float_rows(out), hidden, weight)
             return out
         # The product's own accumulator, not rounded to 16 bits on the way.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
@@ -253,9 +263,16 @@ class CudaOps(Ops):
         return workspace
 
 
-def _is_gemv(x: Tensor, weight: Tensor) -> bool:
-    """Whether so few tokens are best multiplied by our own kernel. float32 has none."""
-    return 0 < x.shape[0] <= gemv.MAX_TOKENS and weight.dtype is not torch.float32
+def _has_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether so few tokens are best multiplied by our own kernels. float32 has none."""
+    return 0 < x.shape[0] <= MAX_SKINNY_TOKENS and weight.dtype is not torch.float32
+
+
+def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
+    if x.shape[0] <= MAX_GEMV_TOKENS:
+        gemv.gemv(output, x, weight)
+    else:
+        skinny_gemm.skinny_gemm(output, x, weight)
 
 
 def _make_plan(metadata: AttentionMetadata) -> _Plan:
