@@ -315,7 +315,7 @@ class CudaRunner:
         graph = self._graph(kind) if rows.is_captured else None
         if rows is not self._rows:
             self._batch.set_rows(kind.shape, rows.decode_slots, rows.prefills)
-            self._updates.write(self._sampler.row_slots, self._sampled_slots(rows))
+            self._updates.write(self._sampler.row_slots, 0, self._sampled_slots(rows))
             self._rows = rows
         score = self._scorer(step, rows) if rows.scored else None
         self._advance(rows)

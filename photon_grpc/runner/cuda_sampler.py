@@ -33,8 +33,9 @@ _MIN_TEMPERATURE = 1e-6
 _MARKS_PER_CHUNK = 8
 
 
-WriteState = Callable[[Tensor, npt.NDArray[np.generic]], None]
-"""Lets a contiguous tensor on the device become an array, from its beginning on, in the stream's order."""
+WriteState = Callable[[Tensor, int, npt.NDArray[np.generic]], None]
+"""Lets a row of a contiguous tensor on the device become an array, from its beginning on, in the stream's
+order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +220,12 @@ class CudaSampler:
         slot = self._free.pop()
         state = self.state
         if num_biases:
-            self._write(state.bias_ids[slot], packed.bias.token_ids)
-            self._write(state.bias_values[slot], packed.bias.values)
-        self._write(state.params[slot], packed.record)
-        self._write(state.num_outputs[slot:], np.array([packed.num_outputs], dtype=np.int32))
+            self._write(state.bias_ids, slot, packed.bias.token_ids)
+            self._write(state.bias_values, slot, packed.bias.values)
+        self._write(state.params, slot, packed.record)
+        self._write(state.num_outputs, slot, np.array([packed.num_outputs], dtype=np.int32))
         if token_ids:
-            self._write(state.last_token_ids[slot:], np.array([token_ids[-1]], dtype=np.int32))
+            self._write(state.last_token_ids, slot, np.array([token_ids[-1]], dtype=np.int32))
         self._sequences[seq_id] = _Sequence(
             slot, marks, greedy=spec.sampling.temperature == 0, top_logprobs=spec.top_logprobs
         )
@@ -344,10 +345,10 @@ class CudaSampler:
         return torch.from_numpy(values).pin_memory().to(self._device, non_blocking=True)
 
 
-def _write_now(target: Tensor, values: npt.NDArray[np.generic]) -> None:
+def _write_now(target: Tensor, row: int, values: npt.NDArray[np.generic]) -> None:
     # From pageable memory, so that the driver has taken a copy when this returns.
     source = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).ravel())
-    target.view(torch.uint8)[: len(source)] = source.to(target.device)
+    target[row : row + 1].flatten().view(torch.uint8)[: len(source)] = source.to(target.device)
 
 
 def _read(

@@ -84,6 +84,7 @@ class DeviceBatch:
         )
         self._updates = updates
         self._width = width
+        self._tables_address = self.state.tables.data_ptr()
         self._sequences: dict[int, _Sequence] = {}
         self._num_computed = np.zeros(num_slots, dtype=np.int64)
 
@@ -95,9 +96,9 @@ class DeviceBatch:
             slot, np.array(new.token_ids, dtype=np.int32), len(new.block_ids)
         )
         self._num_computed[slot] = new.num_computed_tokens
-        self._updates.write_at(_address(self.state.num_computed, slot), (new.num_computed_tokens,))
+        self._updates.write_at(self.state.num_computed.data_ptr() + _WORD * slot, (new.num_computed_tokens,))
         if new.block_ids:
-            self._updates.write_at(_address(self.state.tables, slot * self._width), new.block_ids)
+            self._updates.write_at(self._tables_address + _WORD * slot * self._width, new.block_ids)
 
     def remove(self, seq_id: int) -> None:
         """Forget a sequence. What has been launched with it still runs, ahead of whatever comes."""
@@ -107,7 +108,7 @@ class DeviceBatch:
         """Extend a sequence's block table."""
         sequence = self._sequences[seq_id]
         place = sequence.slot * self._width + sequence.num_blocks
-        self._updates.write_at(_address(self.state.tables, place), block_ids)
+        self._updates.write_at(self._tables_address + _WORD * place, block_ids)
         sequence.num_blocks += len(block_ids)
 
     def slots(self, seq_ids: Sequence[int]) -> Slots:
@@ -144,9 +145,9 @@ class DeviceBatch:
             starts[1 : len(counts) + 1] = np.cumsum(counts)
             starts[len(counts) + 1 :] = starts[len(counts)]
             chunks = [self._next_tokens(row) for row in prefills]
-            self._updates.write(self._query_starts, starts)
-            self._updates.write(self._prompt_tokens, np.concatenate(chunks))
-        self._updates.write(self._row_slots, slots)
+            self._updates.write(self._query_starts, 0, starts)
+            self._updates.write(self._prompt_tokens, 0, np.concatenate(chunks))
+        self._updates.write(self._row_slots, 0, slots)
 
     def clear_rows(self) -> None:
         """Make every row idle: work on the device, not an update."""
@@ -192,8 +193,3 @@ class DeviceBatch:
     def _next_tokens(self, row: PrefillRow) -> npt.NDArray[np.int32]:
         start = self.num_computed_tokens(row.seq_id)
         return self.tokens(row.seq_id, start, start + row.num_tokens)
-
-
-def _address(tensor: Tensor, place: int) -> int:
-    """Of the word at `place` of a contiguous tensor."""
-    return tensor.data_ptr() + _WORD * place

@@ -50,9 +50,13 @@ class Updates:
         self._end = 0
         self._segments.clear()
 
-    def write(self, target: Tensor, values: npt.NDArray[np.generic]) -> None:
-        """Let `target`, contiguous and on the device, become `values` from its beginning on."""
-        self.write_at(target.data_ptr(), np.ascontiguousarray(values).view(np.int32).ravel())
+    def write(self, target: Tensor, row: int, values: npt.NDArray[np.generic]) -> None:
+        """Let row `row` of `target`, contiguous and on the device, become `values` from its beginning on.
+
+        Values may go on into the rows behind it.
+        """
+        address = target.data_ptr() + row * target.stride(0) * target.element_size()
+        self.write_at(address, np.ascontiguousarray(values).view(np.int32).ravel())
 
     def write_at(self, address: int, words: Words | Sequence[int]) -> None:
         """Let the memory from `address` on become `words`."""

@@ -201,8 +201,8 @@ class LaneSampler:
         slot = self._free.pop()
         self._num_lanes += 1
         self._sampler.add(self._num_lanes, spec, token_ids, num_prompt_tokens)
-        self._write(self.state.params[slot:], np.array([self._num_lanes], dtype=np.int32))
-        self._write(self.state.last_token_ids[slot:], np.array([token_ids[-1]], dtype=np.int32))
+        self._write(self.state.params, slot, np.array([self._num_lanes], dtype=np.int32))
+        self._write(self.state.last_token_ids, slot, np.array([token_ids[-1]], dtype=np.int32))
         self._sequences[seq_id] = (slot, spec)
 
     def remove(self, seq_id: int) -> None:
