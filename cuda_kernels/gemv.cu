@@ -158,14 +158,18 @@ __device__ __forceinline__ void request_weights(const Cursor& cursor, const Stor
     }
 }
 
-// The x of the same chunk, for direct; `x` is where the lane begins in its token of each group.
-__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* const (&x)[kGroups]) {
+// The x of the same chunk, for direct; `x` is where the lane begins in its token of each group. Tokens past the
+// last one are zeros: reading one of the others again would be as slow as reading another.
+__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* const (&x)[kGroups],
+                                               int tokens) {
+    const int g = static_cast<int>((threadIdx.x & 31) >> 2);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
+        const bool is_token = 8 * group + g < tokens;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             request(cursor.slot + (kWeightPieces + 2 * group + half) * kPieceBytes, x[group] + cursor.k + 32 * half,
-                    is_inside(cursor.k, half));
+                    is_token && is_inside(cursor.k, half));
         }
     }
 }
@@ -273,8 +277,8 @@ __device__ __forceinline__ void stage_normed(Storage* staged_tokens, const Share
     }
 }
 
-// Adds the products of one chunk; `token_rows` is where the lane's x of each group stands in shared memory.
-__device__ __forceinline__ void multiply(float (&sums)[kGroups][4], u32 slot, const u32 (&token_rows)[kGroups], int k) {
+// Adds the products of one chunk, its halves apart: one mma need not wait for the one before. `token_rows` is where the lane's x of each group stands in shared memory.
+__device__ __forceinline__ void multiply(float (&sums)[2][kGroups][4], u32 slot, const u32 (&token_rows)[kGroups], int k) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint4 low = load_shared(slot + 2 * half * kPieceBytes);
@@ -284,8 +288,8 @@ __device__ __forceinline__ void multiply(float (&sums)[kGroups][4], u32 slot, co
             const uint4 x = kInput == direct
                                 ? load_shared(slot + (kWeightPieces + 2 * group + half) * kPieceBytes)
                                 : load_shared(token_rows[group] + 2 * (k + 32 * half));
-            mma_16x8x16<Storage>(sums[group], low.x, high.x, low.y, high.y, x.x, x.y);
-            mma_16x8x16<Storage>(sums[group], low.z, high.z, low.w, high.w, x.z, x.w);
+            mma_16x8x16<Storage>(sums[half][group], low.x, high.x, low.y, high.y, x.x, x.y);
+            mma_16x8x16<Storage>(sums[half][group], low.z, high.z, low.w, high.w, x.z, x.w);
         }
     }
 }
@@ -327,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
     wait_for_previous();
     if (static_cast<int>(blockIdx.x) >= num_tiles) return;
 
-    // Tokens past the last one repeat it, and nothing comes of them.
+    // Staged tokens past the last one repeat it, and nothing comes of them.
     const Storage* x[kGroups] = {};
     u32 token_rows[kGroups] = {};
 #pragma unroll
@@ -341,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
         Cursor late = start;
 #pragma unroll
         for (int i = 0; i < kDepth - 1; ++i) {
-            request_tokens(late, x);
+            request_tokens(late, x, tokens);
             commit_copies();
             advance(late, output, ring);
         }
@@ -375,12 +379,12 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
         float2 operands = make_float2(0.0f, 0.0f);
         if (finishes) operands = request_pair(output, tile * kPairs + my_pair, my_token, place);
 
-        float sums[kGroups][4] = {};
+        float sums[2][kGroups][4] = {};
 #pragma unroll 4
         for (int i = 0; i < kChunksPerWarp; ++i) {
             // Into the slot whose chunk was used last.
             request_weights(cursor, weight, num_tiles);
-            if (kInput == direct) request_tokens(cursor, x);
+            if (kInput == direct) request_tokens(cursor, x, tokens);
             commit_copies();
             advance(cursor, output, ring);
             wait_for_requests<kDepth - 1>();
@@ -392,8 +396,10 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
         for (int group = 0; group < kGroups; ++group) {
             float* const low = &shared.sums[parity][warp][g][8 * group + 2 * t];
             float* const high = &shared.sums[parity][warp][g + 8][8 * group + 2 * t];
-            *reinterpret_cast<float2*>(low) = make_float2(sums[group][0], sums[group][1]);
-            *reinterpret_cast<float2*>(high) = make_float2(sums[group][2], sums[group][3]);
+            const float(&first)[4] = sums[0][group];
+            const float(&second)[4] = sums[1][group];
+            *reinterpret_cast<float2*>(low) = make_float2(first[0] + second[0], first[1] + second[1]);
+            *reinterpret_cast<float2*>(high) = make_float2(first[2] + second[2], first[3] + second[3]);
         }
         __syncthreads();
         if (finishes) {
