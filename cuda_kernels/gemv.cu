@@ -12,18 +12,20 @@
 // warp order. A CTA walks tiles blockIdx.x, blockIdx.x + gridDim.x, ... Lane (g, t) of a warp takes the 16
 // bytes at 8 t and 32 + 8 t of the chunk from rows g and g + 8: the contraction has an order of its own, and x
 // is read alike. So no thread needs what another one loads: each has a ring of its own in shared memory, which
-// it fills by cp.async kDepth - 1 chunks ahead, across tiles, without a barrier. 48 KB of a multiprocessor are
-// always under way, where 26 KB cover the latency. (With the ring in registers ptxas waits for all of it before
-// it requests anything: a third slower.) The result of a token depends on the weight's shape alone, not on the
-// grid and not on other tokens.
+// it fills by cp.async kDepth - 1 chunks ahead, across tiles, without a barrier: 80 KB of a multiprocessor are
+// under way, where 26 KB cover the latency. (With the ring in registers ptxas waits for all of it before it
+// requests anything: a third slower.) The result of a token depends on the weight's shape alone, not on the grid
+// and not on other tokens.
 //
-// The first chunks are requested before the kernel before this one has finished; the next kernel may start at
-// once, since two of these CTAs fit into a multiprocessor.
+// The rings take more than half of the shared memory, so that a multiprocessor has one of these CTAs at a time.
+// Where two fit, those of the next kernel gather where this one leaves room, and whoever shares a multiprocessor
+// is late by as much as the overlap gains, and more. kEarly chunks are requested before the kernel before
+// this one has finished. The others come behind the first reads of x, which would queue behind them otherwise.
 //
 // Launch: grid of any size (one CTA per multiprocessor keeps room for the next kernel), kThreads threads,
 // PHOTON_SHARED_BYTES of dynamic shared memory: the rings, and the x of all tokens for staged and normed. direct
 // has x in the rings instead, read from L2 again for every tile: for kernels of one or two tiles a CTA.
-// Preconditions: 1 <= tokens <= PHOTON_TOKENS; k a multiple of 8, n * k below 2^32; input, weight, norm 16-byte aligned, and
+// Preconditions: 1 <= tokens <= 8; k a multiple of 8, n * k below 2^32; input, weight, norm 16-byte aligned, and
 // input_row_stride a multiple of 16 bytes.
 // Arithmetic: products of 16-bit values, sums in float32. In bf16 a normed x is input * norm, rounded, and the
 // root of the mean divides the sum: relative errors are the same, and no thread waits for the mean. f16 would
@@ -34,9 +36,8 @@
 #include "photon/linear_output.cuh"
 #include "photon/reduce.cuh"
 
-#if !defined(PHOTON_K) || !defined(PHOTON_TOKENS) || !defined(PHOTON_INPUT) || !defined(PHOTON_DEPTH) || \
-    !defined(PHOTON_SHARED_BYTES)
-#error "PHOTON_K, PHOTON_TOKENS, PHOTON_INPUT, PHOTON_DEPTH and PHOTON_SHARED_BYTES must be defined"
+#if !defined(PHOTON_K) || !defined(PHOTON_INPUT) || !defined(PHOTON_DEPTH) || !defined(PHOTON_SHARED_BYTES)
+#error "PHOTON_K, PHOTON_INPUT, PHOTON_DEPTH and PHOTON_SHARED_BYTES must be defined"
 #endif
 
 namespace photon {
@@ -45,8 +46,7 @@ enum InputKind { direct, staged, normed };
 constexpr InputKind kInput = PHOTON_INPUT;
 
 constexpr int kK = PHOTON_K;
-constexpr int kTokens = PHOTON_TOKENS;
-constexpr int kGroups = kTokens / 8;  // of eight tokens, the N of an mma
+constexpr int kTokens = 8;  // the N of an mma
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPairs = 8;  // of weight rows in a tile
@@ -63,8 +63,9 @@ constexpr int kTokensTogether = 4;
 
 // A thread's pieces of 16 bytes in a slot of the ring: of two weight rows, and of its x for direct.
 constexpr int kWeightPieces = 4;
-constexpr int kPieces = kWeightPieces + (kInput == direct ? 2 * kGroups : 0);
+constexpr int kPieces = kWeightPieces + (kInput == direct ? 2 : 0);
 constexpr int kDepth = PHOTON_DEPTH;
+constexpr int kEarly = 2;
 constexpr int kPieceBytes = 16 * kThreads;
 constexpr int kSlotBytes = kPieces * kPieceBytes;
 constexpr int kRingBytes = kDepth * kSlotBytes;
@@ -73,8 +74,8 @@ constexpr int kRingBytes = kDepth * kSlotBytes;
 constexpr int kNormStart = kTokens * kStagedStride;
 constexpr int kStagedValues = kInput == direct ? 0 : kNormStart + (kInput == normed ? kStagedK : 0);
 static_assert(kRingBytes + 2 * kStagedValues == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
-static_assert(kTokens == 8 || kTokens == 16, "one or two mma results");
 static_assert(kK % 8 == 0, "16-byte loads");
+static_assert(kEarly < kDepth, "one slot is in use");
 
 template <typename T>
 struct Divides {
@@ -158,19 +159,13 @@ __device__ __forceinline__ void request_weights(const Cursor& cursor, const Stor
     }
 }
 
-// The x of the same chunk, for direct; `x` is where the lane begins in its token of each group. Tokens past the
-// last one are zeros: reading one of the others again would be as slow as reading another.
-__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* const (&x)[kGroups],
-                                               int tokens) {
-    const int g = static_cast<int>((threadIdx.x & 31) >> 2);
+// The x of the same chunk, for direct; `x` is where the lane begins in its token. Tokens past the last one are
+// zeros: reading one of the others again would be as slow as reading another.
+__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* x, bool is_token) {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-        const bool is_token = 8 * group + g < tokens;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            request(cursor.slot + (kWeightPieces + 2 * group + half) * kPieceBytes, x[group] + cursor.k + 32 * half,
-                    is_token && is_inside(cursor.k, half));
-        }
+    for (int half = 0; half < 2; ++half) {
+        request(cursor.slot + (kWeightPieces + half) * kPieceBytes, x + cursor.k + 32 * half,
+                is_token && is_inside(cursor.k, half));
     }
 }
 
@@ -211,11 +206,10 @@ __device__ __forceinline__ float inverse_root(const Shared& shared, int token, i
 }
 
 // The norm's weight, zeros behind k. It may be read before the kernel before this one has finished.
-__device__ __forceinline__ void stage_norm(Storage* staged_norm, const Storage* norm) {
+__device__ __forceinline__ void request_norm(const Storage* staged_norm, const Storage* norm) {
+    const u32 target = static_cast<u32>(__cvta_generic_to_shared(staged_norm));
     for (int start = threadIdx.x * kVec; start < kStagedK; start += kThreads * kVec) {
-        Raw<Storage> raw{};
-        if (start < kK) raw = load_weights(norm + start);
-        store(staged_norm + start, raw);
+        request(target + 2 * start, norm + start, start < kK);
     }
 }
 
@@ -225,26 +219,37 @@ __device__ __forceinline__ void load_staged(float (&values)[kVec], const Storage
     unpack(raw, values);
 }
 
-// The residual's squares, and in bf16 input * norm to shared memory in the same pass.
-__device__ __forceinline__ void stage_residual(Storage* staged_tokens, Shared& shared, const float* input,
-                                               const Storage* staged_norm, i64 row_stride, int tokens) {
+// Several vectors of one token of the residual, `step` values apart.
+struct ResidualPart {
+    Raw<float> raw[kTokensTogether];
+};
+
+__device__ __forceinline__ void load_part(ResidualPart& part, const float* row, int start, int step) {
+#pragma unroll
+    for (int i = 0; i < kTokensTogether; ++i) {
+        if (start + i * step < kK) part.raw[i] = load_activations(row + start + i * step);
+    }
+}
+
+// The residual's squares, and in bf16 input * norm to shared memory in the same pass. `part` holds the first
+// vectors of the thread already.
+__device__ __forceinline__ void stage_residual(Storage* staged_tokens, Shared& shared, ResidualPart& part,
+                                               const float* input, const Storage* staged_norm, i64 row_stride,
+                                               int tokens) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, sharers = num_sharers(tokens);
     const int step = sharers * 32 * kVec;
+    bool is_loaded = true;
     for (int token = warp / sharers; token < tokens; token += kWarps / sharers) {
-        const float* row = input + token * row_stride;
         Storage* const target = staged_row(staged_tokens, token);
         float sum = 0.0f;
         for (int first = (warp % sharers * 32 + lane) * kVec; first < kStagedK; first += kTokensTogether * step) {
-            Raw<float> raw[kTokensTogether];
-#pragma unroll
-            for (int i = 0; i < kTokensTogether; ++i) {
-                if (first + i * step < kK) raw[i] = load_activations(row + first + i * step);
-            }
+            if (!is_loaded) load_part(part, input + token * row_stride, first, step);
+            is_loaded = false;
 #pragma unroll
             for (int i = 0; i < kTokensTogether; ++i) {
                 const int start = first + i * step;
                 float values[kVec] = {};
-                if (start < kK) unpack(raw[i], values);
+                if (start < kK) unpack(part.raw[i], values);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) sum += values[j] * values[j];
                 if (kDividesSums && start < kStagedK) {
@@ -277,27 +282,24 @@ __device__ __forceinline__ void stage_normed(Storage* staged_tokens, const Share
     }
 }
 
-// Adds the products of one chunk, its halves apart: one mma need not wait for the one before. `token_rows` is where the lane's x of each group stands in shared memory.
-__device__ __forceinline__ void multiply(float (&sums)[2][kGroups][4], u32 slot, const u32 (&token_rows)[kGroups], int k) {
+// Adds the products of one chunk, its halves apart: one mma need not wait for the one before. `token_row` is
+// where the lane's x stands in shared memory.
+__device__ __forceinline__ void multiply(float (&sums)[2][4], u32 slot, u32 token_row, int k) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint4 low = load_shared(slot + 2 * half * kPieceBytes);
         const uint4 high = load_shared(slot + (2 * half + 1) * kPieceBytes);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            const uint4 x = kInput == direct
-                                ? load_shared(slot + (kWeightPieces + 2 * group + half) * kPieceBytes)
-                                : load_shared(token_rows[group] + 2 * (k + 32 * half));
-            mma_16x8x16<Storage>(sums[half][group], low.x, high.x, low.y, high.y, x.x, x.y);
-            mma_16x8x16<Storage>(sums[half][group], low.z, high.z, low.w, high.w, x.z, x.w);
-        }
+        const uint4 x = kInput == direct ? load_shared(slot + (kWeightPieces + half) * kPieceBytes)
+                                         : load_shared(token_row + 2 * (k + 32 * half));
+        mma_16x8x16<Storage>(sums[half], low.x, high.x, low.y, high.y, x.x, x.y);
+        mma_16x8x16<Storage>(sums[half], low.z, high.z, low.w, high.w, x.z, x.w);
     }
 }
 
 }  // namespace photon
 
 // Arguments from `out` to `out_row_stride` are those of struct Output.
-extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
+extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
     gemv(void* out, photon::Storage* kv_cache, const void* input, const photon::Storage* __restrict__ weight,
          const photon::Storage* __restrict__ norm, const photon::Storage* __restrict__ bias,
          const float* __restrict__ angles, const photon::Index* positions, const photon::i64* slots, int tokens,
@@ -317,35 +319,31 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
     cursor.slot = ring;
     enter_tile(cursor, output, blockIdx.x);
     const Cursor start = cursor;
+    const Storage* const staged_norm = staged_tokens + kNormStart;
+    if (kInput == normed) {
+        request_norm(staged_norm, norm);
+        commit_copies();
+    }
 #pragma unroll
-    for (int i = 0; i < kDepth - 1; ++i) {
+    for (int i = 0; i < kEarly; ++i) {
         request_weights(cursor, weight, num_tiles);
         commit_copies();
         advance(cursor, output, ring);
     }
     let_next_start();
-    if (kInput == normed) {
-        stage_norm(staged_tokens + kNormStart, norm);
-        __syncthreads();
-    }
     wait_for_previous();
     if (static_cast<int>(blockIdx.x) >= num_tiles) return;
 
-    // Staged tokens past the last one repeat it, and nothing comes of them.
-    const Storage* x[kGroups] = {};
-    u32 token_rows[kGroups] = {};
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-        const int token = min(8 * group + g, tokens - 1);
-        if (kInput == direct) x[group] = static_cast<const Storage*>(input) + token * input_row_stride + lane_start();
-        token_rows[group] = static_cast<u32>(__cvta_generic_to_shared(staged_row(staged_tokens, token) + lane_start()));
-    }
+    const bool is_token = g < tokens;
+    const Storage* x = nullptr;
+    ResidualPart part;
     if (kInput == direct) {
-        // Behind the weights, each in a group of its own, so that the count of groups below is right for them.
+        if (is_token) x = static_cast<const Storage*>(input) + g * input_row_stride + lane_start();
+        // Each in a group of its own, so that the count of groups below is right for them.
         Cursor late = start;
 #pragma unroll
-        for (int i = 0; i < kDepth - 1; ++i) {
-            request_tokens(late, x, tokens);
+        for (int i = 0; i < kEarly; ++i) {
+            request_tokens(late, x, is_token);
             commit_copies();
             advance(late, output, ring);
         }
@@ -354,14 +352,34 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
         stage_tokens(staged_tokens, static_cast<const Storage*>(input), input_row_stride, tokens);
     }
     if (kInput == normed) {
-        const float* residual = static_cast<const float*>(input);
-        const Storage* const staged_norm = staged_tokens + kNormStart;
-        stage_residual(staged_tokens, shared, residual, staged_norm, input_row_stride, tokens);
+        const int sharers = num_sharers(tokens), token = warp / sharers;
+        if (token < tokens) {
+            const float* const row = static_cast<const float*>(input) + token * input_row_stride;
+            load_part(part, row, (warp % sharers * 32 + static_cast<int>(threadIdx.x & 31)) * kVec,
+                      sharers * 32 * kVec);
+        }
+    }
+#pragma unroll
+    for (int i = kEarly; i < kDepth - 1; ++i) {
+        request_weights(cursor, weight, num_tiles);
+        if (kInput == direct) request_tokens(cursor, x, is_token);
+        commit_copies();
+        advance(cursor, output, ring);
+    }
+    if (kInput == normed) {
+        // The norm is the oldest request.
+        wait_for_requests<kDepth - 1>();
+        __syncthreads();
+        const float* const residual = static_cast<const float*>(input);
+        stage_residual(staged_tokens, shared, part, residual, staged_norm, input_row_stride, tokens);
         if (!kDividesSums) {
             __syncthreads();
             stage_normed(staged_tokens, shared, residual, staged_norm, input_row_stride, tokens, eps);
         }
     }
+    // Staged tokens past the last one repeat it, and nothing comes of them.
+    const u32 token_row = static_cast<u32>(
+        __cvta_generic_to_shared(staged_row(staged_tokens, min(g, tokens - 1)) + lane_start()));
 
     // Who finishes what: thread i a token and one of the eight pairs, the same for every tile.
     const int my_token = threadIdx.x % kTokens, my_pair = threadIdx.x / kTokens;
@@ -379,28 +397,23 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 2)
         float2 operands = make_float2(0.0f, 0.0f);
         if (finishes) operands = request_pair(output, tile * kPairs + my_pair, my_token, place);
 
-        float sums[2][kGroups][4] = {};
+        float sums[2][4] = {};
 #pragma unroll 4
         for (int i = 0; i < kChunksPerWarp; ++i) {
             // Into the slot whose chunk was used last.
             request_weights(cursor, weight, num_tiles);
-            if (kInput == direct) request_tokens(cursor, x, tokens);
+            if (kInput == direct) request_tokens(cursor, x, is_token);
             commit_copies();
             advance(cursor, output, ring);
             wait_for_requests<kDepth - 1>();
-            multiply(sums, slot, token_rows, i * kChunkStep);
+            multiply(sums, slot, token_row, i * kChunkStep);
             slot = next_slot(slot, ring);
         }
 
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            float* const low = &shared.sums[parity][warp][g][8 * group + 2 * t];
-            float* const high = &shared.sums[parity][warp][g + 8][8 * group + 2 * t];
-            const float(&first)[4] = sums[0][group];
-            const float(&second)[4] = sums[1][group];
-            *reinterpret_cast<float2*>(low) = make_float2(first[0] + second[0], first[1] + second[1]);
-            *reinterpret_cast<float2*>(high) = make_float2(first[2] + second[2], first[3] + second[3]);
-        }
+        float* const partials = &shared.sums[parity][warp][g][2 * t];
+        *reinterpret_cast<float2*>(partials) = make_float2(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]);
+        *reinterpret_cast<float2*>(partials + kPairs * kTokens) =
+            make_float2(sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
         __syncthreads();
         if (finishes) {
             float low = 0.0f, high = 0.0f;

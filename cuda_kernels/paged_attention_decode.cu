@@ -310,6 +310,8 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 
     wait_for_previous();
+    // CTAs without an item leave their room to the next kernel, which has weights to request.
+    let_next_start();
     sum_splits(shared, context_lens, rows);
     const int num_items = shared.first_split[rows] * kKvHeads;
     if (static_cast<int>(blockIdx.x) >= num_items) return;
@@ -453,8 +455,6 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             block_ids = next_block_ids;
             request_keys(next, 0);
             request_values(next, 0);
-        } else {
-            let_next_start();
         }
         __syncthreads();
 

@@ -1,4 +1,4 @@
-"""Products of up to sixteen tokens with a weight, fused with what stands before and behind them.
+"""Products of up to eight tokens with a weight, fused with what stands before and behind them.
 
 See cuda_kernels/gemv.cu. A token's result depends on the weight's shape and on `input` alone, not on how many
 tokens there are beside it.
@@ -15,15 +15,15 @@ from photon_grpc.kernels.checks import require, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
 from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
 
-MAX_TOKENS = 16
+MAX_TOKENS = 8
 
 _THREADS = 256
 _WARPS = 8
 _CHUNK = 64
-_DEPTH = 4
-_GROUP_TOKENS = 8
-# Of one CTA on sm_80, with room for what is static.
-_MAX_STAGED_BYTES = 150 << 10
+# Chunks of a thread's ring. The rings and what else is shared take more than half of a multiprocessor.
+_DEPTH = 6
+# What the kernel has besides.
+_STATIC_BYTES = 9 << 10
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
 _MIN_STAGED_TILES = 2
 
@@ -33,25 +33,22 @@ _MACROS = (
     "PHOTON_OUTPUT",
     "PHOTON_INPUT",
     "PHOTON_K",
-    "PHOTON_TOKENS",
     "PHOTON_DEPTH",
     "PHOTON_SHARED_BYTES",
 )
 
 
-def _macros(
-    storage: str, kind: str, input_kind: str, k: int, tokens: int, index: str = "i64"
-) -> dict[str, int | str]:
-    values = (storage, index, kind, input_kind, k, tokens, _DEPTH, _shared_bytes(input_kind, k, tokens))
+def _macros(storage: str, kind: str, input_kind: str, k: int, index: str = "i64") -> dict[str, int | str]:
+    values = (storage, index, kind, input_kind, k, _DEPTH, _shared_bytes(input_kind, k))
     return dict(zip(_MACROS, values, strict=True))
 
 
-def _shared_bytes(input_kind: str, k: int, tokens: int) -> int:
+def _shared_bytes(input_kind: str, k: int) -> int:
     """The rings of the threads; x, with half a row of banks between tokens; the norm."""
     if input_kind == "direct":
-        return _DEPTH * (4 + tokens // 4) * 16 * _THREADS
+        return _DEPTH * 6 * 16 * _THREADS
     padded_k = -(-k // (_CHUNK * _WARPS)) * _WARPS * _CHUNK
-    values = tokens * (padded_k + 32) + (padded_k if input_kind == "normed" else 0)
+    values = MAX_TOKENS * (padded_k + 32) + (padded_k if input_kind == "normed" else 0)
     return _DEPTH * 4 * 16 * _THREADS + 2 * values
 
 
@@ -72,29 +69,21 @@ GEMV = KernelSpec(
     # Llama 3.2 1B in all its uses, then sizes with tails, long rows, and the other types.
     checked=(
         *(
-            _macros("bf16", kind, "normed", 2048, 8, index)
+            _macros("bf16", kind, "normed", 2048, index)
             for kind, index in (
                 ("rope_and_store", "i64"),
                 ("rope_and_store", "int"),
                 ("silu_and_mul", "i64"),
-                ("float_rows", "i64"),
                 ("store_rows", "i64"),
             )
         ),
-        *(_macros("bf16", kind, "staged", 2048, 16) for kind in OUTPUTS),
-        *(_macros("bf16", "add_rows", "direct", k, tokens) for k in (2048, 8192) for tokens in (8, 16)),
-        *(
-            _macros("f16", kind, "normed", 896, 8)
-            for kind in ("rope_and_store", "silu_and_mul", "float_rows")
-        ),
-        *(_macros("f16", "add_rows", "direct", k, 8) for k in (896, 4864, 18944)),
-        *(_macros("bf16", kind, "normed", 4096, 8) for kind in ("rope_and_store", "silu_and_mul")),
-        _macros("bf16", "add_rows", "direct", 4096, 16),
-        _macros("bf16", "add_rows", "direct", 200, 8),
-        _macros("bf16", "store_rows", "normed", 200, 16),
-        _macros("bf16", "store_rows", "direct", 2048, 8),
+        *(_macros("bf16", "float_rows", "staged", k) for k in (2048, 3072)),
+        *(_macros("bf16", "add_rows", "direct", k) for k in (2048, 8192, 4096, 14336)),
+        *(_macros("bf16", kind, "normed", 3072) for kind in ("rope_and_store", "silu_and_mul")),
+        *(_macros("f16", kind, "normed", 896) for kind in OUTPUTS),
+        *(_macros("f16", "add_rows", "direct", k) for k in (896, 4864, 18944)),
+        *(_macros("bf16", "store_rows", kind, 200) for kind in ("direct", "staged", "normed")),
     ),
-    # Two CTAs to a multiprocessor.
     max_registers=128,
     overlaps=True,
 )
@@ -110,7 +99,7 @@ def gemv(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
     k = output.require_weight(weight)
     tokens = output.tokens
     stride = require_rows("x", x, weight.dtype, tokens, k)
-    _launch(output, _input_kind(output, k, tokens), x, stride, weight, None, 0.0)
+    _launch(output, _input_kind(output, k), x, stride, weight, None, 0.0)
 
 
 def normed_gemv(output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor) -> None:
@@ -121,19 +110,15 @@ def normed_gemv(output: LinearOutput, residual: Tensor, norm: Tensor, eps: float
     _launch(output, "normed", residual, stride, weight, norm, eps)
 
 
-def can_norm(k: int, tokens: int) -> bool:
-    """Whether the x of so many tokens fits where `normed_gemv` keeps it."""
-    return tokens <= MAX_TOKENS and _shared_bytes("normed", k, _padded(tokens)) <= _MAX_STAGED_BYTES
+def can_norm(k: int) -> bool:
+    """Whether x fits where `normed_gemv` keeps it, on the current device."""
+    return _shared_bytes("normed", k) + _STATIC_BYTES <= launcher.require_cuda().max_shared_bytes
 
 
-def _padded(tokens: int) -> int:
-    return _GROUP_TOKENS if tokens <= _GROUP_TOKENS else MAX_TOKENS
-
-
-def _input_kind(output: LinearOutput, k: int, tokens: int) -> str:
+def _input_kind(output: LinearOutput, k: int) -> str:
     device = launcher.require_cuda()
     few_tiles = output.num_tiles < _MIN_STAGED_TILES * device.num_multiprocessors
-    return "direct" if few_tiles or not can_norm(k, tokens) else "staged"
+    return "direct" if few_tiles or not can_norm(k) else "staged"
 
 
 def _launch(
@@ -150,10 +135,9 @@ def _launch(
         raise ValueError(f"{tokens} tokens: there is room for {MAX_TOKENS}")
     if not tokens:
         return
-    padded = _padded(tokens)
-    if input_kind == "normed" and not can_norm(k, tokens):
-        raise ValueError(f"{tokens} tokens of {k} values do not fit into shared memory")
-    macros = _macros(storage_name(weight.dtype), output.kind, input_kind, k, padded, output.index)
+    if input_kind == "normed" and not can_norm(k):
+        raise ValueError(f"tokens of {k} values do not fit into shared memory")
+    macros = _macros(storage_name(weight.dtype), output.kind, input_kind, k, output.index)
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(GEMV.variant(**macros), shared_bytes)

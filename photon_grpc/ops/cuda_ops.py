@@ -36,10 +36,9 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond the first, norming the residual in every CTA takes longer than one kernel that norms it for all, and
-# weights are better shared by a CTA; beyond the second, cuBLASLt is faster.
-MAX_GEMV_TOKENS = 8
-MAX_SKINNY_TOKENS = 128
+# Beyond this, cuBLASLt is faster. (From gemv.MAX_TOKENS on, CTAs are better off sharing weights, and one kernel
+# that norms the residual for all is.)
+MAX_SKINNY_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ class CudaOps(Ops):
         self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
     ) -> None:
         """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
-        if residual.shape[0] <= MAX_GEMV_TOKENS and gemv.can_norm(weight.shape[1], residual.shape[0]):
+        if residual.shape[0] <= gemv.MAX_TOKENS and gemv.can_norm(weight.shape[1]):
             gemv.normed_gemv(output, residual, norm, eps, weight)
         else:
             _multiply(output, self.rms_norm(residual, norm, eps), weight)
@@ -269,7 +268,7 @@ def _has_few(x: Tensor, weight: Tensor) -> bool:
 
 
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
-    if x.shape[0] <= MAX_GEMV_TOKENS:
+    if x.shape[0] <= gemv.MAX_TOKENS:
         gemv.gemv(output, x, weight)
     else:
         skinny_gemm.skinny_gemm(output, x, weight)
