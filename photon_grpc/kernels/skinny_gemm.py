@@ -37,7 +37,6 @@ _FILL_MARGIN = 0.05
 # here on.
 _WIDE_DEPTH = 1024
 _MIN_DEPTH = 128
-_INDEXED = 1 << 32
 
 _MACROS = (
     "PHOTON_STORAGE",
@@ -48,6 +47,7 @@ _MACROS = (
     "PHOTON_CLUSTER",
     "PHOTON_STAGES",
     "PHOTON_SHARED_BYTES",
+    "PHOTON_WARPGROUP",
 )
 
 
@@ -103,10 +103,12 @@ def _stage_bytes(rows: int, tokens: int) -> int:
     return (rows + tokens) * _ROW_BYTES
 
 
-def _macros(storage: str, kind: str, tile: Tiling, tokens: int, index: str = "i64") -> dict[str, int | str]:
+def _macros(
+    storage: str, kind: str, tile: Tiling, tokens: int, index: str = "i64", *, warpgroup: bool = False
+) -> dict[str, int | str]:
     stages = num_stages(tile.rows, tokens)
     shared_bytes = stages * _stage_bytes(tile.rows, tokens)
-    values = (storage, index, kind, tokens, tile.rows, tile.cluster, stages, shared_bytes)
+    values = (storage, index, kind, tokens, tile.rows, tile.cluster, stages, shared_bytes, int(warpgroup))
     return dict(zip(_MACROS, values, strict=True))
 
 
@@ -137,6 +139,11 @@ SKINNY_GEMM = KernelSpec(
         _macros("bf16", "store_rows", Tiling(128, 2), 128),
         *(_macros("f16", kind, Tiling(64, 2), 96) for kind in OUTPUTS),
         _macros("f16", "store_rows", Tiling(64, 8), 16),
+        *(_macros("bf16", "silu_and_mul", Tiling(128, 1), tokens, warpgroup=True) for tokens in TOKEN_TILES),
+        _macros("bf16", "float_rows", Tiling(128, 1), 128, warpgroup=True),
+        _macros("bf16", "add_rows", Tiling(128, 8), 128, warpgroup=True),
+        _macros("bf16", "rope_and_store", Tiling(64, 4), 64, warpgroup=True),
+        _macros("f16", "store_rows", Tiling(64, 2), 32, warpgroup=True),
     ),
     # 128 rows and 128 tokens are 128 sums to a thread; two CTAs of 128 threads leave it 255 registers.
     max_registers=255,
@@ -145,16 +152,18 @@ SKINNY_GEMM = KernelSpec(
 SPECS = (SKINNY_GEMM,)
 
 
-def skinny_gemm(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
+def skinny_gemm(output: LinearOutput, x: Tensor, weight: Tensor, *, warpgroup: bool = False) -> None:
     """y [tokens, n] = x weight^T, and on as `output` says.
 
     `x` [tokens, k] of the weight's type, whose rows may lie apart; `weight` [n, k] bfloat16 or float16, k a
-    multiple of 8. Up to MAX_TOKENS tokens, none launches nothing. Raises ValueError for anything else.
+    multiple of 8. Up to MAX_TOKENS tokens, none launches nothing. With `warpgroup` the products are those of
+    wgmma where there is one (compute capability 9.0), which adds in another order. Raises ValueError for
+    anything else.
     """
     k = output.require_weight(weight)
     tokens, n = output.tokens, output.n
-    if not k or n * k // 8 >= _INDEXED:
-        raise ValueError(f"a weight of [{n}, {k}] is empty or too large")
+    if not k:
+        raise ValueError("the weight has rows of no elements")
     x_stride = require_rows("x", x, weight.dtype, tokens, k)
     padded = token_tile(tokens)
     if not tokens or not n:
@@ -164,7 +173,14 @@ def skinny_gemm(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
     if device.compute_capability < (9, 0):
         # There are no clusters.
         tile = Tiling(tile.rows, 1)
-    macros = _macros(storage_name(weight.dtype), output.kind, tile, padded, output.index)
+    macros = _macros(
+        storage_name(weight.dtype),
+        output.kind,
+        tile,
+        padded,
+        output.index,
+        warpgroup=warpgroup and device.arch == "sm_90a",
+    )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(SKINNY_GEMM.variant(**macros), shared_bytes)

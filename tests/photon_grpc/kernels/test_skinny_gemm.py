@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from photon_grpc.kernels import linear_output
+from photon_grpc.kernels.launcher import Device
 from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.rmsnorm import rms_norm
 from photon_grpc.kernels.skinny_gemm import (
@@ -25,6 +26,12 @@ from photon_grpc.kernels.skinny_gemm import (
 from tests.support.kernels import STORAGE, FakeLauncher, Fenced, randn
 
 TOKENS = (1, 9, 15, 16, 17, 31, 32, 33, 35, 48, 63, 64, 65, 96, 100, 127, 128)
+# All numbers in one type, and one for every tile in the other and by wgmma: each tile is a compilation.
+STORE_ROWS_CASES = [
+    *((torch.bfloat16, False, tokens) for tokens in TOKENS),
+    *((torch.float16, False, tokens) for tokens in (9, 48, 127)),
+    *((torch.bfloat16, True, tokens) for tokens in (9, 31, 48, 63, 96, 127)),
+]
 NUM_POSITIONS = 1000
 BLOCK_SIZE = 16
 
@@ -107,10 +114,9 @@ def launch_twice(run: Callable[[], Tensor]) -> Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize(("dtype", "warpgroup", "tokens"), STORE_ROWS_CASES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_store_rows(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> None:
+def test_store_rows(shape: tuple[int, int], warpgroup: bool, dtype: torch.dtype, tokens: int) -> None:
     n, k = shape
     memory = Fenced()
     given = products(memory, tokens, n, k, dtype)
@@ -118,7 +124,7 @@ def test_store_rows(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> 
 
     def run() -> Tensor:
         around, out = poisoned(memory, tokens, n, dtype)
-        skinny_gemm(linear_output.store_rows(out, bias), given.x, given.weight)
+        skinny_gemm(linear_output.store_rows(out, bias), given.x, given.weight, warpgroup=warpgroup)
         assert bool(around[tokens:].isnan().all())
         assert bool(around[:, n:].isnan().all())
         return out
@@ -295,14 +301,15 @@ def test_rope_and_store(
 @pytest.mark.parametrize(
     "shape", [(2048, 2048), (2048, 8192), (16384, 2048), (896, 4864), (9728, 896)], ids=str
 )
-def test_a_token_has_the_same_bits_in_any_company(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("warpgroup", [False, True])
+def test_a_token_has_the_same_bits_in_any_company(shape: tuple[int, int], warpgroup: bool) -> None:
     """Alone and in batches of every size, which are other variants of the kernel."""
     n, k = shape
     x, weight = randn(MAX_TOKENS, k, dtype=torch.bfloat16).cuda(), weight_of(n, k, torch.bfloat16)
 
     def multiply(rows: Tensor) -> Tensor:
         out = torch.empty(rows.shape[0], n, device="cuda", dtype=torch.float32)
-        skinny_gemm(linear_output.float_rows(out), rows, weight)
+        skinny_gemm(linear_output.float_rows(out), rows, weight, warpgroup=warpgroup)
         return out
 
     together = multiply(x)
@@ -328,7 +335,8 @@ def test_nan_stays_in_its_token(shape: tuple[int, int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [16, 35, 64, 128])
-def test_chain_in_a_graph(tokens: int) -> None:
+@pytest.mark.parametrize("warpgroup", [False, True])
+def test_chain_in_a_graph(warpgroup: bool, tokens: int) -> None:
     """Overlapping launches that read what the one before wrote, and write what it read, many times over."""
     hidden, inner, layers = 2048, 8192, 3
     weights = [
@@ -351,7 +359,7 @@ def test_chain_in_a_graph(tokens: int) -> None:
         made: list[Callable[[], None]] = [lambda: residual.copy_(start) and None]
 
         def product(output: LinearOutput, rows: Tensor, weight: Tensor) -> None:
-            made.append(lambda: skinny_gemm(output, rows, weight))
+            made.append(lambda: skinny_gemm(output, rows, weight, warpgroup=warpgroup))
 
         for o, gate_up, down in weights:
             made.append(lambda: rms_norm(x, residual, norm, 1e-5))
@@ -440,11 +448,22 @@ def test_the_grid_covers_the_weight(fake: FakeLauncher, n: int, k: int, grid: tu
 
 
 def test_there_are_no_clusters_before_compute_capability_9(fake: FakeLauncher) -> None:
-    object.__setattr__(fake.device, "compute_capability", (8, 0))
+    fake.device = Device(0, "none", (8, 0), 108, 163 << 10)
     skinny_gemm(linear_output.store_rows(zeros(20, 3072)), zeros(20, 2048), zeros(3072, 2048))
     (launch,) = fake.launches
     assert launch.variant.macros["PHOTON_CLUSTER"] == 1
     assert launch.grid == (1, 48, 1)
+
+
+@pytest.mark.parametrize(("capability", "used"), [((8, 0), 0), ((9, 0), 1), ((10, 0), 0)])
+def test_warpgroups_multiply_where_the_device_has_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], used: int
+) -> None:
+    fake = FakeLauncher(device=Device(0, "none", capability, 132, 227 << 10)).install(monkeypatch)
+    output = linear_output.store_rows(zeros(20, 3072))
+    skinny_gemm(output, zeros(20, 2048), zeros(3072, 2048), warpgroup=True)
+    skinny_gemm(output, zeros(20, 2048), zeros(3072, 2048))
+    assert [launch.variant.macros["PHOTON_WARPGROUP"] for launch in fake.launches] == [used, 0]
 
 
 def test_the_variant_names_types_and_output(fake: FakeLauncher) -> None:
@@ -479,7 +498,7 @@ def test_what_the_kernel_cannot_do_is_refused(fake: FakeLauncher) -> None:
         (out, zeros(16, 68)[:, :64], weight, "start on 16 bytes"),
         (out, zeros(64, 16).t(), weight, "rows of x must be contiguous"),
         (out, zeros(16, 60), zeros(32, 60), "multiples of 8"),
-        (out, zeros(16, 0), zeros(32, 0), "empty or too large"),
+        (out, zeros(16, 0), zeros(32, 0), "no elements"),
         (out, x, zeros(40, 64), "weight must have shape"),
         (out, x.float(), weight.float(), "bfloat16 or float16"),
         (out.half(), x, weight, "out must be"),

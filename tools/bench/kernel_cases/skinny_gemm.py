@@ -44,14 +44,15 @@ _PREDICTED = {16: (0.9, 0.94), 32: (0.9, 0.94), 64: (1.3, 0.88), 128: (1.8, 0.7)
 
 
 def cases() -> Iterator[Case]:
-    """Every weight at every number of tokens."""
+    """Every weight at every number of tokens, by mma.sync and by wgmma. The prediction is of the first."""
     for model, weights in _MODELS.items():
         for name, n, k in weights:
             for tokens in TOKENS:
-                yield _case(model, name, n, k, tokens)
+                for warpgroup in (False, True):
+                    yield _case(model, name, n, k, tokens, warpgroup)
 
 
-def _case(model: str, name: str, n: int, k: int, tokens: int) -> Case:
+def _case(model: str, name: str, n: int, k: int, tokens: int, warpgroup: bool) -> Case:
     num_bytes = 2 * n * k + 2 * tokens * k
     copies = copies_for(num_bytes)
     weight = torch.randn(copies, n, k, device="cuda", dtype=BF16)
@@ -61,13 +62,13 @@ def _case(model: str, name: str, n: int, k: int, tokens: int) -> Case:
     fixed_us, share = _PREDICTED[tokens]
 
     def launch(i: int) -> None:
-        skinny_gemm(output, x[i % copies], weight[i % copies])
+        skinny_gemm(output, x[i % copies], weight[i % copies], warpgroup=warpgroup)
 
     def eager(i: int) -> None:
         _ = F.linear(x[i % copies], weight[i % copies])
 
     return Case(
-        f"skinny_gemm {model} {name} [{n}, {k}] {tokens} tokens",
+        f"skinny_gemm {model} {name} [{n}, {k}] {tokens} tokens {'wgmma' if warpgroup else 'mma'}",
         num_bytes,
         num_bytes / READ_BYTES_PER_US,
         fixed_us + num_bytes / (share * READ_BYTES_PER_US),
