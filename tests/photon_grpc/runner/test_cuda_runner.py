@@ -7,7 +7,7 @@ waits for it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import Ops
 from photon_grpc.ops.torch_ops import TorchOps
+from photon_grpc.runner.base import Runner
 from photon_grpc.runner.cuda_runner import CudaRunner
 from photon_grpc.runner.kv_cache import KVCache
 from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.sampler import Sampler
 from photon_grpc.runner.warmup import warm_up
+from photon_grpc.scheduler.output import NewSequence, SamplerSpec, ScheduledSequence, SchedulerOutput
 from tests.support.builders import engine_core, engine_request, model_info, run_to_end, sampling
 from tests.support.step_device import CPU, TORCH_STEP_KERNELS, LazyStream, PaddedTorchOps, lane_sampler
 from tests.support.tiny_model import tiny_model_folder
@@ -240,6 +242,38 @@ def test_a_steady_batch_sends_only_its_new_blocks(models: Models, monkeypatch: p
         core.step()
     assert sum(sent) == 3 * 2
     assert sent.count(0) == 2
+
+
+def test_slots_that_change_hands_in_a_step_with_the_same_rows(models: Models) -> None:
+    """Both sequences leave and come back in one step, all but one token in the cache, the other first."""
+    told = []
+    for runner in (models.synchronous(8, 2), models.ahead(8, 2)):
+        tokens: list[dict[int, int]] = []
+
+        def step(
+            new: Sequence[NewSequence] = (),
+            removed: tuple[int, ...] = (),
+            runner: Runner = runner,
+            tokens: list[dict[int, int]] = tokens,
+        ) -> None:
+            rows = tuple(ScheduledSequence(seq_id, 1, True) for seq_id in (1, 2))
+            runner.launch(SchedulerOutput(len(tokens) + 1, removed, tuple(new), rows, 2))
+            output = runner.collect()
+            tokens.append({s: t for s, (t,) in zip(output.seq_ids, output.token_ids, strict=True)})
+
+        def entering(num_tokens: int, tokens: list[dict[int, int]] = tokens) -> list[NewSequence]:
+            known = {seq_id: (7 * seq_id, *(one[seq_id] for one in tokens)) for seq_id in (1, 2)}
+            return [
+                NewSequence(seq_id, known[seq_id], 1, num_tokens - 1, (seq_id,), SamplerSpec(sampling()))
+                for seq_id in (2, 1)
+            ]
+
+        step(entering(1))
+        step()
+        step(entering(3), (1, 2))
+        step(entering(4), (2, 1))
+        told.append(tokens)
+    assert told[0] == told[1]
 
 
 def test_every_small_step_is_a_replay(models: Models) -> None:
