@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -83,7 +83,8 @@ class RequestStream:
         self._plain: dict[int, list[int]] = {}
         self._num_pending_tokens = 0
         self._last_pending = False
-        self._has_been_read = False
+        # The reader must not be kept waiting: for the first outputs, and for an end.
+        self.is_urgent = True
         self._waiter: asyncio.Future[None] | None = None
         self._wake_at = 1.0
         self._closed = False
@@ -109,7 +110,7 @@ class RequestStream:
         pending, self._pending = self._pending, []
         self._num_pending_tokens = 0
         self._last_pending = False
-        self._has_been_read = True
+        self.is_urgent = False
         return pending
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
@@ -142,16 +143,12 @@ class RequestStream:
         if self._num_open:
             self._engine.post(Abort(self._key))
 
-    @property
-    def is_urgent(self) -> bool:
-        """True when the reader must not be kept waiting: for the first outputs, and for an end."""
-        return self._last_pending or not self._has_been_read
-
     def push(self, output: SequenceOutput) -> None:
         """Take an output without waking the reader; called by the engine client on the loop."""
         if output.is_last:
             self._num_open -= 1
             self._last_pending = True
+            self.is_urgent = True
         self._merge_plain()
         self._pending.append(output)
         self._num_pending_tokens += len(output.token_ids)
@@ -209,9 +206,10 @@ class _Pace:
             self.interval = max(1, math.ceil(share / _WRITING_SHARE))
         self._last_time = time
 
-    def is_turn_of(self, key: int) -> bool:
-        """True when the reader of stream `key` is to be woken in this step."""
-        return (self.turn + key) % self.interval == 0
+    def due(self, keys: Iterable[int]) -> list[int]:
+        """Those of the streams `keys` whose readers are to be woken in this step."""
+        turn, interval = self.turn, self.interval
+        return [key for key in keys if (turn + key) % interval == 0]
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -417,8 +415,8 @@ class AsyncEngine:
             else:
                 unwoken[key] = stream
         # Also those whose tokens came in an earlier step: a sequence may pause after any token.
-        for key in [key for key in self._unwoken if pace.is_turn_of(key)]:
-            self._unwoken.pop(key).wake()
+        for key in pace.due(unwoken):
+            unwoken.pop(key).wake()
 
     def _engine_stopped(self, error: PhotonError | None) -> None:
         assert self._ready is not None

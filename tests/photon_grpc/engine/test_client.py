@@ -557,12 +557,10 @@ def test_readers_sleep_only_when_writing_would_fill_the_loop(
 
 def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> None:
     pace = paced(256, 0.020)
-    turns = defaultdict(list)
+    turns: dict[int, list[int]] = {}
     for _ in range(6):
         pace.step((pace.turn + 1) * 0.020, 256)
-        for key in range(256):
-            if pace.is_turn_of(key):
-                turns[pace.turn].append(key)
+        turns[pace.turn] = pace.due(range(256))
     assert [len(keys) for keys in turns.values()] == [128] * 6
 
 
