@@ -117,7 +117,7 @@ class KVCacheManager:
         return len(request.block_ids) * self.block_size
 
     def count_advanced(self, num_sequences: int) -> None:
-        """Make up for sequences that the caller advanced by a token each, inside of blocks they had begun."""
+        """Count one token more of each of `num_sequences`: the caller advanced them in their last blocks."""
         self._num_empty_slots -= num_sequences
 
     def free(self, request: Request, *, forget: bool = False) -> None:

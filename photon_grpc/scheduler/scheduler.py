@@ -289,12 +289,16 @@ class Scheduler:
     def _plan_row(self, request: Request, num_tokens: int) -> ScheduledSequence:
         self.kv.advance(request, num_tokens)
         if request.num_computed_tokens < request.num_tokens:
-            return ScheduledSequence(request.seq_id, num_tokens, False)
+            return ScheduledSequence(request.seq_id, num_tokens, sample=False)
         # From here on the sequence decodes: the token that this step samples is all that the next computes.
         request.num_pending_tokens += 1
         num_slots, last = self.kv.num_slots(request), request.num_tokens_at_most - 1
         request.steady_until = num_slots if num_slots < last else last
-        return request.decode_row if num_tokens == 1 else ScheduledSequence(request.seq_id, num_tokens, True)
+        return (
+            request.decode_row
+            if num_tokens == 1
+            else ScheduledSequence(request.seq_id, num_tokens, sample=True)
+        )
 
     def _count_prefix(self, request: Request, num_hits: int) -> None:
         # A resumed sequence finds its own blocks again; that says nothing about sharing.
