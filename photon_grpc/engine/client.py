@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -79,9 +79,12 @@ class RequestStream:
         self._key = key
         self._num_open = num_completions
         self._pending: list[SequenceOutput] = []
+        # By index, the plain tokens that came behind what is pending.
+        self._plain: dict[int, list[int]] = {}
         self._num_pending_tokens = 0
         self._last_pending = False
-        self._has_been_read = False
+        # The reader must not be kept waiting: for the first outputs, and for an end.
+        self.is_urgent = True
         self._waiter: asyncio.Future[None] | None = None
         self._wake_at = 1.0
         self._closed = False
@@ -98,12 +101,16 @@ class RequestStream:
         self.close()
 
     async def read(self) -> list[SequenceOutput]:
-        """Everything new, in order; waits until there is something. One reader at a time."""
+        """Everything new, in order; waits until there is something. One reader at a time.
+
+        Plain tokens that wait together make one output of each completion.
+        """
         await self.wait(1)
+        self._merge_plain()
         pending, self._pending = self._pending, []
         self._num_pending_tokens = 0
         self._last_pending = False
-        self._has_been_read = True
+        self.is_urgent = False
         return pending
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
@@ -136,18 +143,30 @@ class RequestStream:
         if self._num_open:
             self._engine.post(Abort(self._key))
 
-    @property
-    def is_urgent(self) -> bool:
-        """True when the reader must not be kept waiting: for the first outputs, and for an end."""
-        return self._last_pending or not self._has_been_read
-
     def push(self, output: SequenceOutput) -> None:
         """Take an output without waking the reader; called by the engine client on the loop."""
         if output.is_last:
             self._num_open -= 1
             self._last_pending = True
+            self.is_urgent = True
+        self._merge_plain()
         self._pending.append(output)
         self._num_pending_tokens += len(output.token_ids)
+
+    def push_token(self, index: int, token_id: int) -> None:
+        """As `push`, for an output that is one token and nothing else."""
+        waiting = self._plain.get(index)
+        if waiting is None:
+            self._plain[index] = [token_id]
+        else:
+            waiting.append(token_id)
+        self._num_pending_tokens += 1
+
+    def _merge_plain(self) -> None:
+        if self._plain:
+            for index, token_ids in self._plain.items():
+                self._pending.append(SequenceOutput(self._key, index, tuple(token_ids)))
+            self._plain = {}
 
     def wake(self) -> None:
         """Let the reader go on if what it waits for is there."""
@@ -187,9 +206,10 @@ class _Pace:
             self.interval = max(1, math.ceil(share / _WRITING_SHARE))
         self._last_time = time
 
-    def is_turn_of(self, key: int) -> bool:
-        """True when the reader of stream `key` is to be woken in this step."""
-        return (self.turn + key) % self.interval == 0
+    def due(self, keys: Iterable[int]) -> list[int]:
+        """Those of the streams `keys` whose readers are to be woken in this step."""
+        turn, interval = self.turn, self.interval
+        return [key for key in keys if (turn + key) % interval == 0]
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -374,7 +394,8 @@ class AsyncEngine:
         self._on_step(message.stats)
         pace, streams = self._pace, self._streams
         pace.step(message.time, len(streams))
-        for output in message.outputs:
+        unwoken = self._unwoken
+        for output in message.news:
             if output.is_last:
                 self._num_live -= 1
             stream = streams.get(output.key)
@@ -384,10 +405,20 @@ class AsyncEngine:
             if stream.is_urgent:
                 stream.wake()
             else:
-                self._unwoken[output.key] = stream
+                unwoken[output.key] = stream
+        tokens = message.tokens
+        for key, index, token_id in zip(tokens.keys, tokens.indices, tokens.token_ids, strict=True):
+            stream = streams.get(key)
+            if stream is None:
+                continue
+            stream.push_token(index, token_id)
+            if stream.is_urgent:
+                stream.wake()
+            else:
+                unwoken[key] = stream
         # Also those whose tokens came in an earlier step: a sequence may pause after any token.
-        for key in [key for key in self._unwoken if pace.is_turn_of(key)]:
-            self._unwoken.pop(key).wake()
+        for key in pace.due(unwoken):
+            unwoken.pop(key).wake()
 
     def _engine_stopped(self, error: PhotonError | None) -> None:
         assert self._ready is not None

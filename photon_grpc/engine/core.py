@@ -7,13 +7,14 @@ the engine thread; knows ids and numbers, no text and no grpc.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from photon_grpc.engine.messages import (
     Abort,
     AbortReason,
     EngineRequest,
     FailureKind,
+    PlainTokens,
     SequenceOutput,
     StepOutputs,
     Submit,
@@ -31,6 +32,9 @@ _FAILURE_OF_ABORT = {
     AbortReason.OPERATOR: FailureKind.OPERATOR_ABORT,
     AbortReason.DRAINING: FailureKind.DRAINING,
 }
+
+
+_NO_TOKENS = PlainTokens()
 
 
 class EngineCore:
@@ -88,20 +92,21 @@ class EngineCore:
         if not planned.is_empty:
             self.runner.launch(planned)
             self._in_flight.append(planned.step)
-        outputs: list[SequenceOutput] = []
+        told: tuple[Sequence[SequenceOutput], PlainTokens] = ((), _NO_TOKENS)
         if self._in_flight and (planned.is_empty or len(self._in_flight) >= self.runner.max_in_flight):
             collected = self.runner.collect()
             expected = self._in_flight.popleft()
             assert collected.step == expected, "the runner returned another step than the oldest"
-            outputs = self.scheduler.update(collected, self._clock())
-        return self.flush(outputs)
+            told = self.scheduler.update(collected, self._clock())
+        return self.flush(*told)
 
-    def flush(self, outputs: list[SequenceOutput] | None = None) -> StepOutputs:
-        """What is to be told now: `outputs`, sequences that ended outside a step, and the figures."""
+    def flush(self, news: Sequence[SequenceOutput] = (), tokens: PlainTokens = _NO_TOKENS) -> StepOutputs:
+        """What is to be told now: what a step brought, sequences that ended outside one, and the figures."""
         return StepOutputs(
-            outputs=(*self.scheduler.take_ended(), *(outputs or ())),
+            news=(*self.scheduler.take_ended(), *news),
             stats=self.scheduler.stats(),
             time=self._clock(),
+            tokens=tokens,
         )
 
 

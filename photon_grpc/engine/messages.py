@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from photon_grpc.errors import PhotonError
 from photon_grpc.scheduler.output import (
     FailureKind,
+    PlainTokens,
     SchedulerStats,
     SequenceOutput,
     SequenceTimings,
@@ -32,6 +33,7 @@ __all__ = [
     "EngineStopped",
     "FailureKind",
     "LoopMessage",
+    "PlainTokens",
     "SequenceOutput",
     "SequenceTimings",
     "Shutdown",
@@ -111,11 +113,23 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """Everything one step has for the event loop: one hand-off per step. `time` is the heartbeat."""
+    """Everything one step has for the event loop: one hand-off per step. `time` is the heartbeat.
 
-    outputs: tuple[SequenceOutput, ...]
+    `news` are the outputs that say more than a token (the first one, log-probabilities, an end); the
+    others, nearly all of a busy step, are in `tokens`.
+    """
+
+    news: tuple[SequenceOutput, ...]
     stats: EngineStats
     time: float
+    tokens: PlainTokens = field(default_factory=PlainTokens)
+
+    @property
+    def outputs(self) -> tuple[SequenceOutput, ...]:
+        """All outputs as objects, for readers who may take their time."""
+        tokens = self.tokens
+        plain = zip(tokens.keys, tokens.indices, tokens.token_ids, strict=True)
+        return (*self.news, *(SequenceOutput(key, index, (token_id,)) for key, index, token_id in plain))
 
 
 @dataclass(frozen=True, slots=True)

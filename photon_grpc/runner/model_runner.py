@@ -110,9 +110,8 @@ class ModelRunner:
             if new.sampler.prompt_top_logprobs is not None:
                 self._prompt_logprobs[new.seq_id] = new.sampler.prompt_top_logprobs
                 self._num_prompt_tokens[new.seq_id] = new.num_prompt_tokens
-        for row in output.rows:
-            if row.new_block_ids:
-                self._batch.append_blocks(row.seq_id, row.new_block_ids)
+        for seq_id, block_ids in output.new_block_ids.items():
+            self._batch.append_blocks(seq_id, block_ids)
 
     def _sample(
         self,

@@ -96,7 +96,7 @@ class ScriptedRunner:
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for scheduled in output.rows:
             row = self._rows[scheduled.seq_id]
-            row.block_ids.extend(scheduled.new_block_ids)
+            row.block_ids.extend(output.new_block_ids.get(scheduled.seq_id, ()))
             end = row.num_computed + scheduled.num_tokens
             if self._check_cache:
                 for position in range(row.num_computed, end):

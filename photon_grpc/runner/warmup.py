@@ -36,13 +36,14 @@ def warm_up(runner: Runner) -> None:
     """One prefill step, one decode step, one removal. Raises BackendUnavailableError without a token."""
     prompt = (0,)
     new = NewSequence(_WARMUP_SEQ_ID, prompt, len(prompt), 0, (0,), SamplerSpec(_SAMPLING))
-    more_blocks = () if runner.block_size > len(prompt) else (1 % runner.num_blocks,)
+    more_blocks: dict[int, tuple[int, ...]] = {}
+    if runner.block_size == len(prompt):
+        more_blocks[_WARMUP_SEQ_ID] = (1 % runner.num_blocks,)
     row = ScheduledSequence(_WARMUP_SEQ_ID, len(prompt), True)
     _run(runner, SchedulerOutput(0, (), (new,), (row,), len(prompt)))
     if runner.model.max_model_len > len(prompt):
-        _run(
-            runner, SchedulerOutput(0, (), (), (ScheduledSequence(_WARMUP_SEQ_ID, 1, True, more_blocks),), 1)
-        )
+        row = ScheduledSequence(_WARMUP_SEQ_ID, 1, True)
+        _run(runner, SchedulerOutput(0, (), (), (row,), 1, more_blocks))
     runner.launch(SchedulerOutput(0, (_WARMUP_SEQ_ID,), (), (), 0))
     runner.collect()
 

@@ -40,7 +40,8 @@ class BlockPool:
         blocks = []
         for _ in range(count):
             block_id, _ = self._free.popitem(last=False)
-            self.forget(block_id)
+            if self._hashes[block_id] is not None:
+                self.forget(block_id)
             self._ref_counts[block_id] = 1
             blocks.append(block_id)
         return blocks

@@ -77,7 +77,8 @@ class KVCacheManager:
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for the next `num_tokens` tokens, appended to the request's; None: the pool is short."""
-        needed = self.blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
+        # Rounded up: `blocks_for`, written out because this runs whenever a decoding sequence fills a block.
+        needed = -(-(request.num_computed_tokens + num_tokens) // self.block_size) - len(request.block_ids)
         if needed <= 0:
             return []
         if needed > self.pool.num_free:
@@ -91,14 +92,18 @@ class KVCacheManager:
         """Count `num_tokens` more tokens of `request` as computed and name the blocks they fill.
 
         A block may be named as soon as the step that fills it is scheduled: within a step every layer
-        writes all keys and values before it reads any, and steps run in order.
+        writes all keys and values before it reads any, and steps run in order. A block that fills token by
+        token is named when the next one begins, so that only every `block_size`-th such call has work.
         """
-        request.num_computed_tokens += num_tokens
+        before = request.num_computed_tokens
+        request.num_computed_tokens = before + num_tokens
         self._num_empty_slots -= num_tokens
         if not self._prefix_caching or request.bypass_prefix_cache:
             return
+        if num_tokens == 1 and before % self.block_size:
+            return
         # Only tokens that are known can be hashed; those of uncollected steps wait for a later call.
-        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
+        num_full = min(before + num_tokens, len(request.token_ids)) // self.block_size
         if num_full > request.num_registered_blocks:
             extend_hashes(
                 request.block_hashes, request.cache_root, request.token_ids, self.block_size, num_full
@@ -106,6 +111,14 @@ class KVCacheManager:
             for index in range(request.num_registered_blocks, num_full):
                 self.pool.register(request.block_ids[index], request.block_hashes[index])
             request.num_registered_blocks = num_full
+
+    def num_slots(self, request: Request) -> int:
+        """Tokens for which `request` has blocks."""
+        return len(request.block_ids) * self.block_size
+
+    def count_advanced(self, num_sequences: int) -> None:
+        """Count one token more of each of `num_sequences`: the caller advanced them in their last blocks."""
+        self._num_empty_slots -= num_sequences
 
     def free(self, request: Request, *, forget: bool = False) -> None:
         """Give back all blocks, the tail first so that prefixes live longest; idempotent.

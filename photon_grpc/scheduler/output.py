@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from photon_grpc.types import EffectiveSampling, Finish, TokenLogprobs
 
@@ -50,27 +51,32 @@ class NewSequence:
 class ScheduledSequence:
     """One row of a step: compute the next `num_tokens` tokens of `seq_id`.
 
-    `new_block_ids` are to be appended to the sequence's block table first. `sample` is true when the
-    row's last token is the sequence's last known one, so that the step yields its next token. In a
-    decode step launched before the previous step was collected, that last token is known to the
-    runner alone.
+    `sample` is true when the row's last token is the sequence's last known one, so that the step yields
+    its next token. In a decode step launched before the previous step was collected, that last token is
+    known to the runner alone.
     """
 
     seq_id: int
     num_tokens: int
     sample: bool
-    new_block_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step. `removed` left the batch (finished, aborted or preempted): forget their rows first."""
+    """One step. `removed` left the batch (finished, aborted or preempted): forget their rows first.
+
+    `new_block_ids` has, by `seq_id`, the blocks to append to the block tables of sequences that were in
+    the batch already. With `same_rows` nobody entered or left and `rows` are those of the step before, the
+    very same object: whatever a runner made of them still holds.
+    """
 
     step: int
     removed: tuple[int, ...]
     new: tuple[NewSequence, ...]
     rows: tuple[ScheduledSequence, ...]
     num_tokens: int
+    new_block_ids: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    same_rows: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -149,8 +155,19 @@ class SequenceOutput:
         return self.finish is not None or self.failure is not None
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
+class PlainTokens(NamedTuple):
+    """Outputs that are one token and nothing else, as columns: nearly all that a decode step brings.
+
+    `token_ids[i]` is for completion `indices[i]` of the request `keys[i]`. A completion stands here or has
+    a SequenceOutput in a step, never both.
+    """
+
+    keys: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+
+class SchedulerStats(NamedTuple):
     """A snapshot after a step. The fields of the second group only ever rise.
 
     `kv_slots_used` is the number of token slots, in blocks of live sequences, that hold a token;

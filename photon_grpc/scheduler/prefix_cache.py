@@ -8,24 +8,23 @@ continuation of another's prompt.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence
+from hashlib import sha256
 
 
 def scope_root(cache_scope: bytes) -> bytes:
     """The predecessor of a scope's first blocks."""
-    return hashlib.sha256(b"photon/kv/" + cache_scope).digest()
+    return sha256(b"photon/kv/" + cache_scope).digest()
 
 
 def extend_hashes(
     hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int, num_blocks: int
 ) -> None:
     """Append to `hashes` until it names the first `num_blocks` full blocks of `token_ids`."""
+    assert num_blocks * block_size <= len(token_ids), "only full blocks have a name"
     parent = hashes[-1] if hashes else root
-    for index in range(len(hashes), num_blocks):
-        start = index * block_size
+    for start in range(len(hashes) * block_size, num_blocks * block_size, block_size):
         tokens = array("I", token_ids[start : start + block_size])
-        assert len(tokens) == block_size, "only full blocks have a name"
-        parent = hashlib.sha256(parent + tokens.tobytes()).digest()
+        parent = sha256(parent + tokens.tobytes()).digest()
         hashes.append(parent)

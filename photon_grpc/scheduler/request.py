@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from photon_grpc.scheduler.output import SamplerSpec, SequenceTimings
+from photon_grpc.scheduler.output import SamplerSpec, ScheduledSequence, SequenceTimings
 from photon_grpc.types import FinishReason, TokenLogprobs
 
 
@@ -74,9 +74,23 @@ class Request:
     # The timings changed since they were last told: the first token came, or the sequence resumed.
     has_news: bool = True
 
+    # What a step of nothing but decoding looks at, so that it need not look at anything else. While fewer
+    # tokens are computed, the next step computes one more, and needs no block for it; 0 when the sequence
+    # does not decode.
+    steady_until: int = 0
+    # While fewer tokens are known, one more that does not end the sequence is all that there is to tell.
+    plain_until: int = 0
+    ending_token_ids: frozenset[int] = field(init=False)
+    # Prompt and as many outputs as were asked for.
+    num_tokens_at_most: int = field(init=False)
+    decode_row: ScheduledSequence = field(init=False)
+
     def __post_init__(self) -> None:
         if not self.token_ids:
             self.token_ids = list(self.prompt_token_ids)
+        self.ending_token_ids = self.eos_token_ids | self.stop_token_ids
+        self.num_tokens_at_most = len(self.prompt_token_ids) + self.max_tokens
+        self.decode_row = ScheduledSequence(self.seq_id, 1, True)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -96,7 +110,7 @@ class Request:
     @property
     def wants_another_token(self) -> bool:
         """False once the outputs under way fill `max_tokens`."""
-        return self.num_tokens - len(self.prompt_token_ids) < self.max_tokens
+        return len(self.token_ids) + self.num_pending_tokens < self.num_tokens_at_most
 
     def timings(self, end: float | None) -> SequenceTimings:
         """The clocks so far."""

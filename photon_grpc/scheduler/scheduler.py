@@ -13,6 +13,11 @@ The rules, in order of importance:
 
 Pure and synchronous: no clock of its own (`now` is passed in), no torch, no threads. `schedule` may be
 called again before the step it planned is collected; progress is counted when a step is planned.
+
+Between two steps of a device there is little time, so a sequence that goes on decoding costs a comparison
+and two counts when a step is planned (`Request.steady_until`), and a comparison and one row of columns
+when its token comes (`Request.plain_until`). Everything else about it is looked at when one of the two
+is reached; the outcome is the same as if it were looked at in every step.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from photon_grpc.scheduler.output import (
     FailureKind,
     ModelOutput,
     NewSequence,
+    PlainTokens,
     ScheduledSequence,
     SchedulerOutput,
     SchedulerStats,
@@ -42,30 +48,35 @@ class _RankedQueue:
     """Requests sorted by rank; insertion and removal by binary search."""
 
     def __init__(self) -> None:
-        self._items: list[tuple[Rank, Request]] = []
+        self._ranks: list[Rank] = []
+        self._requests: list[Request] = []
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        return (request for _, request in self._items)
+        """In the order of rank. The last ones may be removed meanwhile, and then do not come."""
+        return iter(self._requests)
+
+    def __reversed__(self) -> Iterator[Request]:
+        return reversed(self._requests)
 
     def add(self, position: Rank, request: Request) -> None:
-        bisect.insort(self._items, (position, request), key=lambda item: item[0])
+        index = bisect.bisect_left(self._ranks, position)
+        self._ranks.insert(index, position)
+        self._requests.insert(index, request)
 
     def remove(self, position: Rank) -> None:
-        index = bisect.bisect_left(self._items, position, key=lambda item: item[0])
-        assert self._items[index][0] == position
-        del self._items[index]
+        index = bisect.bisect_left(self._ranks, position)
+        assert self._ranks[index] == position
+        del self._ranks[index]
+        del self._requests[index]
 
     def first(self) -> Request:
-        return self._items[0][1]
+        return self._requests[0]
 
     def last(self) -> Request:
-        return self._items[-1][1]
-
-    def at(self, index: int) -> Request:
-        return self._items[index][1]
+        return self._requests[-1]
 
 
 class Scheduler:
@@ -93,6 +104,8 @@ class Scheduler:
         # (moment, seq_id); entries of sequences that have ended are dropped when they come up.
         self._timers: list[tuple[float, int]] = []
         self._ended: list[SequenceOutput] = []
+        # Of the latest step; most steps of a busy batch are the same rows again.
+        self._rows: tuple[ScheduledSequence, ...] = ()
         self._step = 0
         self._waiting_tokens = 0
         self._prompt_tokens = 0
@@ -158,45 +171,52 @@ class Scheduler:
         Invariant: a sequence that is preempted in this call has no row in the step it returns.
         """
         self._expire(now)
-        budget = self._max_num_batched_tokens
-        rows: list[ScheduledSequence] = []
-        budget, preempted_any = self._schedule_running(rows, budget)
+        planned: list[ScheduledSequence] = []
+        new_block_ids: dict[int, tuple[int, ...]] = {}
+        budget, preempted_any = self._schedule_running(planned, new_block_ids, self._max_num_batched_tokens)
         new: list[NewSequence] = []
-        if not preempted_any:
-            budget = self._admit_waiting(new, rows, budget, now)
-        if not rows:
+        if self._waiting and not preempted_any:
+            budget = self._admit_waiting(new, planned, budget, now)
+        if not planned:
             # Nothing is launched, so nobody would hear of the removals: the next step tells them.
             return SchedulerOutput(step=self._step, removed=(), new=(), rows=(), num_tokens=0)
         removed, self._removed = tuple(self._removed), []
         self._step += 1
+        rows = tuple(planned)
+        same_rows = not new and not removed and rows == self._rows
+        if not same_rows:
+            self._rows = rows
         return SchedulerOutput(
             step=self._step,
             removed=removed,
             new=tuple(new),
-            rows=tuple(rows),
+            rows=self._rows,
             num_tokens=self._max_num_batched_tokens - budget,
+            new_block_ids=new_block_ids,
+            same_rows=same_rows,
         )
 
-    def _schedule_running(self, rows: list[ScheduledSequence], budget: int) -> tuple[int, bool]:
-        single_tokens_left = sum(
-            1 for r in self._running if r.num_tokens - r.num_computed_tokens == 1 and r.wants_another_token
-        )
+    def _schedule_running(
+        self, rows: list[ScheduledSequence], new_block_ids: dict[int, tuple[int, ...]], budget: int
+    ) -> tuple[int, bool]:
+        num_steady = 0
         preempted_any = False
-        position = 0
-        while position < len(self._running):
-            request = self._running.at(position)
-            remaining = request.num_tokens - request.num_computed_tokens
-            if not request.wants_another_token:
-                position += 1
+        for request in self._running:
+            num_computed = request.num_computed_tokens
+            if num_computed < request.steady_until:
+                request.num_computed_tokens = num_computed + 1
+                request.num_pending_tokens += 1
+                rows.append(request.decode_row)
+                num_steady += 1
                 continue
-            if remaining == 1:
-                single_tokens_left -= 1
-                num_tokens = min(1, budget)
-            else:
-                num_tokens = min(remaining, budget - single_tokens_left)
-            if num_tokens <= 0:
-                position += 1
+            num_known = request.num_tokens
+            if num_known >= request.num_tokens_at_most:
                 continue
+            num_tokens = num_known - num_computed
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, budget - num_steady - self._count_decodes_behind(request))
+                if num_tokens <= 0:
+                    continue
             new_blocks = self.kv.extend(request, num_tokens)
             while new_blocks is None:
                 victim = self._running.last()
@@ -204,15 +224,27 @@ class Scheduler:
                 preempted_any = True
                 if victim is request:
                     break
-                if victim.num_tokens - victim.num_computed_tokens == 1 and victim.wants_another_token:
-                    single_tokens_left -= 1
                 new_blocks = self.kv.extend(request, num_tokens)
             if new_blocks is None:
                 break
-            rows.append(self._plan_row(request, num_tokens, tuple(new_blocks)))
+            if new_blocks:
+                new_block_ids[request.seq_id] = tuple(new_blocks)
+            rows.append(self._plan_row(request, num_tokens))
             budget -= num_tokens
-            position += 1
-        return budget, preempted_any
+        self.kv.count_advanced(num_steady)
+        return budget - num_steady, preempted_any
+
+    def _count_decodes_behind(self, request: Request) -> int:
+        """Running sequences of a lower rank that want a single token; the budget has room for all of them."""
+        count = 0
+        for other in reversed(self._running):
+            if other is request:
+                break
+            if other.num_computed_tokens < other.steady_until or (
+                other.num_tokens - other.num_computed_tokens == 1 and other.wants_another_token
+            ):
+                count += 1
+        return count
 
     def _admit_waiting(
         self, new: list[NewSequence], rows: list[ScheduledSequence], budget: int, now: float
@@ -250,16 +282,23 @@ class Scheduler:
                     sampler=request.sampler,
                 )
             )
-            rows.append(self._plan_row(request, num_tokens, ()))
+            rows.append(self._plan_row(request, num_tokens))
             budget -= num_tokens
         return budget
 
-    def _plan_row(self, request: Request, num_tokens: int, new_blocks: tuple[int, ...]) -> ScheduledSequence:
+    def _plan_row(self, request: Request, num_tokens: int) -> ScheduledSequence:
         self.kv.advance(request, num_tokens)
-        sample = request.num_computed_tokens == request.num_tokens
-        if sample:
-            request.num_pending_tokens += 1
-        return ScheduledSequence(request.seq_id, num_tokens, sample, new_blocks)
+        if request.num_computed_tokens < request.num_tokens:
+            return ScheduledSequence(request.seq_id, num_tokens, sample=False)
+        # From here on the sequence decodes: the token that this step samples is all that the next computes.
+        request.num_pending_tokens += 1
+        num_slots, last = self.kv.num_slots(request), request.num_tokens_at_most - 1
+        request.steady_until = num_slots if num_slots < last else last
+        return (
+            request.decode_row
+            if num_tokens == 1
+            else ScheduledSequence(request.seq_id, num_tokens, sample=True)
+        )
 
     def _count_prefix(self, request: Request, num_hits: int) -> None:
         # A resumed sequence finds its own blocks again; that says nothing about sharing.
@@ -273,6 +312,7 @@ class Scheduler:
         self._running.remove(self._rank(request))
         self._removed.append(request.seq_id)
         self.kv.free(request)
+        request.steady_until = request.plain_until = 0
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self._preemptions += 1
@@ -280,30 +320,48 @@ class Scheduler:
 
     # --- results --------------------------------------------------------------------------------
 
-    def update(self, output: ModelOutput, now: float) -> list[SequenceOutput]:
+    def update(self, output: ModelOutput, now: float) -> tuple[list[SequenceOutput], PlainTokens]:
         """Take the tokens of a step; what is new for each sequence, and which have ended.
 
         Results for sequences that ended since the step was planned are dropped.
         """
-        outputs: list[SequenceOutput] = []
+        news: list[SequenceOutput] = []
+        keys: list[int] = []
+        indices: list[int] = []
+        plain: list[int] = []
+        live = self._live
+        for seq_id in output.faults:
+            if (request := live.get(seq_id)) is not None:
+                request.plain_until = 0
         for seq_id, entries in output.prompt_logprobs.items():
-            request = self._live.get(seq_id)
+            request = live.get(seq_id)
             if request is None or request.first_token_time is not None:
                 continue
             if output.step >= request.admitted_step:
                 request.prompt_logprobs.extend(entries)
         for seq_id, token_ids in zip(output.seq_ids, output.token_ids, strict=True):
-            request = self._live.get(seq_id)
+            request = live.get(seq_id)
             if request is None:
                 continue
             request.num_pending_tokens -= 1
-            if seq_id in output.faults:
+            known = request.token_ids
+            if (
+                len(known) < request.plain_until
+                and len(token_ids) == 1
+                and token_ids[0] not in request.ending_token_ids
+            ):
+                known.append(token_ids[0])
+                keys.append(request.key)
+                indices.append(request.index)
+                plain.append(token_ids[0])
+            elif seq_id in output.faults:
                 self._faults += 1
-                outputs.append(self._finish_output(request, now, failure=FailureKind.REQUEST_FAULT))
+                news.append(self._finish_output(request, now, failure=FailureKind.REQUEST_FAULT))
                 self._remove(request, forget_blocks=True)
-                continue
-            outputs.append(self._accept(request, token_ids, output, now))
-        return outputs
+            else:
+                news.append(self._accept(request, token_ids, output, now))
+        self._generation_tokens += len(plain)
+        return news, PlainTokens(tuple(keys), tuple(indices), tuple(plain))
 
     def _accept(
         self, request: Request, token_ids: tuple[int, ...], output: ModelOutput, now: float
@@ -316,6 +374,9 @@ class Scheduler:
             finish = self._finish_after(request, token_id)
             if finish is not None:
                 break
+        if accepted != 1:
+            # It was planned for one token; what is to be computed next has to be counted anew.
+            request.steady_until = 0
         self._generation_tokens += accepted
         if request.status is RequestStatus.PREEMPTED:
             self._waiting_tokens += accepted
@@ -332,6 +393,8 @@ class Scheduler:
         if not request.has_news:
             return SequenceOutput(request.key, request.index, token_ids[:accepted], logprobs)
         request.has_news = False
+        if request.status is RequestStatus.RUNNING and request.sampler.top_logprobs is None:
+            request.plain_until = request.num_tokens_at_most - 1
         prompt_logprobs = tuple(request.prompt_logprobs)
         request.prompt_logprobs.clear()
         return SequenceOutput(
@@ -474,6 +537,17 @@ class Scheduler:
         for request in running:
             assert 0 <= request.num_computed_tokens <= request.num_tokens
             assert request.num_output_tokens <= request.max_tokens
+            if request.num_computed_tokens < request.steady_until:
+                assert request.num_tokens - request.num_computed_tokens == 1
+                assert request.wants_another_token
+                assert request.num_computed_tokens < self.kv.num_slots(request)
+            if len(request.token_ids) < request.plain_until:
+                assert request.num_output_tokens + 1 < request.max_tokens
+                assert not request.has_news
+                assert not request.prompt_logprobs
+                assert request.sampler.top_logprobs is None
+        assert all(r.steady_until == r.plain_until == 0 for r in waiting)
+        assert all(r.decode_row == ScheduledSequence(r.seq_id, 1, True) for r in self._live.values())
         self.kv.check_invariants(running)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from photon_grpc.v1 import inference_pb2
+from tools.bench import host
 from tools.bench.figures import CallRecord, Distribution, Objective, summarize
 from tools.bench.load import Load, poisson_arrivals, request_bytes, split
 from tools.bench.server_handle import CpuTimes
@@ -187,3 +188,16 @@ def test_server_cpu_is_told_apart_by_thread() -> None:
 def test_a_server_spec_survives_the_command_line() -> None:
     spec = ServerSpec(model="demo", dtype="float32", num_threads=2, step_s=0.02, max_num_seqs=256)
     assert ServerSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_the_host_benchmark_keeps_a_full_batch_decoding(prefix_caching: bool) -> None:
+    """A sequence that ended or waited would make its steps look cheap; a token pickles to a few bytes."""
+    plan = host.HostPlan((1, 5), steps=40, repeats=2, prefix_caching=prefix_caching)
+    one, five = host.run(plan, lambda _: None)
+    assert (one.batch, five.batch) == (1, 5)
+    assert five.pickle_bytes - one.pickle_bytes >= 4 * 3
+    for row in (one, five):
+        parts = [row.median_us[name] for name in ("schedule", "update", "message")]
+        assert all(0 < part < row.median_us["total"] * 1.5 for part in parts)
+        assert row.p99_us["total"] >= row.median_us["total"] > 0

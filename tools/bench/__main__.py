@@ -205,6 +205,34 @@ def run_serving(
     return rows, comparison
 
 
+@app.command(name="host")
+def time_host(
+    rows: Annotated[list[int], typer.Option("--rows", min=1, help="Decoding rows; may be repeated.")] = [  # noqa: B006
+        1,
+        16,
+        64,
+        256,
+    ],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Measured steps per round.")] = 1000,
+    prefix_caching: Annotated[bool, typer.Option(help="Name full blocks, as a server does.")] = True,
+    repeat: Repeat = 5,
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "host",
+) -> None:
+    """Python of the engine thread per decode step: planning, tokens, the message to the event loop."""
+    from tools.bench import host
+
+    plan = host.HostPlan(tuple(rows), steps, repeat, prefix_caching, seed)
+    with console.status("host") as status:
+        measured = host.run(plan, lambda text: status.update(f"host: {text}"))
+    host.print_table(console, measured, "host: decoding rows, two steps under way, no runner")
+    path = report.write(
+        output, name, host.to_result(plan, measured), lambda figure: host.draw(figure, measured)
+    )
+    console.print(f"wrote {path}")
+
+
 @app.command(name="kernels")
 def time_kernels(
     modules: Annotated[

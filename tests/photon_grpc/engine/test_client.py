@@ -20,6 +20,7 @@ from photon_grpc.engine.messages import (
     EngineStopped,
     FailureKind,
     LoopMessage,
+    PlainTokens,
     SequenceOutput,
     StepOutputs,
 )
@@ -188,6 +189,39 @@ async def test_a_cancelled_reader_can_read_again() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await reader
             assert await read_all(stream) == {0: [echo(PROMPT, 0, p) for p in range(12)]}
+
+
+async def test_plain_tokens_merge_behind_what_says_more() -> None:
+    """Two completions, step by step: order within each is kept, and one read makes one output of a run."""
+    async with engine(start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        stream = running.submit("a", engine_request(PROMPT, 50, n=2))
+        now = 0.0
+
+        def deliver(*news: SequenceOutput, **columns: tuple[int, ...]) -> None:
+            nonlocal now
+            now += 0.01
+            running._deliver(StepOutputs(news, EngineStats(), now, PlainTokens(**columns)))
+
+        first = (SequenceOutput(1, 0, (10,), cached_prompt_tokens=4), SequenceOutput(1, 1, (20,)))
+        deliver(*first)
+        deliver(keys=(1, 7, 1), indices=(0, 0, 1), token_ids=(11, 99, 21))
+        deliver(keys=(1,), indices=(1,), token_ids=(22,))
+        last = SequenceOutput(1, 1, (23,), finish=Finish(FinishReason.EOS, eos_token_id=23))
+        deliver(last, keys=(1,), indices=(0,), token_ids=(12,))
+        deliver(keys=(1,), indices=(0,), token_ids=(13,))
+        await asyncio.wait_for(stream.wait(9), 1)
+        assert await stream.read() == [
+            *first,
+            SequenceOutput(1, 0, (11,)),
+            SequenceOutput(1, 1, (21, 22)),
+            last,
+            SequenceOutput(1, 0, (12, 13)),
+        ]
+        pending = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        deliver(keys=(1,), indices=(0,), token_ids=(14,))
+        assert await asyncio.wait_for(pending, 1) == [SequenceOutput(1, 0, (14,))]
 
 
 # --- closing --------------------------------------------------------------------------------------
@@ -523,16 +557,15 @@ def test_readers_sleep_only_when_writing_would_fill_the_loop(
 
 def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> None:
     pace = paced(256, 0.020)
-    turns = defaultdict(list)
+    turns: dict[int, list[int]] = {}
     for _ in range(6):
         pace.step((pace.turn + 1) * 0.020, 256)
-        for key in range(256):
-            if pace.is_turn_of(key):
-                turns[pace.turn].append(key)
+        turns[pace.turn] = pace.due(range(256))
     assert [len(keys) for keys in turns.values()] == [128] * 6
 
 
-async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once() -> None:
+@pytest.mark.parametrize("in_columns", [False, True])
+async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in_columns: bool) -> None:
     """Steps are handed over by hand, so what each reader has after each of them is exact."""
     async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
         running._info = EngineReady(model_info(), 1024, 16)
@@ -543,7 +576,7 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once() 
         async def reader(key: int, stream: RequestStream) -> None:
             while True:
                 outputs = await stream.read()
-                reads[key].append(len(outputs))
+                reads[key].append(sum(len(output.token_ids) for output in outputs))
                 if outputs[-1].is_last:
                     return
 
@@ -551,8 +584,12 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once() 
         await asyncio.sleep(0)
         for step in range(30):
             finish = Finish(FinishReason.MAX_TOKENS) if step == 29 else None
-            outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
-            running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+            if in_columns and 0 < step < 29:
+                tokens = PlainTokens(tuple(keys), (0,) * 300, (step,) * 300)
+                running._deliver(StepOutputs((), EngineStats(), step * 0.010, tokens))
+            else:
+                outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
+                running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
             for _ in range(3):
                 await asyncio.sleep(0)
             if step == 0:

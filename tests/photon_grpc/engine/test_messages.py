@@ -20,6 +20,7 @@ from photon_grpc.engine.messages import (
     EngineStopped,
     FailureKind,
     LoopMessage,
+    PlainTokens,
     SequenceOutput,
     SequenceTimings,
     Shutdown,
@@ -52,7 +53,10 @@ EXAMPLES: list[EngineMessage | LoopMessage] = [
     Shutdown(),
     EngineReady(model_info(), 100, 16),
     StepOutputs(
-        (OUTPUT, SequenceOutput(2, 0, failure=FailureKind.MAX_DURATION)), EngineStats(running=3), 5.0
+        (OUTPUT, SequenceOutput(2, 0, failure=FailureKind.MAX_DURATION)),
+        EngineStats(running=3),
+        5.0,
+        PlainTokens((3, 4), (0, 1), (70, 80)),
     ),
     EngineStopped(None),
 ]
@@ -83,6 +87,12 @@ def test_messages_are_frozen() -> None:
         assert params.frozen
 
 
+def test_plain_tokens_are_outputs_like_any_other() -> None:
+    step = StepOutputs((OUTPUT,), EngineStats(), 5.0, PlainTokens((3, 4), (0, 1), (70, 80)))
+    assert step.outputs == (OUTPUT, SequenceOutput(3, 0, (70,)), SequenceOutput(4, 1, (80,)))
+    assert StepOutputs((OUTPUT,), EngineStats(), 5.0).outputs == (OUTPUT,)
+
+
 def test_nothing_alive_is_hidden_in_a_message() -> None:
     """No callables, futures or tensors: the annotations name plain types only."""
     plain = (int, float, str, bytes, bool, types.NoneType)
@@ -97,7 +107,7 @@ def test_nothing_alive_is_hidden_in_a_message() -> None:
             assert typing.get_origin(annotation) in (tuple, typing.Union, types.UnionType)
             for argument in arguments:
                 walk(argument)
-        elif isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        elif dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
             for hint in typing.get_type_hints(annotation).values():
                 walk(hint)
         else:

@@ -126,6 +126,22 @@ def test_a_hole_ends_the_prefix() -> None:
     assert kv.find_prefix(sequence(2, tuple(range(13)))) == first.block_ids[:1]
 
 
+@pytest.mark.parametrize("num_pending", [0, 1])
+def test_a_block_that_fills_token_by_token_is_named_when_the_next_one_begins(num_pending: int) -> None:
+    """Its last token may be on its way when the block is full; it has come by the time the next begins."""
+    kv = manager()
+    request = sequence(1, tuple(range(6)))
+    compute(kv, request, 6)
+    request.token_ids.extend(range(6, 9 - num_pending))
+    other = sequence(2, tuple(range(20)))
+    for num_computed, num_found in ((7, 1), (8, 1), (9, 2)):
+        compute(kv, request, 1)
+        assert request.num_computed_tokens == num_computed
+        assert len(kv.find_prefix(other)) == num_found
+        assert kv.num_slots(request) == 4 * len(request.block_ids) == (8 if num_computed < 9 else 12)
+        request.token_ids.append(num_computed + 2 - num_pending)
+
+
 def test_the_tail_of_a_freed_sequence_is_reused_before_its_head() -> None:
     kv = manager(num_blocks=4)
     first = sequence(1, tuple(range(16)))

@@ -18,7 +18,7 @@ from photon_grpc.engine.messages import Abort, AbortReason, Deadlines, FailureKi
 from photon_grpc.options import KVCacheOptions
 from photon_grpc.runner.scripted import echo, logprobs_of
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
-from photon_grpc.scheduler.output import ModelOutput, RowFault, SamplerSpec
+from photon_grpc.scheduler.output import ModelOutput, PlainTokens, RowFault, SamplerSpec
 from photon_grpc.scheduler.request import RequestStatus
 from photon_grpc.scheduler.scheduler import Scheduler
 from photon_grpc.types import FinishReason
@@ -334,7 +334,7 @@ def test_a_sequence_preempted_before_its_fault_was_known_leaves_nothing_to_find(
     """Its blocks were free, and findable, before anybody knew that they were bad."""
     scheduler = small_scheduler()
     collected = preempted_with_a_step_under_way(scheduler)
-    outputs = scheduler.update(collected, 0.0)
+    outputs, _ = scheduler.update(collected, 0.0)
     assert [output.failure for output in outputs] == [None, FailureKind.REQUEST_FAULT]
     scheduler.check_invariants()
     assert scheduler.kv.find_prefix(sequence(3, tuple(range(30, 39)))) == []
@@ -346,7 +346,7 @@ def test_a_preempted_sequence_waits_for_the_token_that_is_under_way() -> None:
     collected = preempted_with_a_step_under_way(scheduler)
     scheduler.abort(1, None, None, 0.0)
     assert scheduler.schedule(0.0).is_empty, "resumed without its latest token"
-    outputs = scheduler.update(ModelOutput(collected.step, (1, 2), ((10,), (30,))), 0.0)
+    outputs, _ = scheduler.update(ModelOutput(collected.step, (1, 2), ((10,), (30,))), 0.0)
     assert [output.token_ids for output in outputs] == [(30,)]
     (row,) = scheduler.schedule(0.0).rows
     assert (row.seq_id, row.num_tokens, row.sample) == (2, 5, True), (
@@ -386,9 +386,10 @@ def test_prompt_logprobs_of_a_life_before_the_preemption_are_dropped_however_lat
     again = scheduler.schedule(0.0)
     assert [(new.seq_id, new.num_computed_tokens) for new in again.new] == [(2, 0)]
     stale = {2: tuple(logprobs_of(token, 0) for token in range(31, 35))}
-    assert scheduler.update(ModelOutput(old.step, (1,), ((10,),), prompt_logprobs=stale), 0.0) == []
+    dropped = scheduler.update(ModelOutput(old.step, (1,), ((10,),), prompt_logprobs=stale), 0.0)
+    assert dropped == ([], PlainTokens())
     whole = {2: tuple(logprobs_of(token, 0) for token in range(31, 38))}
-    (output,) = scheduler.update(ModelOutput(again.step, (2,), ((30,),), prompt_logprobs=whole), 0.0)
+    (output,), _ = scheduler.update(ModelOutput(again.step, (2,), ((30,),), prompt_logprobs=whole), 0.0)
     assert output.prompt_logprobs == whole[2]
 
 
@@ -653,13 +654,13 @@ def test_several_tokens_per_step_stop_at_the_first_that_ends_it() -> None:
     scheduler = small_scheduler()
     scheduler.add(sequence(1, (5, 6), eos_token_ids=frozenset({9})))
     step = scheduler.schedule(0.0).step
-    (output,) = scheduler.update(ModelOutput(step, (1,), ((7, 9, 8),)), 0.0)
+    (output,), _ = scheduler.update(ModelOutput(step, (1,), ((7, 9, 8),)), 0.0)
     assert output.token_ids == (7, 9)
     assert output.finish is not None
     assert output.finish.eos_token_id == 9
     scheduler.add(sequence(2, (5, 6), max_tokens=2))
     step = scheduler.schedule(0.0).step
-    (output,) = scheduler.update(ModelOutput(step, (2,), ((7, 7, 7),)), 0.0)
+    (output,), _ = scheduler.update(ModelOutput(step, (2,), ((7, 7, 7),)), 0.0)
     assert output.token_ids == (7, 7)
     scheduler.check_invariants()
 
