@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -45,8 +44,6 @@ from photon_grpc.scheduler.output import (
 from photon_grpc.types import ModelInfo, TokenLogprobs
 
 _log = structlog.get_logger(__name__)
-
-_SEQ_ID, _SAMPLE, _NEW_BLOCKS = attrgetter("seq_id"), attrgetter("sample"), attrgetter("new_block_ids")
 
 
 class DeviceSampler(PromptScorer, Protocol):
@@ -244,10 +241,8 @@ class CudaRunner:
             self._to_score.pop(seq_id, None)
         for new in output.new:
             self._add(new)
-        if any(map(_NEW_BLOCKS, output.rows)):
-            for row in output.rows:
-                if row.new_block_ids:
-                    self._batch.append_blocks(row.seq_id, row.new_block_ids)
+        for seq_id, block_ids in output.new_block_ids.items():
+            self._batch.append_blocks(seq_id, block_ids)
         if output.removed or output.new:
             # A slot may have changed hands.
             self._rows = None
@@ -259,16 +254,9 @@ class CudaRunner:
             self._to_score[new.seq_id] = (new.sampler.prompt_top_logprobs, new.num_prompt_tokens)
 
     def _rows_of(self, output: SchedulerOutput) -> _Rows:
-        """The rows of a step: those of the last one, where the batch only went on."""
-        seq_ids = list(map(_SEQ_ID, output.rows))
+        """The rows of a step: those of the last one, where the batch only went on decoding."""
         last = self._rows
-        if (
-            last is not None
-            and not last.prefills
-            and output.num_tokens == len(seq_ids)
-            and seq_ids == last.decode_ids
-            and all(map(_SAMPLE, output.rows))
-        ):
+        if output.same_rows and last is not None and not last.prefills:
             return last
         return self._arrange(output.rows)
 

@@ -74,6 +74,9 @@ class Driver:
         self.num_steps = 0
         self.blocks: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
+        self.rows: tuple[ScheduledSequence, ...] = ()
+        # For the rows of the plan that is being made.
+        self.new_block_ids: dict[int, tuple[int, ...]] = {}
         self.free = list(range(NUM_BLOCKS))
         random.Random(1).shuffle(self.free)
 
@@ -89,9 +92,10 @@ class Driver:
     def row(self, seq_id: int, num_tokens: int, sample: bool = True) -> ScheduledSequence:
         length = self.lengths[seq_id] = self.lengths[seq_id] + num_tokens
         needed = -(-length // BLOCK_SIZE) - len(self.blocks[seq_id])
-        added = tuple(self.free.pop() for _ in range(needed))
-        self.blocks[seq_id] += added
-        return ScheduledSequence(seq_id, num_tokens, sample, added)
+        if needed > 0:
+            self.new_block_ids[seq_id] = tuple(self.free.pop() for _ in range(needed))
+            self.blocks[seq_id] += self.new_block_ids[seq_id]
+        return ScheduledSequence(seq_id, num_tokens, sample)
 
     def plan(
         self,
@@ -100,8 +104,16 @@ class Driver:
         removed: Sequence[int] = (),
     ) -> SchedulerOutput:
         self.num_steps += 1
+        added, self.new_block_ids = self.new_block_ids, {}
+        last, self.rows = self.rows, tuple(rows)
         return SchedulerOutput(
-            self.num_steps, tuple(removed), tuple(new), tuple(rows), sum(row.num_tokens for row in rows)
+            self.num_steps,
+            tuple(removed),
+            tuple(new),
+            self.rows,
+            sum(row.num_tokens for row in rows),
+            added,
+            same_rows=not new and not removed and self.rows == last,
         )
 
     def run(self, output: SchedulerOutput) -> ModelOutput:
@@ -207,7 +219,7 @@ def three_ways(driver: Driver, plan: SchedulerOutput) -> list[tuple[ModelOutput,
         torch.cuda.synchronize()
         results.append((output, [layer.clone() for layer in driver.cache.layers]))
         driver.restore(before)
-        plan = replace(plan, rows=tuple(replace(row, new_block_ids=()) for row in plan.rows))
+        plan = replace(plan, new_block_ids={})
     runner._graph = graph  # type: ignore[method-assign]
     runner._capture = capture
     return results
