@@ -122,7 +122,7 @@ def test_backends_are_the_extras_of_the_package() -> None:
     (torch, package) = texts("build", "RUN")[1:]
     (choice,) = re.findall(r"^ *([a-z0-9|]+)\) grep", torch, flags=re.MULTILINE)
     assert set(choice.split("|")) == set(extras) - {"dev"}
-    assert "extra=\"[$BACKEND]\"" in package
+    assert 'extra="[$BACKEND]"' in package
 
 
 @pytest.mark.parametrize("stage_name", ["build", "runtime"])

@@ -122,9 +122,7 @@ def test_the_real_program_builds_the_same(folder: Path, resources: list[Resource
     if kustomize is None and kubectl is None:
         pytest.skip("neither kustomize nor kubectl is installed, and no package of Debian's is recent enough")
     command = [kustomize, "build"] if kustomize else [str(kubectl), "kustomize"]
-    result = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
 
     def normal(documents: list[Resource]) -> dict[tuple[str, str], Resource]:
@@ -185,9 +183,7 @@ def test_the_admin_listener_is_reachable_from_nowhere(
     check_options(read.server)
 
 
-def test_the_server_reads_its_environment(
-    resources: list[Resource], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_reads_its_environment(resources: list[Resource], monkeypatch: pytest.MonkeyPatch) -> None:
     read = options(resources, monkeypatch)
     assert read.server.host == read.server.probe_host == read.server.metrics_host == "0.0.0.0"
     assert container_ports(resources) == {

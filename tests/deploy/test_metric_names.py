@@ -67,6 +67,12 @@ def panels() -> list[dict[str, Any]]:
     return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
 
 
+def adapter_rules() -> list[dict[str, Any]]:
+    values = yaml.safe_load((DEPLOY / "prometheus" / "adapter-values.yaml").read_text())
+    rules: list[dict[str, Any]] = values["rules"]["custom"]
+    return rules
+
+
 def expressions() -> Iterator[str]:
     """Every PromQL expression and metric name that deploy/ uses."""
     for panel in panels():
@@ -77,7 +83,7 @@ def expressions() -> Iterator[str]:
     for group in yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]:
         for rule in group["rules"]:
             yield rule["expr"]
-    for rule in yaml.safe_load((DEPLOY / "prometheus" / "adapter-values.yaml").read_text())["rules"]["custom"]:
+    for rule in adapter_rules():
         yield rule["seriesQuery"]
         yield rule["metricsQuery"]
 
@@ -126,8 +132,7 @@ def test_the_dashboard_is_sound() -> None:
 
 
 def test_the_autoscaler_asks_for_metrics_that_the_adapter_makes() -> None:
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "adapter-values.yaml").read_text())["rules"]["custom"]
-    made = {rule["name"]["as"] for rule in rules}
+    made = {rule["name"]["as"] for rule in adapter_rules()}
     scaler = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "hpa.yaml").read_text())
     asked = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
     assert asked == made

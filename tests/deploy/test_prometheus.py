@@ -1,7 +1,8 @@
-"""Prometheus' own checker over the shipped configuration, and alerts against their runbook and their tests."""
+"""Prometheus' own checker over the shipped configuration; alerts against runbook and tests."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -34,26 +35,49 @@ def runbook() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")],
-    ids=lambda arguments: " ".join(arguments[:2]),
+    "arguments", ["check config prometheus.yml", "check rules alerts.yml", "test rules alerts_test.yml"]
 )
-def test_promtool_agrees(arguments: tuple[str, ...]) -> None:
-    result = promtool(FOLDER, *arguments)
+def test_promtool_agrees(arguments: str) -> None:
+    result = promtool(FOLDER, *arguments.split())
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
-    ("pattern", "replacement"),
-    [(r"photon_shed_total", "photon_shed"), (r"> 30 and", "> 3000 and"), (r"severity: page", "severity: none")],
+    ("alert", "text", "replacement"),
+    [
+        ("PhotonShedding", "photon_shed_total", "photon_shed"),
+        ("PhotonEngineStalled", "> 30 and", "> 3000 and"),
+        ("PhotonDown", "severity: page", "severity: none"),
+        ("PhotonQueueGrowing", "min_over_time", "max_over_time"),
+    ],
 )
-def test_the_rule_tests_notice_a_change(tmp_path: Path, pattern: str, replacement: str) -> None:
-    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "alerts.yml"
-    changed, count = re.subn(pattern, replacement, path.read_text())
-    assert count
-    path.write_text(changed)
-    assert promtool(tmp_path, "test", "rules", "alerts_test.yml").returncode != 0
+def test_the_rule_tests_notice_a_change(tmp_path: Path, alert: str, text: str, replacement: str) -> None:
+    """The alert's own tests, of a copy of the rules: they pass, and fail once its rule is changed."""
+    rules, tests = tmp_path / "alerts.yml", tmp_path / "alerts_test.yml"
+    shutil.copy(FOLDER / "alerts.yml", rules)
+    content = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())
+    content["tests"] = [test for test in content["tests"] if test["name"].split()[0] == alert]
+    assert content["tests"]
+    tests.write_text(yaml.safe_dump(content))
+    assert promtool(tmp_path, "test", "rules", tests.name).returncode == 0
+    before, name, rule = rules.read_text().partition(f"alert: {alert}\n")
+    assert text in rule
+    rules.write_text(before + name + rule.replace(text, replacement, 1))
+    assert promtool(tmp_path, "test", "rules", tests.name).returncode != 0
+
+
+def test_the_dashboard_asks_in_proper_promql(tmp_path: Path) -> None:
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "photon.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert asked
+    values = {"$__rate_interval": "5m", "$instance": ".*"}
+    for variable, value in values.items():
+        asked = [text.replace(variable, value) for text in asked]
+    assert not any("$" in text for text in asked), "a variable that the dashboard does not have"
+    rules = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(asked)]
+    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    result = promtool(tmp_path, "check", "rules", "panels.yml")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_each_alert_is_tested_firing_and_quiet() -> None:

@@ -16,9 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from photon_grpc import errors
 from photon_grpc.server.status import PUSHBACK_KEY, REQUEST_ID_KEY
-from photon_grpc.v1 import control_pb2, control_pb2_grpc
+from photon_grpc.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc, model_pb2, model_pb2_grpc
 from photon_grpc.v1 import inference_pb2 as pb
-from photon_grpc.v1 import inference_pb2_grpc, model_pb2, model_pb2_grpc
 from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import Harness, open_channel, quick_options, rich_error, running_server, until
 from tests.support.proxies import Upstream, free_port, running_proxy
@@ -52,7 +51,8 @@ async def until_passed(channel: grpc.aio.Channel) -> None:
             try:
                 await models.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=5)
             except grpc.aio.AioRpcError as error:
-                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
                 await asyncio.sleep(0.1)
             else:
                 return
@@ -86,13 +86,13 @@ async def until_idle(harness: Harness, within_s: float = 10.0) -> None:
             await asyncio.sleep(0.01)
 
 
+async def read_all(call: Any) -> list[Any]:
+    return [message async for message in call]
+
+
 async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__await__"):
-            await call
-        else:
-            async for _ in call:
-                pass
+        await (call if hasattr(call, "__await__") else read_all(call))
     return caught.value
 
 
@@ -247,12 +247,15 @@ async def test_envoy_takes_a_call_that_a_draining_server_refused_to_another(tmp_
     leaving = FakeFrontDoor(Script(error=errors.EngineDrainingError()))
     staying = FakeFrontDoor()
     options = quick_options(server={"probe_port": 0, "probe_host": "127.0.0.1"})
-    async with running_server(leaving, options) as first, running_server(staying, options) as second:
-        async with behind("envoy", tmp_path, first, second) as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            for _ in range(12):
-                answer = await stub.Generate(pb.GenerateRequest(spec=SPEC), timeout=20)
-                assert answer.usage.output_tokens == 3
+    async with (
+        running_server(leaving, options) as first,
+        running_server(staying, options) as second,
+        behind("envoy", tmp_path, first, second) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        for _ in range(12):
+            answer = await stub.Generate(pb.GenerateRequest(spec=SPEC), timeout=20)
+            assert answer.usage.output_tokens == 3
     assert len(leaving.requests) > 0
     assert len(staying.requests) == 12
 

@@ -129,12 +129,15 @@ async def test_nothing_is_retried_after_the_first_message() -> None:
 
 async def test_calls_go_round_the_servers() -> None:
     one, other = FakeFrontDoor(), FakeFrontDoor()
-    async with running_server(one) as first, running_server(other) as second:
-        async with client_of(first, second) as stub:
-            for _ in range(100):
-                await stub.Generate(pb.GenerateRequest(spec=SPEC), timeout=20)
-                if one.requests and other.requests:
-                    break
+    async with (
+        running_server(one) as first,
+        running_server(other) as second,
+        client_of(first, second) as stub,
+    ):
+        for _ in range(100):
+            await stub.Generate(pb.GenerateRequest(spec=SPEC), timeout=20)
+            if one.requests and other.requests:
+                break
     assert one.requests
     assert other.requests
 

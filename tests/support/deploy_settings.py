@@ -12,7 +12,7 @@ from photon_grpc.options import Options
 
 
 def options_of(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Options:
-    """The effective settings of a process with these variables and no other `PHOTON_*`. Raises ConfigError."""
+    """The settings of a process with these variables and no other `PHOTON_*`. Raises ConfigError."""
     for name in list(os.environ):
         if name.startswith("PHOTON_"):
             monkeypatch.delenv(name)

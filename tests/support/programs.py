@@ -14,7 +14,7 @@ _FOLDERS = (_FETCHED / "sbin", _FETCHED / "bin", Path("/usr/sbin"), Path("/usr/l
 
 
 def program(name: str) -> str:
-    """The path of a program that `.ci/programs` fetches; without it the test is skipped, under CI it fails."""
+    """The path of a program that `.ci/programs` fetches. Without it the test is skipped, under CI fails."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, _FOLDERS)])
     found = shutil.which(name, path=path)
     if found is not None:
