@@ -85,7 +85,7 @@ def test_signals_reach_the_server() -> None:
 
 
 def test_the_last_stage_takes_the_environment_and_nothing_else() -> None:
-    assert texts("runtime", "COPY") == ["--from=build /opt/photon /opt/photon"]
+    assert texts("runtime", "COPY") == ["--from=build /usr/local/photon /usr/local/photon"]
     assert texts("runtime", "ADD") == []
 
 

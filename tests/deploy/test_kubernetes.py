@@ -175,6 +175,13 @@ def test_peers_of_the_network_policy_are_not_the_server_itself(resources: list[R
                 assert not labels.keys() & chosen.keys()
 
 
+def test_the_base_policy_opens_calls_and_metrics_only(resources: list[Resource]) -> None:
+    (policy,) = [resource for resource in resources if identity(resource) == ("NetworkPolicy", "photon-grpc")]
+    opened = [port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]]
+    assert opened == ["grpc", "metrics"]
+    assert set(opened) <= set(container_ports(resources))
+
+
 def test_the_admin_listener_is_reachable_from_nowhere(
     resources: list[Resource], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,10 +14,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from photon_grpc import errors
+from photon_grpc.frontend.events import Delta, Event
 from photon_grpc.server.status import PUSHBACK_KEY, REQUEST_ID_KEY
+from photon_grpc.types import GenerationRequest
 from photon_grpc.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc, model_pb2, model_pb2_grpc
 from photon_grpc.v1 import inference_pb2 as pb
-from tests.support.fake_front_door import FakeFrontDoor, Script
+from tests.support.fake_front_door import FakeFrontDoor, FakeStream, Script
 from tests.support.grpc_harness import Harness, open_channel, quick_options, rich_error, running_server, until
 from tests.support.proxies import Upstream, free_port, running_proxy
 from tests.support.scripted_service import scripted_service
@@ -96,23 +97,59 @@ async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     return caught.value
 
 
+class LockStep(FakeFrontDoor):
+    """Every stream waits for leave before each delta but the first, which goes with Started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leave = asyncio.Semaphore(1)
+
+    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> FakeStream:
+        self._record(request, deadline)
+        return LockStepStream(request, self.script, self.leave)
+
+
+class LockStepStream(FakeStream):
+    def __init__(self, request: GenerationRequest, script: Script, leave: asyncio.Semaphore) -> None:
+        super().__init__(request, script)
+        self._leave = leave
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for event in self._events():
+            if isinstance(event, Delta):
+                await self._leave.acquire()
+            yield event
+
+
 @pytest.mark.parametrize("name", PROXIES)
-async def test_tokens_stream_one_by_one_and_trailers_follow(name: str, tmp_path: Path) -> None:
-    async with scripted_service(tmp_path, step_s=0.05) as harness, behind(name, tmp_path, harness) as channel:
+async def test_no_message_waits_for_the_next_one(name: str, tmp_path: Path) -> None:
+    """Each delta is made after the client has read the one before: a proxy that buffers would hang here."""
+    front_door = LockStep()
+    async with running_server(front_door) as harness, behind(name, tmp_path, harness) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        call = stub.StreamGenerate(pb.StreamGenerateRequest(request_id="through", spec=generation(20)))
-        arrivals, messages = [], []
+        call = stub.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC))
+        events = []
         async for message in call:
-            arrivals.append(time.monotonic())
-            messages.append(message)
+            events.append(message.WhichOneof("event"))
+            if message.HasField("delta"):
+                front_door.leave.release()
+    assert events == ["started", *["delta"] * 3, "finished", "summary"]
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_a_whole_stream_and_its_trailers_go_through(name: str, tmp_path: Path) -> None:
+    async with scripted_service(tmp_path, step_s=0.01) as harness, behind(name, tmp_path, harness) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.StreamGenerate(pb.StreamGenerateRequest(request_id="through", spec=generation(100)))
+        messages = await read_all(call)
         trailers = dict(list(await call.trailing_metadata()))
-    assert [m.WhichOneof("event") for m in messages] == ["started", *["delta"] * 20, "finished", "summary"]
-    assert sum(m.delta.num_tokens for m in messages) == 20
-    # A proxy that buffers would bring them together; twenty steps of 50 ms take a second.
-    assert arrivals[-1] - arrivals[0] > 0.5
+        await until_idle(harness)
+    assert [m.seq for m in messages] == list(range(1, len(messages) + 1))
+    assert sum(m.delta.num_tokens for m in messages) == 100
+    assert messages[-1].summary.usage.output_tokens == 100
     assert trailers[REQUEST_ID_KEY] == "through"
     assert trailers["photon-finish-reason"] == "MAX_TOKENS"
-    assert trailers["photon-output-tokens"] == "20"
+    assert trailers["photon-output-tokens"] == "100"
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -147,13 +184,23 @@ async def test_the_deadline_reaches_the_server(name: str, tmp_path: Path) -> Non
     front_door = FakeFrontDoor(Script(hang=True))
     async with running_server(front_door) as harness, behind(name, tmp_path, harness) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        before = asyncio.get_running_loop().time()
-        error = await failure_of(stub.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC), timeout=1.5))
-        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        call = stub.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC), timeout=60)
+        await until(lambda: front_door.streams)
         (deadline,) = front_door.deadlines
         assert deadline is not None
-        assert deadline - before < 5
+        # Without the client's deadline the server would have set its own default of 300 s.
+        assert deadline - asyncio.get_running_loop().time() < 100
+        call.cancel()
         await asyncio.wait_for(front_door.streams[0].left.wait(), 10)
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_a_deadline_that_passes_frees_the_blocks(name: str, tmp_path: Path) -> None:
+    async with scripted_service(tmp_path, step_s=0.02) as harness, behind(name, tmp_path, harness) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(pb.GenerateRequest(spec=generation(4000)), timeout=1)
+        assert (await failure_of(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until_idle(harness)
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -253,11 +300,11 @@ async def test_envoy_takes_a_call_that_a_draining_server_refused_to_another(tmp_
         behind("envoy", tmp_path, first, second) as channel,
     ):
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        for _ in range(12):
-            answer = await stub.Generate(pb.GenerateRequest(spec=SPEC), timeout=20)
-            assert answer.usage.output_tokens == 3
-    assert len(leaving.requests) > 0
-    assert len(staying.requests) == 12
+        async with asyncio.timeout(20):
+            while len(leaving.requests) < 3:
+                answer = await stub.Generate(pb.GenerateRequest(spec=SPEC), timeout=20)
+                assert answer.usage.output_tokens == 3
+    assert len(staying.requests) >= len(leaving.requests)
 
 
 async def test_envoy_sends_nothing_to_a_server_that_is_not_serving(tmp_path: Path) -> None:
