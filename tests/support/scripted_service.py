@@ -1,0 +1,51 @@
+"""The whole service over the scripted runner: real listeners, admission, text and engine thread; no model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import photon_grpc
+from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.frontend.chat import ChatRenderer
+from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.tokenizer import Tokenizer
+from photon_grpc.options import Options
+from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.telemetry.metrics import Metrics
+from tests.support.builders import model_info
+from tests.support.grpc_harness import Harness, quick_options, running_server
+from tools.make_tiny_model import write_tokenizer
+
+_VOCAB_SIZE = 512
+
+
+@asynccontextmanager
+async def scripted_service(
+    folder: Path, options: Options | None = None, *, step_s: float = 0.0
+) -> AsyncIterator[Harness]:
+    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer."""
+    options = options or quick_options()
+    model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
+    metrics = Metrics(photon_grpc.__version__)
+    write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
+    tokenizer = Tokenizer.load(folder)
+    with ThreadPoolExecutor(options.server.text_threads) as text_pool:
+        engine = AsyncEngine(
+            lambda: ScriptedRunner(model, step_s=step_s, check_cache=False),
+            options.scheduler,
+            options.cache,
+            options.limits,
+            on_step=metrics.observe_step,
+            on_stopped=lambda error: None,
+        )
+        generator = Generator(engine, options.limits, text_pool, metrics=metrics)
+        await engine.start()
+        generator.activate(tokenizer, ChatRenderer(tokenizer))
+        try:
+            async with running_server(generator, options) as harness:
+                yield harness
+        finally:
+            await engine.stop()
