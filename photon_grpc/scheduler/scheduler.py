@@ -90,6 +90,8 @@ class Scheduler:
         self._waiting = _RankedQueue()
         self._running = _RankedQueue()
         self._removed: list[int] = []
+        # Ended with tokens under way: if these turn out to be faulty, so are the blocks they left cached.
+        self._ended_in_flight: dict[int, Request] = {}
         # (moment, seq_id); entries of sequences that have ended are dropped when they come up.
         self._timers: list[tuple[float, int]] = []
         self._ended: list[SequenceOutput] = []
@@ -283,7 +285,8 @@ class Scheduler:
     def update(self, output: ModelOutput, now: float) -> list[SequenceOutput]:
         """Take the tokens of a step; what is new for each sequence, and which have ended.
 
-        Results for sequences that ended since the step was planned are dropped.
+        Results for sequences that ended since the step was planned are dropped, but for the news that
+        their blocks cannot be trusted.
         """
         outputs: list[SequenceOutput] = []
         for seq_id, entries in output.prompt_logprobs.items():
@@ -295,6 +298,7 @@ class Scheduler:
         for seq_id, token_ids in zip(output.seq_ids, output.token_ids, strict=True):
             request = self._live.get(seq_id)
             if request is None:
+                self._drop_late(seq_id, is_faulty=seq_id in output.faults)
                 continue
             request.num_pending_tokens -= 1
             if seq_id in output.faults:
@@ -304,6 +308,16 @@ class Scheduler:
                 continue
             outputs.append(self._accept(request, token_ids, output, now))
         return outputs
+
+    def _drop_late(self, seq_id: int, *, is_faulty: bool) -> None:
+        request = self._ended_in_flight.get(seq_id)
+        if request is None:
+            return
+        if is_faulty:
+            self.kv.forget(request)
+        request.num_pending_tokens -= 1
+        if not request.num_pending_tokens:
+            del self._ended_in_flight[seq_id]
 
     def _accept(
         self, request: Request, token_ids: tuple[int, ...], output: ModelOutput, now: float
@@ -419,6 +433,8 @@ class Scheduler:
             self._dequeue(request)
         self.kv.free(request, forget=forget_blocks)
         request.status = RequestStatus.FINISHED
+        if request.num_pending_tokens:
+            self._ended_in_flight[request.seq_id] = request
         del self._live[request.seq_id]
         group = self._by_key[request.key]
         del group[request.index]
@@ -474,6 +490,7 @@ class Scheduler:
         for request in running:
             assert 0 <= request.num_computed_tokens <= request.num_tokens
             assert request.num_output_tokens <= request.max_tokens
+        assert all(r.num_pending_tokens > 0 for r in self._ended_in_flight.values())
         self.kv.check_invariants(running)
 
 
