@@ -31,7 +31,7 @@ def name_of(prompt: tuple[int, ...]) -> int:
 
 
 def next_token(prompt_name: int, index: int, position: int, min_tokens: int, banned: tuple[int, ...]) -> int:
-    """The token at output `position` of completion `index`; ends are drawn at one position in eight.
+    """The token at output `position` of completion `index`; ends are drawn at one position in sixteen.
 
     As a sampler must, it draws none of `banned` before `min_tokens` outputs exist, but for a rare one
     that does: the scheduler has to hold out too.
@@ -40,8 +40,8 @@ def next_token(prompt_name: int, index: int, position: int, min_tokens: int, ban
     mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & _MASK
     mixed = ((mixed ^ (mixed >> 12)) * 0x297A2D39) & _MASK
     mixed ^= mixed >> 15
-    if mixed % 8 == 0:
-        token = (mixed >> 3) % FIRST_PLAIN_ID
+    if mixed % 16 == 0:
+        token = (mixed >> 4) % FIRST_PLAIN_ID
         is_obedient = (mixed >> 8) % 4 != 0
         if not (is_obedient and position < min_tokens and token in banned):
             return token

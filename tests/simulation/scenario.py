@@ -141,24 +141,24 @@ class _Maker:
         self.seed = seed
         self.random = rng = random.Random(seed)
         self.block_size = rng.choice((1, 2, 3, 4, 4, 8, 16))
-        self.max_num_seqs = rng.choice((1, 2, 3, 4, 6, 8))
+        self.max_num_seqs = rng.choice((1, 2, 3, 4, 4, 6, 8))
         self.longest_prompt = rng.choice((8, 16, 32, MAX_PROMPT))
-        self.longest_output = rng.choice((2, 6, 12, 24))
+        self.longest_output = rng.choice((3, 12, 24, 32))
         # The largest call must fit: the validator refuses what does not.
         enough = -(-(self.longest_prompt + self.longest_output) // self.block_size)
-        self.num_blocks = max(enough, int(enough * rng.choice((1.0, 1.2, 1.5, 2.0, 4.0))))
+        self.num_blocks = max(enough, int(enough * rng.choice((1.0, 1.0, 1.2, 1.5, 3.0))))
         self.step_s = rng.choice((0.001, 0.01, 0.03))
         self.gap_s = rng.choice((0.0, 0.1, 1.0, 4.0)) * self.step_s
         self.documents = [self.tokens(self.longest_prompt) for _ in range(rng.choice((1, 1, 2, 3)))]
         self.scopes = [b"a", b"b"][: rng.choice((1, 2))]
         self.eos_is_common = self.chance(0.7)
-        self.shares = {name: rng.choice((0.0, 0.0, 0.2, 0.6)) for name in _FEATURES}
+        self.shares = {name: rng.choice((0.0, 0.0, 0.0, 0.1, 0.4)) for name in _FEATURES}
         self.calls: list[Call] = []
 
     def scenario(self) -> Scenario:
         rng = self.random
         at = 0.0
-        for number in range(1, rng.randint(2, 10) + 1):
+        for number in range(1, rng.randint(3, 12) + 1):
             if not self.chance(0.3):
                 at += rng.expovariate(1 / self.gap_s) if self.gap_s else 0.0
             self.calls.append(self.call(number, at))
@@ -174,7 +174,7 @@ class _Maker:
             prefix_caching=self.chance(0.85),
             priority_boost_s=rng.choice((0.5, 3.0, 1000.0)) * self.step_s,
             step_s=self.step_s,
-            crash=(rng.choice(tuple(CrashPoint)), rng.randint(1, 25)) if self.chance(0.1) else None,
+            crash=(rng.choice(tuple(CrashPoint)), rng.randint(1, 40)) if self.chance(0.1) else None,
             close_fails=self.chance(0.1),
             calls=tuple(self.calls),
             events=tuple(self.events(end)),
@@ -199,10 +199,10 @@ class _Maker:
     def call(self, number: int, at: float) -> Call:
         rng = self.random
         prompt = self.prompt()
-        max_tokens = rng.randint(1, self.longest_output)
+        max_tokens = rng.choice((rng.randint(1, self.longest_output), self.longest_output))
         n = rng.choice((2, 3)) if self.has("n") else 1
         request_id = f"r{number}"
-        if self.calls and self.has("repeated_id"):
+        if self.calls and self.chance(0.05):
             request_id = rng.choice(self.calls).request_id
         return Call(
             number=number,
@@ -254,7 +254,7 @@ class _Maker:
         return Leave(rng.choice(tuple(State)), way, rng.choice((0, 0, rng.randrange(max_tokens))))
 
     def delay(self, name: str) -> float | None:
-        return self.step_s * self.random.expovariate(1 / 12) if self.has(name) else None
+        return self.step_s * self.random.expovariate(1 / 20) if self.has(name) else None
 
     def tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.random.randrange(FIRST_PLAIN_ID, VOCABULARY) for _ in range(count))
@@ -269,7 +269,6 @@ class _Maker:
 
 _FEATURES = (
     "n",
-    "repeated_id",
     "min_tokens",
     "stop_ids",
     "priority",

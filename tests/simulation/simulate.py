@@ -1,4 +1,4 @@
-"""Run seeds; make a failure as small as it gets and say how to see it again."""
+"""Run scenarios; make a failure as small as it gets and say how to see it again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from tests.simulation.scenario import Call, Scenario, scenario_of
+from tests.simulation.scenario import Scenario, scenario_of
 from tests.simulation.world import World
 
 MAX_TRACE_LINES = 60
@@ -15,39 +15,40 @@ MAX_TRACE_LINES = 60
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a scenario. `place` is where it was noticed; `trace` what had happened."""
+    """What went wrong, and where it was noticed."""
 
     error: str
     place: str
-    trace: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A failing seed, and the fewest of its calls that still fail in the same place."""
+    """A failure of the smallest scenario that was found for it, and what had happened until then."""
 
-    seed: int
-    calls: tuple[Call, ...]
+    scenario: Scenario
     failure: Failure
+    trace: tuple[str, ...]
+
+    @property
+    def seed(self) -> int:
+        return self.scenario.seed
 
     @property
     def command(self) -> str:
         """The command that shows it again."""
-        numbers = ",".join(str(call.number) for call in self.calls)
+        numbers = ",".join(str(call.number) for call in self.scenario.calls)
         return f"tools/simulate --seed {self.seed} --calls {numbers}"
 
     def __str__(self) -> str:
-        scenario = replace(scenario_of(self.seed), calls=(), events=())
-        lines = self.failure.trace
-        left_out = [f"... {len(lines) - MAX_TRACE_LINES} lines before"] if len(lines) > MAX_TRACE_LINES else []
+        num_left_out = len(self.trace) - MAX_TRACE_LINES
         return "\n".join(
             [
                 f"seed {self.seed}: {self.failure.error}",
                 f"  noticed at {self.failure.place}",
                 f"  again: {self.command}",
-                f"  {scenario}",
-                *left_out,
-                *lines[-MAX_TRACE_LINES:],
+                f"  {replace(self.scenario, calls=(), events=())}",
+                *([f"  ... {num_left_out} lines before"] if num_left_out > 0 else []),
+                *self.trace[-MAX_TRACE_LINES:],
             ]
         )
 
@@ -64,44 +65,47 @@ class Simulator:
     def __exit__(self, *_: object) -> None:
         self._loop.close()
 
-    def run(self, scenario: Scenario, *, trace: bool = False) -> Failure | None:
-        """One scenario; None where nothing was wrong."""
-        lines: list[str] | None = [] if trace else None
+    def run(self, scenario: Scenario, trace: list[str] | None = None) -> Failure | None:
+        """One scenario; None where nothing was wrong. What happens is added to `trace`."""
         try:
-            self._loop.run(World(scenario, lines).run())
+            self._loop.run(World(scenario, trace).run())
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the seed has found
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            text = str(error) or (frame.line or "")
             return Failure(
-                f"{type(error).__name__}: {text}",
+                f"{type(error).__name__}: {error or frame.line}",
                 f"{'/'.join(frame.filename.split('/')[-3:])}:{frame.lineno} in {frame.name}",
-                tuple(lines or ()),
             )
         return None
 
-    def check(self, seed: int) -> Report | None:
-        """One seed; a failure comes back with as few calls as it takes, and with its trace."""
-        scenario = scenario_of(seed)
+    def trace(self, scenario: Scenario) -> tuple[str, ...]:
+        """What happens in a scenario."""
+        lines: list[str] = []
+        self.run(scenario, lines)
+        return tuple(lines)
+
+    def check(self, scenario: Scenario) -> Report | None:
+        """One scenario; a failure comes back with as few calls as it takes, and with its trace."""
         failure = self.run(scenario)
         if failure is None:
             return None
-        smallest = self._shrink(scenario, failure)
-        traced = self.run(smallest, trace=True)
-        assert traced is not None
-        return Report(seed, smallest.calls, traced)
+        smallest = self._shrink(scenario, failure.place)
+        lines: list[str] = []
+        failure = self.run(smallest, lines)
+        assert failure is not None, "the same scenario went well the second time"
+        return Report(smallest, failure, tuple(lines))
 
     def failures(self, seeds: Iterable[int]) -> Iterator[Report]:
         """The reports of those seeds that fail."""
-        return (report for seed in seeds if (report := self.check(seed)) is not None)
+        return (report for seed in seeds if (report := self.check(scenario_of(seed))) is not None)
 
-    def _shrink(self, scenario: Scenario, failure: Failure) -> Scenario:
+    def _shrink(self, scenario: Scenario, place: str) -> Scenario:
         """Leave out one call after another, as long as it fails in the same place."""
         for call in reversed(scenario.calls):
-            smaller = with_calls(scenario, {c.number for c in scenario.calls} - {call.number})
-            found = self.run(smaller)
-            if found is not None and found.place == failure.place:
+            smaller = with_calls(scenario, {kept.number for kept in scenario.calls} - {call.number})
+            failure = self.run(smaller)
+            if failure is not None and failure.place == place:
                 scenario = smaller
         return scenario
 
@@ -109,3 +113,9 @@ class Simulator:
 def with_calls(scenario: Scenario, numbers: set[int]) -> Scenario:
     """The scenario with these of its calls alone."""
     return replace(scenario, calls=tuple(call for call in scenario.calls if call.number in numbers))
+
+
+def check_seeds(seeds: range) -> list[Report]:
+    """The reports of those seeds that fail; for worker processes."""
+    with Simulator() as simulator:
+        return list(simulator.failures(seeds))

@@ -89,6 +89,8 @@ class _Caller:
         self.stream = stream
         self.completions = completions
         self.leave: Leave | None = call.leave
+        # Last outputs that were read.
+        self.num_last = 0
         self._pieces: list[SequenceOutput] = []
 
     def read(self) -> None:
@@ -98,6 +100,7 @@ class _Caller:
             reading.send(None)
         except StopIteration as done:
             self._pieces.extend(done.value)
+            self.num_last += sum(piece.is_last for piece in done.value)
         else:
             reading.close()
 
@@ -112,11 +115,6 @@ class _Caller:
             assert completion.last is not None
             assert pieces[-1].finish == completion.last.finish
             assert pieces[-1].failure == completion.last.failure
-
-    @property
-    def num_last(self) -> int:
-        """Last outputs that were read."""
-        return sum(piece.is_last for piece in self._pieces)
 
     def check_dead(self, failure: FailureKind) -> None:
         """One failure, last of all, stands for every completion that was open when the engine stopped."""
@@ -155,15 +153,19 @@ class World:
         self._thread._inbox = self  # type: ignore[assignment]
         self._engine._thread = self._thread
         self._messages: deque[EngineMessage] = deque()
+        # The engine has acted on messages since its books were last checked.
+        self._has_handed_in = False
         order = count()
         self._due: list[tuple[float, int, Call | Event]] = [
             (thing.at, next(order), thing) for thing in (*scenario.calls, *scenario.events)
         ]
         heapq.heapify(self._due)
+        # The call that is being submitted, and what the judge has made of it.
         self._submitting: Call | None = None
+        self._submitted: list[Completion] = []
         self._callers: dict[int, _Caller] = {}
         self._open_ids: set[str] = set()
-        self._num_steps = 0
+        self.num_steps = 0
         self._is_draining = False
         self._stopped: list[EngineStopped] = []
         self._heard: list[PhotonError | None] = []
@@ -179,23 +181,17 @@ class World:
         await starting
         self._check_end({str(entry["event"]) for entry in logs})
 
-    @property
-    def num_steps(self) -> int:
-        return self._num_steps
-
     # --- the engine's inbox ---------------------------------------------------------------------
 
     def put(self, message: EngineMessage) -> None:
         """A message for the engine."""
         if isinstance(message, Submit):
             assert self._submitting is not None
-            completions = self._judge.submitted(message.key, self._submitting)
-            self._completions = completions
+            self._submitted = self._judge.submitted(message.key, self._submitting)
         self._messages.append(message)
 
     def get(self) -> EngineMessage:
         """The engine is idle: let the world go on until something reaches it."""
-        self._check_books()
         self._judge.idle()
         kv = self._core.scheduler.kv
         assert kv.num_free_blocks == kv.pool.num_blocks, "an idle engine holds blocks"
@@ -209,13 +205,15 @@ class World:
 
     def get_nowait(self) -> EngineMessage:
         """The engine asks before each step until there is nothing more."""
-        self._check_books()
+        if self._has_handed_in:
+            self._check_books()
         if self._messages:
             return self._hand_in()
         self._judge.step_begins()
         raise Empty
 
     def _hand_in(self) -> EngineMessage:
+        self._has_handed_in = True
         message = self._messages.popleft()
         self._judge.handed_in(message)
         return message
@@ -227,6 +225,7 @@ class World:
 
     def _check_books(self) -> None:
         self._core.scheduler.check_invariants()
+        self._has_handed_in = False
 
     # --- what comes from the engine -------------------------------------------------------------
 
@@ -241,8 +240,8 @@ class World:
             self._stopped.append(message)
         self._engine._deliver_from_thread(message)
         if isinstance(message, StepOutputs):
-            self._num_steps += 1
-            assert self._num_steps <= MAX_STEPS, "the engine never gets done"
+            self.num_steps += 1
+            assert self.num_steps <= MAX_STEPS, "the engine never gets done"
             self._callers_act()
             self._happen_due()
 
@@ -261,7 +260,7 @@ class World:
 
     def _callers_act(self) -> None:
         for caller in list(self._callers.values()):
-            if self._num_steps % caller.call.read_every == 0:
+            if self.num_steps % caller.call.read_every == 0:
                 caller.read()
             if caller.num_last == caller.call.n:
                 caller.check()
@@ -340,7 +339,7 @@ class World:
             self._submitting = None
         assert expected is None, f"call {call.number} should have been refused with {expected}"
         self._open_ids.add(call.request_id)
-        self._callers[call.number] = _Caller(call, stream, self._completions)
+        self._callers[call.number] = _Caller(call, stream, self._submitted)
 
     def _expected_refusal(self, call: Call) -> type[PhotonError] | None:
         num_live = len(self._judge.live)
