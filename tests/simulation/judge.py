@@ -55,6 +55,8 @@ class Completion:
     num_cached: int = 0
     num_preemptions: int = 0
     has_told_prompt_logprobs: bool = False
+    # Nobody reads it any more; it must have ended by the next step.
+    is_left: bool = False
     # How it was ended by a message; it must have ended so by the next step.
     ended_by_message: FailureKind | FinishReason | None = None
 
@@ -308,6 +310,7 @@ class Judge:
                 continue
             call = completion.call
             assert completion.ended_by_message is None, f"{completion} outlives its abort"
+            assert not completion.is_left, f"{completion} outlives its caller"
             assert not completion.passed(call.end_within, began), f"{completion} outlives end_by"
             assert not completion.passed(call.finish_within, began), f"{completion} outlives finish_by"
             if not completion.token_ids or completion.first_token == self._clock():
@@ -331,7 +334,9 @@ class Judge:
                     assert completion.rank > self._of(other).rank, (
                         f"{completion} was preempted before {self._of(other)}, which ranks behind it"
                     )
-        waiting = [c for c in self.live if c.handed_in and (c.seq_id is None or c.seq_id not in rows)]
+        # Whoever the step's results ended was still there when it was planned.
+        inside = (*(c for c in self.live if c.handed_in), *self._ended_by_results)
+        waiting = [c for c in inside if c.seq_id is None or c.seq_id not in rows]
         if not waiting:
             return
         head = min(waiting, key=lambda completion: completion.rank)
@@ -366,6 +371,19 @@ class Judge:
         """The engine waits for a message because it has nothing to do."""
         for completion in self.live:
             assert not completion.handed_in, f"{completion} never ended"
+        assert not self._runner.uncollected, "an idle engine has a step under way"
+
+    def next_deadline(self) -> float:
+        """The moment at which the next clock of a live call runs out; now, where there is none."""
+        now = self._clock()
+        calls = [completion.call for completion in self.live]
+        clocks = [
+            call.at + within
+            for call in calls
+            for within in (call.start_within, call.first_token_within, call.end_within, call.finish_within)
+            if within is not None
+        ]
+        return min((moment for moment in clocks if moment > now), default=now)
 
     # --- the trace ------------------------------------------------------------------------------
 

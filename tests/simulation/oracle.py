@@ -33,8 +33,8 @@ def name_of(prompt: tuple[int, ...]) -> int:
 def next_token(prompt_name: int, index: int, position: int, min_tokens: int, banned: tuple[int, ...]) -> int:
     """The token at output `position` of completion `index`; ends are drawn at one position in sixteen.
 
-    As a sampler must, it draws none of `banned` before `min_tokens` outputs exist, but for a rare one
-    that does: the scheduler has to hold out too.
+    A sampler draws none of `banned` before `min_tokens` outputs exist. This one does half of the time:
+    the scheduler has to hold out by itself.
     """
     mixed = (prompt_name ^ (index * 0x9E3779B1) ^ (position * 0x85EBCA6B)) & _MASK
     mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & _MASK
@@ -42,7 +42,7 @@ def next_token(prompt_name: int, index: int, position: int, min_tokens: int, ban
     mixed ^= mixed >> 15
     if mixed % 16 == 0:
         token = (mixed >> 4) % FIRST_PLAIN_ID
-        is_obedient = (mixed >> 8) % 4 != 0
+        is_obedient = (mixed >> 8) % 2 == 0
         if not (is_obedient and position < min_tokens and token in banned):
             return token
     return FIRST_PLAIN_ID + (mixed >> 10) % (VOCABULARY - FIRST_PLAIN_ID)

@@ -94,6 +94,7 @@ class Happening(enum.Enum):
     """What happens to the whole engine."""
 
     JUMP = enum.auto()
+    JUMP_TO_DEADLINE = enum.auto()
     ABORT_ALL = enum.auto()
     DRAIN = enum.auto()
     SHUTDOWN = enum.auto()
@@ -170,7 +171,7 @@ class _Maker:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=max(self.max_num_seqs, rng.choice((1, 2, 4, 8, 16, 64))),
             max_queued=rng.choice((1, 4, 1024, 1024)),
-            max_in_flight=rng.choice((1, 2)),
+            max_in_flight=rng.choice((1, 2, 2, 3)),
             prefix_caching=self.chance(0.85),
             priority_boost_s=rng.choice((0.5, 3.0, 1000.0)) * self.step_s,
             step_s=self.step_s,
@@ -188,6 +189,7 @@ class _Maker:
                 seconds = self.step_s * 10 ** rng.uniform(0.5, 6)
                 events.append(Event(rng.uniform(0, end), Happening.JUMP, seconds))
         for what, share in (
+            (Happening.JUMP_TO_DEADLINE, 0.2),
             (Happening.ABORT_ALL, 0.1),
             (Happening.DRAIN, 0.1),
             (Happening.SHUTDOWN, 0.1),
@@ -201,6 +203,11 @@ class _Maker:
         prompt = self.prompt()
         max_tokens = rng.choice((rng.randint(1, self.longest_output), self.longest_output))
         n = rng.choice((2, 3)) if self.has("n") else 1
+        leave = self.leave(max_tokens)
+        faults = {(index, rng.randrange(max_tokens)) for index in range(n) if self.has("fault")}
+        if leave is not None and leave.state is State.IN_FLIGHT and self.chance(0.3):
+            # The row whose caller has just left is the faulty one.
+            faults = {(n - 1, leave.tokens)}
         request_id = f"r{number}"
         if self.calls and self.chance(0.05):
             request_id = rng.choice(self.calls).request_id
@@ -211,7 +218,7 @@ class _Maker:
             prompt=prompt,
             n=n,
             max_tokens=max_tokens,
-            min_tokens=rng.randint(0, max_tokens) if self.has("min_tokens") else 0,
+            min_tokens=rng.randint(0, max_tokens) if self.chance(0.2) else 0,
             eos_ids=rng.choice((EOS_IDS, EOS_IDS[:1])) if self.eos_is_common else (),
             stop_ids=STOP_IDS if self.has("stop_ids") else (),
             length_finish=rng.choice((FinishReason.MAX_TOKENS, FinishReason.CONTEXT_LIMIT)),
@@ -224,11 +231,9 @@ class _Maker:
             first_token_within=self.delay("first_token_within"),
             end_within=self.delay("end_within"),
             finish_within=self.delay("finish_within"),
-            leave=self.leave(max_tokens),
+            leave=leave,
             read_every=rng.choice((1, 1, 1, 3, 10)),
-            faults=frozenset(
-                (index, rng.randrange(max_tokens)) for index in range(n) if self.has("fault")
-            ),
+            faults=frozenset(faults),
         )
 
     def prompt(self) -> tuple[int, ...]:
@@ -269,7 +274,6 @@ class _Maker:
 
 _FEATURES = (
     "n",
-    "min_tokens",
     "stop_ids",
     "priority",
     "bypass",

@@ -74,7 +74,7 @@ class Simulator:
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the seed has found
             frame = traceback.extract_tb(error.__traceback__)[-1]
             return Failure(
-                f"{type(error).__name__}: {error or frame.line}",
+                f"{type(error).__name__}: {str(error) or frame.line}",
                 f"{'/'.join(frame.filename.split('/')[-3:])}:{frame.lineno} in {frame.name}",
             )
         return None

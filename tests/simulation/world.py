@@ -193,6 +193,7 @@ class World:
     def get(self) -> EngineMessage:
         """The engine is idle: let the world go on until something reaches it."""
         self._judge.idle()
+        assert not self._core.scheduler._ended_in_flight, "results are awaited that never come"
         kv = self._core.scheduler.kv
         assert kv.num_free_blocks == kv.pool.num_blocks, "an idle engine holds blocks"
         while not self._messages:
@@ -298,6 +299,8 @@ class World:
 
     def _close(self, caller: _Caller) -> None:
         caller.stream.close()
+        for completion in caller.completions:
+            completion.is_left = True
         self._open_ids.discard(caller.call.request_id)
         del self._callers[caller.call.number]
 
@@ -316,6 +319,8 @@ class World:
         match event.what:
             case Happening.JUMP:
                 self._clock.advance(event.seconds)
+            case Happening.JUMP_TO_DEADLINE:
+                self._clock.now = self._judge.next_deadline()
             case Happening.ABORT_ALL:
                 assert self._engine.abort_all() == len(self._callers)
             case Happening.DRAIN:
