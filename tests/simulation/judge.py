@@ -98,6 +98,8 @@ class Judge:
         self._remained: list[Row] = []
         # Completions whose end the results of the step brought, not a message and not a clock.
         self._ended_by_results: set[Completion] = set()
+        # How completions ended, and whether they were pushed out or began with shared blocks before.
+        self.reached: set[object] = set()
         self._num_tokens = 0
         self._num_prompt_tokens = 0
         self._num_hits = 0
@@ -225,9 +227,9 @@ class Judge:
         position = len(completion.token_ids)
         completion.token_ids.extend(output.token_ids)
         self._num_tokens += len(output.token_ids)
-        assert tuple(completion.token_ids[position:]) == alone.token_ids[position:][: len(output.token_ids)], (
-            f"{completion}: other tokens than alone: {completion.token_ids} against {alone.token_ids}"
-        )
+        assert (
+            tuple(completion.token_ids[position:]) == alone.token_ids[position:][: len(output.token_ids)]
+        ), f"{completion}: other tokens than alone: {completion.token_ids} against {alone.token_ids}"
         for told in range(position, len(completion.token_ids)):
             assert (completion.index, told) not in call.faults, f"{completion}: a token of a faulty row"
         expected = () if call.top_logprobs is None else output.token_ids
@@ -271,6 +273,11 @@ class Judge:
         call, began = completion.call, self._step_began
         assert (output.finish is None) != (output.failure is None)
         end = output.finish.reason if output.finish is not None else output.failure
+        self.reached.add(end)
+        if completion.num_preemptions:
+            self.reached.add((end, "preempted"))
+        if completion.num_cached:
+            self.reached.add((end, "shared"))
         by_message = completion.ended_by_message
         assert by_message in (None, end), f"{completion}: ended by {by_message}, says {end}"
         alone = call.alone[completion.index]
@@ -318,7 +325,9 @@ class Judge:
                 late = had_none and completion.passed(call.first_token_within, began)
                 assert not late, f"{completion} outlives first_token_by"
             waits = completion.first_launch is None
-            assert not (waits and completion.passed(call.start_within, began)), f"{completion} outlives start_by"
+            assert not (waits and completion.passed(call.start_within, began)), (
+                f"{completion} outlives start_by"
+            )
 
     def _check_order(self) -> None:
         """Rank decides who enters and who is pushed out, and nobody waits whom the step had room for."""
@@ -344,10 +353,13 @@ class Judge:
         for new in entered:
             completion = self._of_seq_id[new.seq_id]
             assert completion.rank < head.rank, f"{completion} overtakes {head}"
+        # In a step without rows, a row that could have had one was pushed out, and the runner has not heard.
+        is_unseen = plan is None and any(row.wants_another_token for row in rows.values())
         num_known = len(head.call.prompt) + len(head.token_ids)
         num_blocks = (num_known + self._scenario.block_size - 1) // self._scenario.block_size
         has_room = (
             not has_preempted
+            and not is_unseen
             and head.seq_id not in self._pending_before
             and len(rows) < self._scenario.max_num_seqs
             and (plan.num_tokens if plan is not None else 0) < self._scenario.max_num_batched_tokens

@@ -202,8 +202,9 @@ class _Maker:
         rng = self.random
         prompt = self.prompt()
         max_tokens = rng.choice((rng.randint(1, self.longest_output), self.longest_output))
-        n = rng.choice((2, 3)) if self.has("n") else 1
         leave = self.leave(max_tokens)
+        ends_one = leave is not None and leave.way is Way.ONE_COMPLETION
+        n = rng.choice((2, 3)) if ends_one or self.has("n") else 1
         faults = {(index, rng.randrange(max_tokens)) for index in range(n) if self.has("fault")}
         if leave is not None and leave.state is State.IN_FLIGHT and self.chance(0.3):
             # The row whose caller has just left is the faulty one.

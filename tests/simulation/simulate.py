@@ -54,10 +54,14 @@ class Report:
 
 
 class Simulator:
-    """Runs scenarios one after another, in one event loop. Use inside `with`."""
+    """Runs scenarios one after another, in one event loop. Use inside `with`.
+
+    `reached` is what they have led to, all together.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.Runner()
+        self.reached: set[object] = set()
 
     def __enter__(self) -> Simulator:
         return self
@@ -67,8 +71,9 @@ class Simulator:
 
     def run(self, scenario: Scenario, trace: list[str] | None = None) -> Failure | None:
         """One scenario; None where nothing was wrong. What happens is added to `trace`."""
+        world = World(scenario, trace)
         try:
-            self._loop.run(World(scenario, trace).run())
+            self._loop.run(world.run())
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the seed has found
@@ -77,6 +82,7 @@ class Simulator:
                 f"{type(error).__name__}: {str(error) or frame.line}",
                 f"{'/'.join(frame.filename.split('/')[-3:])}:{frame.lineno} in {frame.name}",
             )
+        self.reached |= world.reached
         return None
 
     def trace(self, scenario: Scenario) -> tuple[str, ...]:

@@ -167,6 +167,8 @@ class World:
         self._open_ids: set[str] = set()
         self.num_steps = 0
         self._is_draining = False
+        # What the scenario has led to: ends, refusals, states in which calls were left, happenings.
+        self.reached: set[object] = set()
         self._stopped: list[EngineStopped] = []
         self._heard: list[PhotonError | None] = []
 
@@ -268,6 +270,7 @@ class World:
                 self._close(caller)
             elif caller.leave is not None and self._is_in(caller, caller.leave):
                 leave, caller.leave = caller.leave, None
+                self.reached |= {leave.state, leave.way}
                 self._leave(caller, leave.way)
 
     def _is_in(self, caller: _Caller, leave: Leave) -> bool:
@@ -315,6 +318,7 @@ class World:
                 self._happen(thing)
 
     def _happen(self, event: Event) -> None:
+        self.reached.add(event.what)
         self._judge.note(f"{event.what.name} {event.seconds or ''}")
         match event.what:
             case Happening.JUMP:
@@ -333,16 +337,18 @@ class World:
 
     def _submit(self, call: Call) -> None:
         expected = self._expected_refusal(call)
+        refusal: type[PhotonError] | None = None
         self._submitting = call
         try:
             stream = self._engine.submit(call.request_id, _engine_request(call))
         except PhotonError as error:
-            assert type(error) is expected, f"call {call.number}: refused with {error!r}"
-            self._judge.note(f"call {call.number} is refused: {type(error).__name__}")
+            refusal = type(error)
+        self._submitting = None
+        assert refusal is expected, f"call {call.number}: refused with {refusal}, expected {expected}"
+        if refusal is not None:
+            self.reached.add(refusal)
+            self._judge.note(f"call {call.number} is refused: {refusal.__name__}")
             return
-        finally:
-            self._submitting = None
-        assert expected is None, f"call {call.number} should have been refused with {expected}"
         self._open_ids.add(call.request_id)
         self._callers[call.number] = _Caller(call, stream, self._submitted)
 
@@ -374,6 +380,9 @@ class World:
         if not crashed:
             assert self._core.scheduler.kv.pool.num_used == 0, "the engine ended with blocks held"
             assert not any(completion.handed_in for completion in self._judge.live)
+        self.reached |= self._judge.reached
+        if crashed and self._scenario.crash is not None:
+            self.reached.add(self._scenario.crash[0])
         failure = FailureKind.ENGINE_DEAD if crashed else FailureKind.DRAINING
         for caller in list(self._callers.values()):
             caller.read()
