@@ -11,7 +11,6 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable
-from itertools import count
 from queue import Empty
 from typing import Any
 
@@ -155,10 +154,8 @@ class World:
         self._messages: deque[EngineMessage] = deque()
         # The engine has acted on messages since its books were last checked.
         self._has_handed_in = False
-        order = count()
-        self._due: list[tuple[float, int, Call | Event]] = [
-            (thing.at, next(order), thing) for thing in (*scenario.calls, *scenario.events)
-        ]
+        things: list[Call | Event] = [*scenario.calls, *scenario.events]
+        self._due = [(thing.at, number, thing) for number, thing in enumerate(things)]
         heapq.heapify(self._due)
         # The call that is being submitted, and what the judge has made of it.
         self._submitting: Call | None = None
