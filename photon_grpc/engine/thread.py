@@ -33,7 +33,10 @@ _log = structlog.get_logger(__name__)
 
 
 class EngineThread:
-    """Runs an EngineCore until Shutdown or a fault. `deliver` is called on this thread and must not block."""
+    """Runs an EngineCore until Shutdown or a fault. `deliver` is called on this thread and must not block.
+
+    `clock` is monotonic seconds: the one that the deadlines of requests are given on.
+    """
 
     def __init__(
         self,
@@ -41,11 +44,14 @@ class EngineThread:
         scheduler_options: SchedulerOptions,
         cache_options: KVCacheOptions,
         deliver: Callable[[LoopMessage], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner_factory = runner_factory
         self._scheduler_options = scheduler_options
         self._cache_options = cache_options
         self._deliver = deliver
+        self._clock = clock
         self._inbox: SimpleQueue[EngineMessage] = SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="photon-engine", daemon=True)
 
@@ -68,9 +74,7 @@ class EngineThread:
         try:
             runner = self._runner_factory()
             self._deliver(EngineReady(runner.model, runner.num_blocks, runner.block_size))
-            self._serve(
-                EngineCore(runner, self._scheduler_options, self._cache_options, clock=time.monotonic)
-            )
+            self._serve(EngineCore(runner, self._scheduler_options, self._cache_options, clock=self._clock))
         except PhotonError as raised:
             error = raised
         except BaseException:  # noqa: BLE001 - the one fatal path; logged, told to every stream

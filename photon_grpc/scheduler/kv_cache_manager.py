@@ -123,20 +123,26 @@ class KVCacheManager:
     def free(self, request: Request, *, forget: bool = False) -> None:
         """Give back all blocks, the tail first so that prefixes live longest; idempotent.
 
-        With `forget` what the request computed cannot be trusted, and nobody may find it again.
+        With `forget` nobody will find them again.
         """
         if forget:
-            # By name, not by table: a request that was preempted with a step under way holds nothing any
-            # more, and yet its blocks can be found.
-            for block_hash in request.block_hashes:
-                known = self.pool.find(block_hash)
-                if known is not None:
-                    self.pool.forget(known)
+            self.forget(request)
         self._num_empty_slots -= len(request.block_ids) * self.block_size - request.num_computed_tokens
         self.pool.release(reversed(request.block_ids))
         request.block_ids = []
         request.num_registered_blocks = 0
         request.num_computed_tokens = 0
+
+    def forget(self, request: Request) -> None:
+        """What the request computed cannot be trusted: nobody may find it again.
+
+        By name, not by table: a request that was preempted or has ended with a step under way holds
+        nothing any more, and yet its blocks can be found.
+        """
+        for block_hash in request.block_hashes:
+            known = self.pool.find(block_hash)
+            if known is not None:
+                self.pool.forget(known)
 
     def check_invariants(self, requests: list[Request]) -> None:
         """Raise AssertionError unless `requests` hold exactly the live blocks. For tests."""

@@ -101,6 +101,8 @@ class Scheduler:
         self._waiting = _RankedQueue()
         self._running = _RankedQueue()
         self._removed: list[int] = []
+        # Ended with tokens under way: if these turn out to be faulty, so are the blocks they left cached.
+        self._ended_in_flight: dict[int, Request] = {}
         # (moment, seq_id); entries of sequences that have ended are dropped when they come up.
         self._timers: list[tuple[float, int]] = []
         self._ended: list[SequenceOutput] = []
@@ -323,7 +325,8 @@ class Scheduler:
     def update(self, output: ModelOutput, now: float) -> tuple[list[SequenceOutput], PlainTokens]:
         """Take the tokens of a step; what is new for each sequence, and which have ended.
 
-        Results for sequences that ended since the step was planned are dropped.
+        Results for sequences that ended since the step was planned are dropped, but for the news that
+        their blocks cannot be trusted.
         """
         news: list[SequenceOutput] = []
         keys: list[int] = []
@@ -342,6 +345,7 @@ class Scheduler:
         for seq_id, token_ids in zip(output.seq_ids, output.token_ids, strict=True):
             request = live.get(seq_id)
             if request is None:
+                self._drop_late(seq_id, is_faulty=seq_id in output.faults)
                 continue
             request.num_pending_tokens -= 1
             known = request.token_ids
@@ -362,6 +366,16 @@ class Scheduler:
                 news.append(self._accept(request, token_ids, output, now))
         self._generation_tokens += len(plain)
         return news, PlainTokens(tuple(keys), tuple(indices), tuple(plain))
+
+    def _drop_late(self, seq_id: int, *, is_faulty: bool) -> None:
+        request = self._ended_in_flight.get(seq_id)
+        if request is None:
+            return
+        if is_faulty:
+            self.kv.forget(request)
+        request.num_pending_tokens -= 1
+        if not request.num_pending_tokens:
+            del self._ended_in_flight[seq_id]
 
     def _accept(
         self, request: Request, token_ids: tuple[int, ...], output: ModelOutput, now: float
@@ -482,6 +496,8 @@ class Scheduler:
             self._dequeue(request)
         self.kv.free(request, forget=forget_blocks)
         request.status = RequestStatus.FINISHED
+        if request.num_pending_tokens:
+            self._ended_in_flight[request.seq_id] = request
         del self._live[request.seq_id]
         group = self._by_key[request.key]
         del group[request.index]
@@ -548,6 +564,7 @@ class Scheduler:
                 assert request.sampler.top_logprobs is None
         assert all(r.steady_until == r.plain_until == 0 for r in waiting)
         assert all(r.decode_row == ScheduledSequence(r.seq_id, 1, True) for r in self._live.values())
+        assert all(r.num_pending_tokens > 0 for r in self._ended_in_flight.values())
         self.kv.check_invariants(running)
 
 

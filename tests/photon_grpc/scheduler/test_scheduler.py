@@ -341,6 +341,34 @@ def test_a_sequence_preempted_before_its_fault_was_known_leaves_nothing_to_find(
     assert len(scheduler.kv.find_prefix(sequence(4, tuple(range(10, 19))))) == 2
 
 
+@pytest.mark.parametrize("end", ["abort", "clock", "finish"])
+def test_a_fault_that_comes_after_the_end_of_its_sequence_still_leaves_nothing_to_find(end: str) -> None:
+    """The call is over and nobody hears of the fault; its blocks would poison whoever shares them."""
+    scheduler = small_scheduler()
+    prompt = tuple(range(10, 18))
+    scheduler.add(sequence(1, prompt, eos_token_ids=frozenset({50}), deadlines=Deadlines(end_by=1.0)))
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    now, faulty = 0.5, first
+    match end:
+        case "abort":
+            scheduler.abort(1, None, None, now)
+        case "clock":
+            now = 1.5
+            scheduler.schedule(now)
+        case "finish":
+            (last,), _ = scheduler.update(ModelOutput(first.step, (1,), ((50,),)), now)
+            assert last.finish is not None
+            faulty = second
+    assert not scheduler.has_unfinished
+    later = sequence(2, (*prompt, 18))
+    assert len(scheduler.kv.find_prefix(later)) == 2
+    faults = {1: RowFault.NON_FINITE_LOGITS}
+    dropped = scheduler.update(ModelOutput(faulty.step, (1,), ((0,),), faults=faults), now)
+    assert dropped == ([], PlainTokens())
+    assert scheduler.kv.find_prefix(later) == []
+    scheduler.check_invariants()
+
+
 def test_a_preempted_sequence_waits_for_the_token_that_is_under_way() -> None:
     scheduler = small_scheduler()
     collected = preempted_with_a_step_under_way(scheduler)
