@@ -1,6 +1,6 @@
 """The engine as the event loop sees it: submit, read, abort.
 
-Everything here runs on the loop; the one way in from the engine thread is `call_soon_threadsafe`, once
+Everything here runs on the loop; the one way in from the engine's host is `call_soon_threadsafe`, once
 per step. A stream never blocks the engine: what arrives while its reader is busy waits in one list.
 """
 
@@ -14,6 +14,7 @@ from typing import Self
 
 import structlog
 
+from photon_grpc.engine.host import HostFactory, Progress, RunnerFactory
 from photon_grpc.engine.messages import (
     Abort,
     AbortReason,
@@ -22,6 +23,7 @@ from photon_grpc.engine.messages import (
     EngineStats,
     EngineStopped,
     FailureKind,
+    LoadProgress,
     LoopMessage,
     SequenceOutput,
     Shutdown,
@@ -44,7 +46,6 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
-from photon_grpc.runner.base import Runner
 
 _log = structlog.get_logger(__name__)
 
@@ -198,28 +199,30 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 
 class AsyncEngine:
-    """Owns the engine thread and every live RequestStream.
+    """Owns the engine's host and every live RequestStream.
 
-    `on_step` hears each snapshot, `on_stopped` the end of the thread; both on the loop.
+    `on_step` hears each snapshot, `on_stopped` the end of the engine, `on_progress` how loading goes on;
+    all on the loop.
     """
 
     def __init__(
         self,
-        runner_factory: Callable[[], Runner],
+        runner_factory: RunnerFactory,
         scheduler_options: SchedulerOptions,
         cache_options: KVCacheOptions,
         limits: LimitOptions,
         *,
         on_step: Callable[[EngineStats], None],
         on_stopped: Callable[[PhotonError | None], None],
+        on_progress: Progress | None = None,
+        make_host: HostFactory = EngineThread,
     ) -> None:
         self._max_live = scheduler_options.max_num_seqs + limits.max_queued_requests
         self._on_step = on_step
         self._on_stopped = on_stopped
+        self._on_progress = on_progress
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = EngineThread(
-            runner_factory, scheduler_options, cache_options, self._deliver_from_thread
-        )
+        self._host = make_host(runner_factory, scheduler_options, cache_options, self._deliver_from_host)
         self._ready: asyncio.Future[EngineReady] | None = None
         self._stopped: asyncio.Event | None = None
         self._info: EngineReady | None = None
@@ -235,11 +238,11 @@ class AsyncEngine:
         self._draining = False
 
     async def start(self) -> EngineReady:
-        """Build the runner on the engine thread. Raises StartupError as the runner's factory does."""
+        """Build the runner where the engine runs. Raises StartupError as the runner's factory does."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._stopped = asyncio.Event()
-        self._thread.start()
+        self._host.start()
         return await self._ready
 
     @property
@@ -294,7 +297,7 @@ class AsyncEngine:
         self._streams[key] = stream
         self._keys[request_id] = key
         self._num_live += request.sampling.n
-        self._thread.post(Submit(key, request))
+        self._host.post(Submit(key, request))
         return stream
 
     def check_duplicate(self, request_id: str) -> None:
@@ -321,21 +324,22 @@ class AsyncEngine:
         self._draining = True
 
     async def stop(self, timeout_s: float = 10.0) -> bool:
-        """End every request and the thread; False if it did not end within `timeout_s`."""
+        """End every request and the engine; False if it did not end by itself within `timeout_s`."""
         self._draining = True
         if self._stopped is None:
             return True
-        self._thread.post(Shutdown())
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + timeout_s
+        self._host.post(Shutdown())
         try:
             await asyncio.wait_for(self._stopped.wait(), timeout_s)
         except TimeoutError:
             _log.error("engine_did_not_stop", timeout_s=timeout_s)
-            return False
-        return await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout_s)
+        return await loop.run_in_executor(None, self._host.join, max(0.0, give_up_at - loop.time()))
 
     def post(self, message: Abort) -> None:
-        """Send an abort to the engine thread; harmless once it has ended."""
-        self._thread.post(message)
+        """Send an abort to the engine; harmless once it has ended."""
+        self._host.post(message)
 
     def forget(self, key: int, request_id: str) -> None:
         """Drop a closed stream; late outputs of it are ignored."""
@@ -344,9 +348,9 @@ class AsyncEngine:
         if stream is not None and self._keys.get(request_id) == key:
             del self._keys[request_id]
 
-    # --- from the engine thread -----------------------------------------------------------------
+    # --- from the engine ------------------------------------------------------------------------
 
-    def _deliver_from_thread(self, message: LoopMessage) -> None:
+    def _deliver_from_host(self, message: LoopMessage) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, message)
@@ -355,6 +359,9 @@ class AsyncEngine:
         match message:
             case StepOutputs():
                 self._deliver_step(message)
+            case LoadProgress(done, total):
+                if self._on_progress is not None:
+                    self._on_progress(done, total)
             case EngineReady():
                 self._info = message
                 # Nothing has run yet, and the size of the pool is already true.

@@ -67,7 +67,7 @@ async def engine(
 ) -> AsyncIterator[tuple[AsyncEngine, Watch]]:
     watch = Watch()
     running = AsyncEngine(
-        factory or (lambda: RecordingRunner(model_info(), **runner)),
+        lambda progress: factory() if factory else RecordingRunner(model_info(), **runner),
         SchedulerOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=256),
         KVCacheOptions(),
         LimitOptions(max_queued_requests=max_queued),
