@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -49,10 +50,10 @@ from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
 
 _log = structlog.get_logger(__name__)
 
-# What a message costs the event loop, from `python -m tools.bench serving --fake-engine`.
+# What a message is taken to cost the event loop until that is measured.
 _MESSAGE_S = 60e-6
-_WRITING_SHARE = 0.5
 _MAX_STEP_S = 1.0
+_MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
 
 _ERROR_OF_FAILURE: dict[FailureKind, Callable[[], PhotonError]] = {
@@ -105,6 +106,7 @@ class RequestStream:
         self._num_pending_tokens = 0
         self._last_pending = False
         self._has_been_read = True
+        self._engine.count_message()
         return pending
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
@@ -164,29 +166,44 @@ class RequestStream:
 
 
 class _Pace:
-    """How many steps a stream's reader sleeps through, so that writing takes a bounded share of the loop.
+    """How many steps a stream's reader sleeps through, so that the loop keeps up with the engine.
 
     A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
     every token is a message of its own; when one message per stream and step would take more than
-    half of the time between steps, readers are woken in turns, each every `interval` steps.
+    `share` of the time between steps, readers are woken in turns, each every `interval` steps. What a
+    message costs is measured: processor time of the loop's thread over messages, so it holds all that
+    the loop does for them on the machine it is on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
         self.interval = 1
         self.turn = 0
+        self.num_messages = 0
+        """Counted by the readers, and taken back to zero by each step."""
+        self._share = share
+        self._cpu_clock = cpu_clock
         self._last_time: float | None = None
+        self._last_cpu = 0.0
         self._step_s: float | None = None
+        # Both per step and smoothed; their quotient is the cost of a message.
+        self._cpu_s = _MESSAGE_S
+        self._messages = 1.0
 
     def step(self, time: float, num_streams: int) -> None:
         """Count a step that ended at `time` (monotonic seconds)."""
         self.turn += 1
+        cpu = self._cpu_clock()
         if self._last_time is not None:
             latest = min(time - self._last_time, _MAX_STEP_S)
             before = latest if self._step_s is None else self._step_s
-            self._step_s = before + _SMOOTHING * (latest - before)
-            share = num_streams * _MESSAGE_S / max(self._step_s, _MESSAGE_S)
-            self.interval = max(1, math.ceil(share / _WRITING_SHARE))
-        self._last_time = time
+            step_s = self._step_s = before + _SMOOTHING * (latest - before)
+            self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
+            self._messages += _SMOOTHING * (self.num_messages - self._messages)
+            # An engine that was idle for long leaves next to no messages to divide by.
+            message_s = self._cpu_s / max(self._messages, _SMOOTHING)
+            wanted = math.ceil(num_streams * message_s / (self._share * max(step_s, message_s)))
+            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / max(step_s, message_s))))
+        self._last_time, self._last_cpu, self.num_messages = time, cpu, 0
 
     def is_turn_of(self, key: int) -> bool:
         """True when the reader of stream `key` is to be woken in this step."""
@@ -230,7 +247,7 @@ class AsyncEngine:
         self._keys: dict[str, int] = {}
         self._last_key = 0
         self._num_live = 0
-        self._pace = _Pace()
+        self._pace = _Pace(self._host.writing_share)
         self._unwoken: dict[int, RequestStream] = {}
         self._stats = EngineStats()
         self._heartbeat = 0.0
@@ -340,6 +357,10 @@ class AsyncEngine:
     def post(self, message: Abort) -> None:
         """Send an abort to the engine; harmless once it has ended."""
         self._host.post(message)
+
+    def count_message(self) -> None:
+        """A reader has taken something, which becomes a message."""
+        self._pace.num_messages += 1
 
     def forget(self, key: int, request_id: str) -> None:
         """Drop a closed stream; late outputs of it are ignored."""

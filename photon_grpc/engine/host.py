@@ -24,6 +24,9 @@ Deliver = Callable[[LoopMessage], None]
 class EngineHost(Protocol):
     """An engine somewhere. Used on the event loop, but for `join`."""
 
+    writing_share: float
+    """How much of the time between steps the event loop may spend on writing what they brought."""
+
     def start(self) -> None:
         """Begin to build the runner; EngineReady or EngineStopped is delivered when that is done."""
 

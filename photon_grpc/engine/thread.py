@@ -15,6 +15,9 @@ from photon_grpc.options import KVCacheOptions, SchedulerOptions
 class EngineThread:
     """Implements `engine.host.EngineHost`. `deliver` is called on this thread and must not block."""
 
+    # While the loop holds the interpreter lock no step is planned.
+    writing_share = 0.5
+
     def __init__(
         self,
         runner_factory: RunnerFactory,
