@@ -52,7 +52,7 @@ _log = structlog.get_logger(__name__)
 
 # What a message is taken to cost the event loop until that is measured.
 _MESSAGE_S = 60e-6
-_MAX_STEP_S = 1.0
+_MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
 _MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
 
@@ -196,13 +196,14 @@ class _Pace:
         if self._last_time is not None:
             latest = min(time - self._last_time, _MAX_STEP_S)
             before = latest if self._step_s is None else self._step_s
-            step_s = self._step_s = before + _SMOOTHING * (latest - before)
+            self._step_s = before + _SMOOTHING * (latest - before)
+            step_s = max(self._step_s, _MIN_STEP_S)
             self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
             self._messages += _SMOOTHING * (self.num_messages - self._messages)
             # An engine that was idle for long leaves next to no messages to divide by.
             message_s = self._cpu_s / max(self._messages, _SMOOTHING)
-            wanted = math.ceil(num_streams * message_s / (self._share * max(step_s, message_s)))
-            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / max(step_s, message_s))))
+            wanted = math.ceil(num_streams * message_s / (self._share * step_s))
+            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / step_s)))
         self._last_time, self._last_cpu, self.num_messages = time, cpu, 0
 
     def is_turn_of(self, key: int) -> bool:
