@@ -7,11 +7,11 @@ them, and taken down in the opposite one.
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,13 +19,16 @@ import uvloop
 
 import photon_grpc
 from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.engine.host import Progress
 from photon_grpc.engine.messages import EngineReady
+from photon_grpc.engine.process import EngineProcess
+from photon_grpc.engine.thread import EngineThread
 from photon_grpc.errors import ConfigError, ModelLoadError, PhotonError
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
-from photon_grpc.runner.base import Runner
+from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
 
@@ -33,11 +36,8 @@ _log = structlog.get_logger(__name__)
 
 _ENGINE_STOP_S = 10.0
 _DEMO_MODEL = Path(__file__).parent / "demo_model"
-# Containers alive beyond those of the last look; a step of a full batch makes thousands for a moment.
-_GC_THRESHOLD = 20_000
-
-Progress = Callable[[int, int], None]
-"""`(bytes done, bytes in all)` while weights load; called on the engine thread."""
+# What a driver of NVIDIA's shows to a process that may use a GPU; the second is that of WSL.
+_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +59,20 @@ def model_folder(options: ModelOptions) -> Path:
     return folder
 
 
-def runner_factory(options: Options, folder: Path, progress: Progress | None) -> Callable[[], Runner]:
-    """What the engine thread calls to build its runner. The import waits until then: it is the slow one."""
+def has_own_process(options: Options) -> bool:
+    """Whether the engine gets a process of its own.
 
-    def build() -> Runner:
-        from photon_grpc.runner.factory import build_runner
-
-        return build_runner(folder, options, progress)
-
-    return build
+    On a GPU a step takes about a millisecond, and whoever waits for the interpreter lock in it holds up
+    every stream. Found out without torch, which would take longer to import than everything else here.
+    """
+    match options.engine.process:
+        case "own":
+            return True
+        case "shared":
+            return False
+        case _:
+            may_use_gpu = options.model.backend == "auto" and any(path.exists() for path in _GPU_DEVICES)
+            return options.model.backend == "cuda" or may_use_gpu
 
 
 class InferenceStack:
@@ -86,14 +91,17 @@ class InferenceStack:
         progress: Progress | None = None,
     ) -> None:
         self._folder = model_folder(options.model)
+        self._has_own_process = has_own_process(options)
         self._text_pool = ThreadPoolExecutor(options.server.text_threads, thread_name_prefix="photon-text")
         self.engine = AsyncEngine(
-            runner_factory(options, self._folder, progress),
+            RunnerFactory(self._folder, options, self._has_own_process),
             options.scheduler,
             options.cache,
             options.limits,
             on_step=metrics.observe_step,
             on_stopped=on_stopped,
+            on_progress=progress,
+            make_host=EngineProcess if self._has_own_process else EngineThread,
         )
         self.generator = Generator(
             self.engine, options.limits, self._text_pool, metrics=metrics, field_root=field_root
@@ -101,14 +109,21 @@ class InferenceStack:
 
     async def start(self) -> EngineReady:
         """Load tokenizer and model and warm up. Raises StartupError."""
-        loop = asyncio.get_running_loop()
-        tokenizer = await loop.run_in_executor(self._text_pool, Tokenizer.load, self._folder)
-        ready = await self.engine.start()
+        if self._has_own_process:
+            # Side by side: the two processes need nothing of each other, and only the engine's imports torch.
+            tokenizer, ready = await asyncio.gather(self._load_tokenizer(), self.engine.start())
+        else:
+            tokenizer = await self._load_tokenizer()
+            ready = await self.engine.start()
         self.generator.activate(tokenizer, ChatRenderer(tokenizer))
         return ready
 
+    async def _load_tokenizer(self) -> Tokenizer:
+        load = partial(Tokenizer.load, self._folder, spare_torch=self._has_own_process)
+        return await asyncio.get_running_loop().run_in_executor(self._text_pool, load)
+
     async def stop(self) -> bool:
-        """End every request and the engine thread; False if the thread hangs."""
+        """End every request and the engine; False if it had to be given up."""
         stopped = await self.engine.stop(_ENGINE_STOP_S)
         self._text_pool.shutdown(wait=False, cancel_futures=True)
         return stopped
@@ -167,18 +182,6 @@ async def serve(
         if exposition is not None:
             exposition.close()
     return 1 if died or not stopped else 0
-
-
-def quiet_collector() -> None:
-    """Keep the garbage collector from stopping streams; for a process that serves, once it is loaded.
-
-    What start-up made lives as long as the process, and a full collection that walks it stops every
-    stream for some 0.3 s. Reference counting frees nearly all that a request makes, so looking for
-    cycles less often costs little memory.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD, 10, 10)
 
 
 async def _start_or_leave(

@@ -424,7 +424,8 @@ def tokenize(
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.load(model_folder(_load(config, assignments, model=model).model))
+        folder = model_folder(_load(config, assignments, model=model).model)
+        tokenizer = Tokenizer.load(folder, spare_torch=True)
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:

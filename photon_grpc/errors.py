@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,17 @@ class PhotonError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructors of the tree take other things than the message that `args` holds.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(cls: type[PhotonError], args: tuple[Any, ...], state: Mapping[str, Any]) -> PhotonError:
+    """An error as it was when it was pickled, made without its constructor."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class RequestError(PhotonError):

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import photon_grpc
-from photon_grpc.app import InferenceStack, Progress
+from photon_grpc.app import InferenceStack
+from photon_grpc.engine.host import Progress
 from photon_grpc.errors import PhotonError
 from photon_grpc.frontend.base import GenerationStream
 from photon_grpc.frontend.events import Event, GenerationResult
@@ -116,6 +117,9 @@ class LLM:
         progress: Progress | None = None,
     ) -> None:
         options = options or Options()
+        if options.engine.process == "auto":
+            # A program that computes beside us has its own use for torch, and no event loop to spare for.
+            options = replace(options, engine=replace(options.engine, process="shared"))
         self._options = replace(options, model=replace(options.model, path=model))
         self._closed = False
         self._loop = asyncio.new_event_loop()

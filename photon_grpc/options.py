@@ -51,6 +51,7 @@ class SchedulerOptions:
 class EngineOptions:
     num_threads: int = _opt(0, "torch CPU threads; 0: one per physical core but one")
     warmup: bool = _opt(True, "generate a token before the server says SERVING")
+    process: str = _opt("auto", "own or shared with the event loop; auto is own where a GPU may be used")
 
 
 @dataclass(frozen=True, slots=True)

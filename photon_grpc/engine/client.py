@@ -1,6 +1,6 @@
 """The engine as the event loop sees it: submit, read, abort.
 
-Everything here runs on the loop; the one way in from the engine thread is `call_soon_threadsafe`, once
+Everything here runs on the loop; the one way in from the engine's host is `call_soon_threadsafe`, once
 per step. A stream never blocks the engine: what arrives while its reader is busy waits in one list.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
 import structlog
 
+from photon_grpc.engine.host import HostFactory, Progress, RunnerFactory
 from photon_grpc.engine.messages import (
     Abort,
     AbortReason,
@@ -22,6 +24,7 @@ from photon_grpc.engine.messages import (
     EngineStats,
     EngineStopped,
     FailureKind,
+    LoadProgress,
     LoopMessage,
     SequenceOutput,
     Shutdown,
@@ -44,14 +47,13 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
-from photon_grpc.runner.base import Runner
 
 _log = structlog.get_logger(__name__)
 
-# What a message costs the event loop, from `python -m tools.bench serving --fake-engine`.
+# What a message is taken to cost the event loop until that is measured.
 _MESSAGE_S = 60e-6
-_WRITING_SHARE = 0.5
-_MAX_STEP_S = 1.0
+_MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
+_MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
 
 _ERROR_OF_FAILURE: dict[FailureKind, Callable[[], PhotonError]] = {
@@ -111,6 +113,7 @@ class RequestStream:
         self._num_pending_tokens = 0
         self._last_pending = False
         self.is_urgent = False
+        self._engine.count_message()
         return pending
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
@@ -182,29 +185,45 @@ class RequestStream:
 
 
 class _Pace:
-    """How many steps a stream's reader sleeps through, so that writing takes a bounded share of the loop.
+    """How many steps a stream's reader sleeps through, so that the loop keeps up with the engine.
 
     A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
     every token is a message of its own; when one message per stream and step would take more than
-    half of the time between steps, readers are woken in turns, each every `interval` steps.
+    `share` of the time between steps, readers are woken in turns, each every `interval` steps. What a
+    message costs is measured: processor time of the loop's thread over messages, so it holds all that
+    the loop does for them on the machine it is on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
         self.interval = 1
         self.turn = 0
+        self.num_messages = 0
+        """Counted by the readers, and taken back to zero by each step."""
+        self._share = share
+        self._cpu_clock = cpu_clock
         self._last_time: float | None = None
+        self._last_cpu = 0.0
         self._step_s: float | None = None
+        # Both per step and smoothed; their quotient is the cost of a message.
+        self._cpu_s = _MESSAGE_S
+        self._messages = 1.0
 
     def step(self, time: float, num_streams: int) -> None:
         """Count a step that ended at `time` (monotonic seconds)."""
         self.turn += 1
+        cpu = self._cpu_clock()
         if self._last_time is not None:
             latest = min(time - self._last_time, _MAX_STEP_S)
             before = latest if self._step_s is None else self._step_s
             self._step_s = before + _SMOOTHING * (latest - before)
-            share = num_streams * _MESSAGE_S / max(self._step_s, _MESSAGE_S)
-            self.interval = max(1, math.ceil(share / _WRITING_SHARE))
-        self._last_time = time
+            step_s = max(self._step_s, _MIN_STEP_S)
+            self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
+            self._messages += _SMOOTHING * (self.num_messages - self._messages)
+            # An engine that was idle for long leaves next to no messages to divide by.
+            message_s = self._cpu_s / max(self._messages, _SMOOTHING)
+            wanted = math.ceil(num_streams * message_s / (self._share * step_s))
+            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / step_s)))
+        self._last_time, self._last_cpu, self.num_messages = time, cpu, 0
 
     def due(self, keys: Iterable[int]) -> list[int]:
         """Those of the streams `keys` whose readers are to be woken in this step."""
@@ -218,29 +237,31 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 
 class AsyncEngine:
-    """Owns the engine thread and every live RequestStream.
+    """Owns the engine's host and every live RequestStream.
 
-    `on_step` hears each snapshot, `on_stopped` the end of the thread; both on the loop.
+    `on_step` hears each snapshot, `on_stopped` the end of the engine, `on_progress` how loading goes on;
+    all on the loop.
     """
 
     def __init__(
         self,
-        runner_factory: Callable[[], Runner],
+        runner_factory: RunnerFactory,
         scheduler_options: SchedulerOptions,
         cache_options: KVCacheOptions,
         limits: LimitOptions,
         *,
         on_step: Callable[[EngineStats], None],
         on_stopped: Callable[[PhotonError | None], None],
+        on_progress: Progress | None = None,
+        make_host: HostFactory = EngineThread,
     ) -> None:
         self._max_num_seqs = scheduler_options.max_num_seqs
         self._max_queued = limits.max_queued_requests
         self._on_step = on_step
         self._on_stopped = on_stopped
+        self._on_progress = on_progress
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = EngineThread(
-            runner_factory, scheduler_options, cache_options, self._deliver_from_thread
-        )
+        self._host = make_host(runner_factory, scheduler_options, cache_options, self._deliver_from_host)
         self._ready: asyncio.Future[EngineReady] | None = None
         self._stopped: asyncio.Event | None = None
         self._info: EngineReady | None = None
@@ -248,7 +269,7 @@ class AsyncEngine:
         self._keys: dict[str, int] = {}
         self._last_key = 0
         self._num_live = 0
-        self._pace = _Pace()
+        self._pace = _Pace(self._host.writing_share)
         self._unwoken: dict[int, RequestStream] = {}
         self._stats = EngineStats()
         self._heartbeat = 0.0
@@ -256,11 +277,11 @@ class AsyncEngine:
         self._draining = False
 
     async def start(self) -> EngineReady:
-        """Build the runner on the engine thread. Raises StartupError as the runner's factory does."""
+        """Build the runner where the engine runs. Raises StartupError as the runner's factory does."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._stopped = asyncio.Event()
-        self._thread.start()
+        self._host.start()
         return await self._ready
 
     @property
@@ -315,7 +336,7 @@ class AsyncEngine:
         self._streams[key] = stream
         self._keys[request_id] = key
         self._num_live += request.sampling.n
-        self._thread.post(Submit(key, request))
+        self._host.post(Submit(key, request))
         return stream
 
     def check_duplicate(self, request_id: str) -> None:
@@ -342,21 +363,26 @@ class AsyncEngine:
         self._draining = True
 
     async def stop(self, timeout_s: float = 10.0) -> bool:
-        """End every request and the thread; False if it did not end within `timeout_s`."""
+        """End every request and the engine; False if it did not end by itself within `timeout_s`."""
         self._draining = True
         if self._stopped is None:
             return True
-        self._thread.post(Shutdown())
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + timeout_s
+        self._host.post(Shutdown())
         try:
             await asyncio.wait_for(self._stopped.wait(), timeout_s)
         except TimeoutError:
             _log.error("engine_did_not_stop", timeout_s=timeout_s)
-            return False
-        return await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout_s)
+        return await loop.run_in_executor(None, self._host.join, max(0.0, give_up_at - loop.time()))
 
     def post(self, message: Abort) -> None:
-        """Send an abort to the engine thread; harmless once it has ended."""
-        self._thread.post(message)
+        """Send an abort to the engine; harmless once it has ended."""
+        self._host.post(message)
+
+    def count_message(self) -> None:
+        """A reader has taken something, which becomes a message."""
+        self._pace.num_messages += 1
 
     def forget(self, key: int, request_id: str) -> None:
         """Drop a closed stream; late outputs of it are ignored."""
@@ -365,9 +391,9 @@ class AsyncEngine:
         if stream is not None and self._keys.get(request_id) == key:
             del self._keys[request_id]
 
-    # --- from the engine thread -----------------------------------------------------------------
+    # --- from the engine ------------------------------------------------------------------------
 
-    def _deliver_from_thread(self, message: LoopMessage) -> None:
+    def _deliver_from_host(self, message: LoopMessage) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, message)
@@ -376,6 +402,9 @@ class AsyncEngine:
         match message:
             case StepOutputs():
                 self._deliver_step(message)
+            case LoadProgress(done, total):
+                if self._on_progress is not None:
+                    self._on_progress(done, total)
             case EngineReady():
                 self._info = message
                 self._max_num_seqs = self._max_num_seqs or message.model.max_num_seqs

@@ -1,9 +1,10 @@
 """Everything that crosses the boundary between the event loop and the engine.
 
-Plain frozen dataclasses of numbers, strings and tuples: no callbacks, no futures, no tensors. A
-later split into processes serialises exactly these and touches neither side. A request is named by
-its `key`, an integer that the event loop never uses twice: a client may reuse a request_id while
-late outputs of its earlier attempt are still on their way.
+Plain frozen dataclasses of numbers, strings and tuples: no callbacks, no futures, no tensors. Where
+the engine has a process of its own, exactly these are pickled. Moments are of the monotonic clock,
+which the processes of one machine share. A request is named by its `key`, an integer that the event
+loop never uses twice: a client may reuse a request_id while late outputs of its earlier attempt are
+still on their way.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = [
     "EngineStats",
     "EngineStopped",
     "FailureKind",
+    "LoadProgress",
     "LoopMessage",
     "PlainTokens",
     "SequenceOutput",
@@ -96,10 +98,18 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """End every request with DRAINING and leave the thread."""
+    """End every request with DRAINING, and then the engine."""
 
 
 EngineMessage = Submit | Abort | Shutdown
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far the loading of weights has come, in bytes. None or any number of them before EngineReady."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +144,9 @@ class StepOutputs:
 
 @dataclass(frozen=True, slots=True)
 class EngineStopped:
-    """The thread has ended: asked to (`error` None), or because something failed."""
+    """The engine has ended: asked to (`error` None), or because something failed."""
 
     error: PhotonError | None
 
 
-LoopMessage = EngineReady | StepOutputs | EngineStopped
+LoopMessage = LoadProgress | EngineReady | StepOutputs | EngineStopped

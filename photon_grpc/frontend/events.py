@@ -24,12 +24,13 @@ class Started:
     effective: EffectiveParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """Only what is new since the last delta of the same index.
 
     `num_tokens` counts even when ids and text are off. `text` may lag behind the tokens while an
-    incomplete character or a possible stop string is held back.
+    incomplete character or a possible stop string is held back. Not frozen, because nearly
+    every message needs one and a frozen dataclass takes several times as long to make; nobody changes it.
     """
 
     index: int

@@ -13,13 +13,15 @@ Must not know requests, torch or the transport. Loaded at start-up; used from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer
 
 from photon_grpc.errors import InvalidRequestError, ModelLoadError
 from photon_grpc.frontend.detokenizer import DecodeTable
@@ -63,8 +65,13 @@ class Tokenizer:
         self.decode_table = DecodeTable(backend)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Load from a model folder. Raises ModelLoadError naming the file that is missing or damaged."""
+    def load(cls, folder: str | Path, *, spare_torch: bool = False) -> Tokenizer:
+        """Load from a model folder. Raises ModelLoadError naming the file that is missing or damaged.
+
+        With `spare_torch` the process does not import torch for it, which takes seconds. For a process
+        that uses neither torch nor transformers' models afterwards: transformers remembers that it has
+        found no torch. No other thread may be importing torch meanwhile.
+        """
         folder = Path(folder)
         if not (folder / TOKENIZER_FILE).is_file():
             raise ModelLoadError(f"{folder / TOKENIZER_FILE}: no such file")
@@ -73,9 +80,13 @@ class Tokenizer:
             if path.is_file() and (size := path.stat().st_size) > limit:
                 raise ModelLoadError(f"{path}: {size} bytes, at most {limit} are read")
         try:
-            loaded = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            with _hidden_torch() if spare_torch else nullcontext():
+                # Here and not above: what does not tokenise need not wait for transformers.
+                from transformers import AutoTokenizer
+
+                loaded = AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
             backend = loaded.backend_tokenizer
         except Exception as error:
             # The libraries raise whatever a damaged file leads them to, bare Exception included.
@@ -116,6 +127,27 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """All of `token_ids` at once. Ids without a token are dropped; they must not be negative."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+@contextmanager
+def _hidden_torch() -> Iterator[None]:
+    """Keep transformers from importing torch, which it does for its models wherever torch is installed."""
+    if "torch" in sys.modules:
+        yield
+        return
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(advice)
+    # It would warn that without torch there are no models.
+    os.environ[advice] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]  # what `import` documents for "not there"
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[advice]
+        else:
+            os.environ[advice] = before
 
 
 def _default_template(template: Any) -> str | None:

@@ -321,15 +321,20 @@ def decode_token_ids(message: inference_pb2.DetokenizeRequest, max_token_ids: in
 
 def encode_event(event: events.Event, request_id: str, seq: int) -> inference_pb2.StreamGenerateResponse:
     """One message of a stream."""
+    response = inference_pb2.StreamGenerateResponse(request_id=request_id, seq=seq)
     if type(event) is events.Delta:
-        delta = inference_pb2.Delta(
-            index=event.index, text=event.text, token_ids=event.token_ids, num_tokens=event.num_tokens
-        )
+        # Nearly every message is one of these, so it is filled in place, and with what it has alone.
+        delta = response.delta
+        delta.num_tokens = event.num_tokens
+        if event.index:
+            delta.index = event.index
+        if event.text:
+            delta.text = event.text
+        if event.token_ids:
+            delta.token_ids.extend(event.token_ids)
         if event.logprobs:
             _fill_logprobs(delta.logprobs, event.logprobs)
-        return inference_pb2.StreamGenerateResponse(request_id=request_id, seq=seq, delta=delta)
-    response = inference_pb2.StreamGenerateResponse(request_id=request_id, seq=seq)
-    if isinstance(event, events.Started):
+    elif isinstance(event, events.Started):
         _fill_prompt(response.started.prompt, event.prompt)
         response.started.effective.CopyFrom(encode_effective(event.effective))
     elif isinstance(event, events.Finished):

@@ -66,11 +66,12 @@ ROOMS: dict[str, Room] = {
     "client": room("v1", "grpc grpc_health grpc_status google"),
     "bench": room("client"),
     "app": room(
-        "__version__ engine.client engine.messages errors frontend runner.base runner.factory server.server "
-        "telemetry types",
+        "__version__ engine.client engine.host engine.messages engine.process engine.thread errors frontend "
+        "runner_factory server.server telemetry types",
         "structlog uvloop",
     ),
-    "llm": room("__version__ app errors frontend.base frontend.events telemetry types"),
+    "runner_factory": room("engine.host runner.base runner.factory telemetry.logging"),
+    "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
     "cli": room(
@@ -86,17 +87,28 @@ ROOMS: dict[str, Room] = {
 # scheduler is told the time and draws nothing, so that a run can be repeated.
 GUARDED: dict[str, frozenset[str]] = {
     "threading": frozenset({"engine.thread", "engine.watchdog", "telemetry", "llm"}),
-    "asyncio": frozenset({"engine.client", "frontend", "server", "app", "cli", "client", "bench", "llm"}),
+    "asyncio": frozenset(
+        {"engine.client", "engine.process", "frontend", "server", "app", "cli", "client", "bench", "llm"}
+    ),
     "multiprocessing": frozenset(),
-    "subprocess": frozenset(),
-    "pickle": frozenset(),
-    "ctypes": frozenset(),
+    "subprocess": frozenset({"engine.process"}),
+    "pickle": frozenset({"engine.channel"}),
+    "ctypes": frozenset({"engine.child"}),
 }
 SCHEDULER_NEVER = {"time", "random", "threading", "asyncio", "socket", "os", "secrets", "datetime"}
 
 # Where an import may wait inside a function: a library that only one backend needs, a model class
-# picked by name, and what would make `--help` wait for torch.
-DEFERRED = {"app", "cli", "llm", "models.registry", "runner.backend", "kernels"}
+# picked by name, and what would make `--help`, or a server whose engine is elsewhere, wait for torch.
+DEFERRED = {
+    "app",
+    "cli",
+    "llm",
+    "runner_factory",
+    "frontend.tokenizer",
+    "models.registry",
+    "runner.backend",
+    "kernels",
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +244,10 @@ def test_the_table_names_rooms_that_exist() -> None:
         ("engine.core", "import torch"),
         ("engine.core", "import threading"),
         ("engine.thread", "import asyncio"),
+        ("engine.process", "import pickle"),
+        ("engine.process", "import threading"),
+        ("engine.child", "import torch"),
+        ("engine.child", "import asyncio"),
         ("engine.client", "import grpc"),
         ("engine.validation", "from tokenizers import Tokenizer"),
         ("engine.client", "from photon_grpc.runner import model_runner"),

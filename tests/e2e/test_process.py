@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -167,3 +168,88 @@ def test_cuda_without_its_kernels_is_refused_by_name(model: Path) -> None:
     result = start("--model", str(model), "--backend", "cuda", "--set", "server.admin_port=-1")
     assert result.returncode == 2
     assert "cuda" in result.stderr
+
+
+# --- the engine in a process of its own -----------------------------------------------------------
+
+
+def engine_process(server: psutil.Process) -> psutil.Process:
+    (child,) = server.children()
+    return child
+
+
+def libraries(process: psutil.Process) -> str:
+    return "\n".join(entry.path for entry in process.memory_maps())
+
+
+def test_an_engine_of_its_own_serves_and_drains_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    with (
+        server_process(model, tmp_path / "log", engine__process="own") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        parent = psutil.Process(server.process.pid)
+        child = engine_process(parent)
+        assert "libtorch" in libraries(child)
+        assert "libtorch" not in libraries(parent), "the front end has no use for torch"
+        running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(1500))
+        next(running)
+        # A terminal's Ctrl-C and a supervisor's stop go to every process of the group.
+        child.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        assert list(running)[-1].summary.usage.output_tokens == 1500
+        assert server.process.wait(20) == 0
+        assert not child.is_running()
+    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    assert "model ready" in {line["event"] for line in log}, "the engine's records have the same form"
+    assert not {line["level"] for line in log} - {"info"}
+
+
+def test_a_killed_engine_is_told_to_callers_and_ends_the_server(model: Path, tmp_path: Path) -> None:
+    with (
+        server_process(model, tmp_path / "log", engine__process="own") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(8000))
+        next(running)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        engine_process(psutil.Process(server.process.pid)).kill()
+        with pytest.raises(grpc.RpcError) as raised:
+            list(running)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "engine has stopped" in raised.value.details()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert server.process.wait(20) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the engine ends after its step")
+def test_a_killed_server_takes_its_engine_with_it(model: Path, tmp_path: Path) -> None:
+    with (
+        server_process(model, tmp_path / "log", engine__process="own") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(8000))
+        next(running)
+        child = engine_process(psutil.Process(server.process.pid))
+        server.process.kill()
+        server.process.wait()
+        deadline = time.monotonic() + 10
+        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_start_that_fails_in_the_engine_s_process_says_the_same(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    arguments = ("--model", str(broken), "--set", "server.admin_port=-1")
+    results = [start(*arguments, "--set", f"engine.process={where}") for where in ("own", "shared")]
+    assert [result.returncode for result in results] == [2, 2]
+    messages = [result.stderr.strip().splitlines()[-1] for result in results]
+    assert messages[0] == messages[1]
+    assert "model.safetensors" in messages[0]
+    assert "Traceback" not in results[0].stderr

@@ -40,7 +40,9 @@ def options_for(folder: Path) -> Options:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Runner]) -> None:
-    monkeypatch.setattr(photon_grpc.app, "runner_factory", lambda options, folder, progress: build)
+    monkeypatch.setattr(
+        photon_grpc.app, "RunnerFactory", lambda folder, options, own_process: lambda progress: build()
+    )
 
 
 class Running:

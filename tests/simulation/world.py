@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Callable
-from queue import Empty
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import structlog
 
+from photon_grpc.engine import loop
 from photon_grpc.engine.client import AsyncEngine, RequestStream
 from photon_grpc.engine.core import EngineCore
+from photon_grpc.engine.host import Deliver, RunnerFactory
 from photon_grpc.engine.messages import (
     Deadlines,
     EngineMessage,
@@ -30,7 +32,6 @@ from photon_grpc.engine.messages import (
     StepOutputs,
     Submit,
 )
-from photon_grpc.engine.thread import EngineThread
 from photon_grpc.errors import (
     DuplicateRequestError,
     EngineDeadError,
@@ -45,24 +46,48 @@ from tests.simulation.scenario import Call, Event, Happening, Leave, Scenario, S
 from tests.support.builders import FakeClock, sampling
 
 MAX_STEPS = 5000
+_serve = loop._serve
 
 
-class _Thread(EngineThread):
-    """The engine's loop, run by whoever calls `run`. Remembers what ended it."""
+class _Host:
+    """Implements `engine.host.EngineHost`: the engine's loop, run by whoever calls `run`, in `world`.
 
-    core: EngineCore | None = None
-    fault: BaseException | None = None
+    Remembers what ended it.
+    """
+
+    writing_share = 0.5
+
+    def __init__(
+        self,
+        world: World,
+        runner_factory: RunnerFactory,
+        scheduler_options: SchedulerOptions,
+        cache_options: KVCacheOptions,
+        deliver: Deliver,
+    ) -> None:
+        self.core: EngineCore | None = None
+        self.fault: BaseException | None = None
+        self.deliver_to_loop = deliver
+        self._world = world
+        self._setup = (runner_factory, scheduler_options, cache_options)
 
     def start(self) -> None:
         """Nothing: `run` is called when the world is ready."""
 
-    def run(self) -> None:
-        self._main()
+    def post(self, message: EngineMessage) -> None:
+        self._world.put(message)
 
-    def _serve(self, core: EngineCore) -> None:
+    def join(self, timeout_s: float) -> bool:
+        return True
+
+    def run(self, clock: Callable[[], float]) -> None:
+        with patch.object(loop, "_serve", self._serve):
+            loop.run_engine(*self._setup, self._world, self._world.deliver, clock=clock)
+
+    def _serve(self, core: EngineCore, inbox: loop.Inbox, deliver: Deliver) -> None:
         self.core = core
         try:
-            super()._serve(core)
+            _serve(core, inbox, deliver)
         except BaseException as fault:
             self.fault = fault
             raise
@@ -141,16 +166,14 @@ class World:
         )
         cache = KVCacheOptions(prefix_caching=scenario.prefix_caching)
         self._engine = AsyncEngine(
-            lambda: self._runner,
+            lambda progress: self._runner,
             scheduler,
             cache,
             self._limits,
             on_step=lambda stats: None,
             on_stopped=self._hear_stopped,
+            make_host=self._make_host,
         )
-        self._thread = _Thread(lambda: self._runner, scheduler, cache, self._deliver, clock=self._clock)
-        self._thread._inbox = self  # type: ignore[assignment]
-        self._engine._thread = self._thread
         self._messages: deque[EngineMessage] = deque()
         # The engine has acted on messages since its books were last checked.
         self._has_handed_in = False
@@ -169,13 +192,23 @@ class World:
         self._stopped: list[EngineStopped] = []
         self._heard: list[PhotonError | None] = []
 
+    def _make_host(
+        self,
+        runner_factory: RunnerFactory,
+        scheduler_options: SchedulerOptions,
+        cache_options: KVCacheOptions,
+        deliver: Deliver,
+    ) -> _Host:
+        self._host = _Host(self, runner_factory, scheduler_options, cache_options, deliver)
+        return self._host
+
     async def run(self) -> None:
         """Run to the end. Raises AssertionError, or whatever the engine raised, where something is wrong."""
         starting = asyncio.ensure_future(self._engine.start())
         await asyncio.sleep(0)
         self._engine._loop = _Inline()  # type: ignore[assignment]
         with structlog.testing.capture_logs() as logs:
-            self._thread.run()
+            self._host.run(self._clock)
         self._raise_fault()
         await starting
         self._check_end({str(entry["event"]) for entry in logs})
@@ -189,8 +222,21 @@ class World:
             self._submitted = self._judge.submitted(message.key, self._submitting)
         self._messages.append(message)
 
-    def get(self) -> EngineMessage:
-        """The engine is idle: let the world go on until something reaches it."""
+    def take(self, *, wait: bool) -> Iterator[EngineMessage]:
+        """With `wait` the engine is idle; else it asks before each step."""
+        if wait:
+            self._go_on()
+            yield self._hand_in()
+        while True:
+            if self._has_handed_in:
+                self._check_books()
+            if not self._messages:
+                break
+            yield self._hand_in()
+        self._judge.step_begins()
+
+    def _go_on(self) -> None:
+        """Let the world go on until something reaches the engine."""
         self._judge.idle()
         assert not self._core.scheduler._ended_in_flight, "results are awaited that never come"
         kv = self._core.scheduler.kv
@@ -201,16 +247,6 @@ class World:
                 self._happen_due()
             else:
                 self._messages.append(Shutdown())
-        return self._hand_in()
-
-    def get_nowait(self) -> EngineMessage:
-        """The engine asks before each step until there is nothing more."""
-        if self._has_handed_in:
-            self._check_books()
-        if self._messages:
-            return self._hand_in()
-        self._judge.step_begins()
-        raise Empty
 
     def _hand_in(self) -> EngineMessage:
         self._has_handed_in = True
@@ -220,8 +256,8 @@ class World:
 
     @property
     def _core(self) -> EngineCore:
-        assert self._thread.core is not None
-        return self._thread.core
+        assert self._host.core is not None
+        return self._host.core
 
     def _check_books(self) -> None:
         self._core.scheduler.check_invariants()
@@ -229,7 +265,8 @@ class World:
 
     # --- what comes from the engine -------------------------------------------------------------
 
-    def _deliver(self, message: LoopMessage) -> None:
+    def deliver(self, message: LoopMessage) -> None:
+        """Let the judge see it, the client, and everybody who acts on it."""
         if self._is_broken:
             return
         assert not self._stopped, "something came after the end of the engine"
@@ -238,7 +275,7 @@ class World:
             self._check_books()
         elif isinstance(message, EngineStopped):
             self._stopped.append(message)
-        self._engine._deliver_from_thread(message)
+        self._host.deliver_to_loop(message)
         if isinstance(message, StepOutputs):
             self.num_steps += 1
             assert self.num_steps <= MAX_STEPS, "the engine never gets done"
@@ -247,11 +284,11 @@ class World:
 
     @property
     def _is_broken(self) -> bool:
-        return self._thread.fault is not None and not isinstance(self._thread.fault, DeviceLostError)
+        return self._host.fault is not None and not isinstance(self._host.fault, DeviceLostError)
 
     def _raise_fault(self) -> None:
-        if self._thread.fault is not None and self._is_broken:
-            raise self._thread.fault
+        if self._host.fault is not None and self._is_broken:
+            raise self._host.fault
 
     def _hear_stopped(self, error: PhotonError | None) -> None:
         self._heard.append(error)
@@ -330,7 +367,7 @@ class World:
             case Happening.SHUTDOWN:
                 self._is_draining = True
                 self._engine.drain()
-                self._thread.post(Shutdown())
+                self._host.post(Shutdown())
 
     def _submit(self, call: Call) -> None:
         expected = self._expected_refusal(call)
@@ -367,7 +404,7 @@ class World:
     # --- the end --------------------------------------------------------------------------------
 
     def _check_end(self, logged: set[str]) -> None:
-        crashed = self._thread.fault is not None
+        crashed = self._host.fault is not None
         assert len(self._stopped) == 1, "the end of the engine was not told exactly once"
         assert self._heard == [self._stopped[0].error]
         assert isinstance(self._stopped[0].error, EngineDeadError) == crashed

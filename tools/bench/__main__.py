@@ -112,6 +112,9 @@ def serve(
     step_ms: Annotated[
         float, typer.Option("--step-ms", min=0, help="With --fake-engine: time asleep in each step.")
     ] = 20.0,
+    engine_process: Annotated[
+        str, typer.Option("--engine-process", help="auto, own or shared, as the setting engine.process.")
+    ] = "auto",
     dtype: Dtype = "auto",
     threads: Threads = 0,
     concurrency: Annotated[
@@ -150,7 +153,7 @@ def serve(
     if not (concurrency or rate or compare_sequential):
         concurrency = [1, 16]
     most = max([*concurrency, compare_sequential, 64])
-    spec = server_spec(model, dtype, threads, step_ms, max_num_seqs or most)
+    spec = replace(server_spec(model, dtype, threads, step_ms, max_num_seqs or most), process=engine_process)
     plan = serving.ServingPlan(
         spec,
         tuple(concurrency),

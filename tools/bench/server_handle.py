@@ -21,10 +21,11 @@ _STOP_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class CpuTimes:
-    """User and system seconds of the server process.
+    """User and system seconds of the server.
 
-    `process` is of all threads, living and ended. `event_loop` is the main thread, `engine` the engine
-    thread; `others` is the rest: gRPC's own threads, the text pool, torch's workers.
+    `process` is of all threads, living and ended, and of the engine's process where it has one.
+    `event_loop` is the main thread, `engine` the engine's thread or process; `others` is the rest: gRPC's
+    own threads, the text pool, and torch's workers where the engine is a thread.
     """
 
     process: float
@@ -57,7 +58,8 @@ class ServerHandle:
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by __exit__
         self._process: subprocess.Popen[str] | None = None
         self._main_thread = 0
-        self._engine_thread = 0
+        self._engine_thread: int | None = None
+        self._engine_process: int | None = None
         self.address = ""
 
     def __enter__(self) -> Self:
@@ -76,6 +78,7 @@ class ServerHandle:
         announced = json.loads(line)
         self._main_thread = announced["main_thread"]
         self._engine_thread = announced["engine_thread"]
+        self._engine_process = announced["engine_process"]
         self.address = f"127.0.0.1:{announced['port']}"
         return self
 
@@ -102,13 +105,16 @@ class ServerHandle:
         process = psutil.Process(self._process.pid)
         total = process.cpu_times()
         by_thread = {t.id: t.user_time + t.system_time for t in process.threads()}
-        return CpuTimes(
-            process=total.user + total.system,
-            event_loop=by_thread[self._main_thread],
-            engine=by_thread[self._engine_thread],
-        )
+        event_loop = by_thread[self._main_thread]
+        if self._engine_process is None:
+            assert self._engine_thread is not None
+            return CpuTimes(total.user + total.system, event_loop, by_thread[self._engine_thread])
+        own = psutil.Process(self._engine_process).cpu_times()
+        engine = own.user + own.system
+        return CpuTimes(total.user + total.system + engine, event_loop, engine)
 
     def memory_bytes(self) -> int:
-        """Resident memory now."""
+        """Resident memory now, of the engine's process as well; what they share counts twice."""
         assert self._process is not None
-        return int(psutil.Process(self._process.pid).memory_info().rss)
+        pids = [self._process.pid, *([self._engine_process] if self._engine_process else [])]
+        return sum(int(psutil.Process(pid).memory_info().rss) for pid in pids)

@@ -3,7 +3,8 @@
 SPEC is a ServerSpec as JSON. With a model it runs `photon_grpc.app`, the same composition root as
 `photon-grpc serve`. Without one it puts the same front door and the same gRPC server over a runner
 that makes its tokens up, so that everything but the model is measured. Once it serves it prints one
-line of JSON: the port and the ids of its main and engine threads, by which CPU time is told apart.
+line of JSON: the port, and the ids by which CPU time is told apart: of its main thread, and of its engine's
+thread or process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import uvloop
 
 import photon_grpc
 from photon_grpc import app
 from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.engine.process import EngineProcess
+from photon_grpc.engine.thread import EngineThread
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
@@ -35,16 +39,16 @@ from photon_grpc.options import (
     ServerOptions,
     TelemetryOptions,
 )
-from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.runner_factory import quiet_collector
 from photon_grpc.server.server import Server
 from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
+from tools.bench.scripted_factory import ScriptedFactory
 from tools.make_tiny_model import write_tokenizer
 
 SCRIPTED_VOCAB_SIZE = 512
 _SCRIPTED_MODEL_LEN = 4096
-_SCRIPTED_BLOCKS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class ServerSpec:
     step_s: float = 0.0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    process: str = "auto"
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -75,15 +80,22 @@ class ServerSpec:
             scheduler=SchedulerOptions(
                 max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
             ),
-            engine=EngineOptions(num_threads=self.num_threads),
+            engine=EngineOptions(num_threads=self.num_threads, process=self.process),
             server=ServerOptions(port=0, admin_port=-1, drain_propagation_s=0.0, drain_max_s=5.0),
             telemetry=TelemetryOptions(log_format="json"),
         )
 
 
 def _announce(port: int) -> None:
-    engine = next(t.native_id for t in threading.enumerate() if t.name == "photon-engine")
-    line = {"port": port, "main_thread": threading.get_native_id(), "engine_thread": engine}
+    threads = [t.native_id for t in threading.enumerate() if t.name == "photon-engine"]
+    # The server has no child but its engine.
+    processes = [child.pid for child in psutil.Process().children()]
+    line = {
+        "port": port,
+        "main_thread": threading.get_native_id(),
+        "engine_thread": threads[0] if threads else None,
+        "engine_process": processes[0] if processes else None,
+    }
     print(json.dumps(line), flush=True)
 
 
@@ -102,12 +114,13 @@ async def _serve_scripted(spec: ServerSpec) -> int:
     metrics = Metrics(photon_grpc.__version__)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            lambda: ScriptedRunner(model, num_blocks=_SCRIPTED_BLOCKS, step_s=spec.step_s, check_cache=False),
+            ScriptedFactory(model, spec.step_s),
             options.scheduler,
             options.cache,
             options.limits,
             on_step=metrics.observe_step,
             on_stopped=lambda error: leave.set(),
+            make_host=EngineProcess if app.has_own_process(options) else EngineThread,
         )
         generator = Generator(engine, options.limits, text_pool, metrics=metrics)
         server = Server(generator, options)
@@ -117,7 +130,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             write_tokenizer(Path(folder), SCRIPTED_VOCAB_SIZE, add_bos=False)
             tokenizer = Tokenizer.load(folder)
         generator.activate(tokenizer, ChatRenderer(tokenizer))
-        app.quiet_collector()
+        quiet_collector()
         server.set_serving()
         _announce(ports.public)
         await leave.wait()

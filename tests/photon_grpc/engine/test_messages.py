@@ -1,4 +1,4 @@
-"""Everything that crosses the engine's boundary is plain data: a process could be put between."""
+"""Everything that crosses the engine's boundary is plain data: it can be pickled to another process."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from photon_grpc.engine.messages import (
     EngineStats,
     EngineStopped,
     FailureKind,
+    LoadProgress,
     LoopMessage,
     PlainTokens,
     SequenceOutput,
@@ -51,6 +52,7 @@ EXAMPLES: list[EngineMessage | LoopMessage] = [
     Abort(7),
     Abort(7, index=1, reason=AbortReason.OPERATOR),
     Shutdown(),
+    LoadProgress(1 << 20, 1 << 33),
     EngineReady(model_info(), 100, 16),
     StepOutputs(
         (OUTPUT, SequenceOutput(2, 0, failure=FailureKind.MAX_DURATION)),

@@ -61,7 +61,9 @@ class Mailbox:
 @contextmanager
 def engine(factory: Callable[[], Runner]) -> Iterator[tuple[EngineThread, Mailbox]]:
     mailbox = Mailbox()
-    thread = EngineThread(factory, SchedulerOptions(max_num_seqs=8), KVCacheOptions(), mailbox.put)
+    thread = EngineThread(
+        lambda progress: factory(), SchedulerOptions(max_num_seqs=8), KVCacheOptions(), mailbox.put
+    )
     thread.start()
     try:
         yield thread, mailbox

@@ -118,8 +118,12 @@ async def house(
     holder: list[House] = []
     model = model_info(vocab_size=512, eos_token_ids=(EOS, 3))
     limits = LimitOptions(max_queued_requests=max_queued)
+
+    def script(prompt: tuple[int, ...], index: int, position: int) -> int:
+        return holder[0].next_token(prompt, index, position)
+
     engine = AsyncEngine(
-        lambda: RecordingRunner(model, script=lambda p, i, n: holder[0].next_token(p, i, n), **runner),
+        lambda progress: RecordingRunner(model, script=script, **runner),
         SchedulerOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=256),
         KVCacheOptions(),
         limits,

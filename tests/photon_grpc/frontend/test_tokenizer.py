@@ -199,7 +199,7 @@ def test_a_huge_file_is_refused_before_it_is_read(
     folder = write_text_model(tmp_path, byte_level_bpe())
     with (folder / name).open("ab") as file:
         file.truncate(module.MAX_FILE_BYTES[name] + 1)  # sparse: takes no space
-    monkeypatch.setattr(module, "AutoTokenizer", None)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     with pytest.raises(ModelLoadError, match=f"{name}: .* bytes"):
         Tokenizer.load(folder)
 
