@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from photon_grpc.kernels import launcher
 from photon_grpc.kernels import sampling as kernels
 from photon_grpc.kernels import sampling_state as layout
 from photon_grpc.runner.cuda_sampler import CudaSampler, pack_sequence
@@ -389,14 +388,12 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 
 @pytest.mark.gpu
-def test_one_cta_a_row_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of devices without clusters, with the pieces in shared memory and out of it."""
-    original = kernels.row_shape
+@pytest.mark.parametrize("cluster", [1, 2, 8])
+def test_every_sharing_of_a_row_draws_the_same(monkeypatch: pytest.MonkeyPatch, cluster: int) -> None:
+    """One CTA a row is what devices without clusters have; the others go by the number of rows."""
+    monkeypatch.setattr(kernels, "cluster_size", lambda device, rows: cluster)
     chance = random.Random(9)
-    for vocab, resident in ((4097, True), (128256, False), (30000, False)):
-        size = -(-vocab // 4) * 16
-        shape = type(original(launcher.require_cuda(), vocab))(1, resident, size)
-        monkeypatch.setattr(kernels, "row_shape", lambda device, vocab, shape=shape: shape)
+    for vocab in (4097, 30000, 128256):
         pair = Pair(vocab, 9)
         for row in range(9):
             pair.add(row, _random_spec(chance, vocab), _some_tokens(chance, vocab, 9), (1, 2))
