@@ -30,6 +30,8 @@ struct Shared {
     Summary pieces[kCluster];
     double warp_sums[kWarps];
     double piece_sums[kCluster];
+    BatchList list;
+    Piece piece;
 };
 
 __device__ __forceinline__ double block_sum(double value, double (&warps)[kWarps]) {
@@ -50,76 +52,62 @@ __device__ __forceinline__ u32 count_bin_of(float value, float highest) {
 }
 
 // The ranks of a group of four, -0.0 with 0.0; kNoRank behind the end of the piece and of the row.
-__device__ __forceinline__ void rank_group(const Piece& piece, int batch, int quad, const Batch& loaded,
+__device__ __forceinline__ void rank_group(const Piece& piece, int group, const float (&values)[4],
                                            u64 (&ranks)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const int id = piece.first_id(batch, quad) + j;
-        const bool inside = piece.has(batch, quad) && id < piece.vocab_size;
-        ranks[j] = inside ? rank_of(descending_key(ieee_add(loaded.values[quad][j], 0.0f)), id) : kNoRank;
+        const int id = piece.first_id(group) + j;
+        const bool inside = group < piece.num_groups && id < piece.vocab_size;
+        ranks[j] = inside ? rank_of(descending_key(ieee_add(values[j], 0.0f)), id) : kNoRank;
     }
 }
 
-// Makes a candidate of every entry of the batch that `stays(value, rank)`.
+// Makes a candidate of every entry of the group that `stays(value, rank)`.
 template <typename Stays>
-__device__ __forceinline__ void add_batch(Shared& shared, int counter, const Piece& piece, int batch,
-                                          const Batch& loaded, Stays stays) {
+__device__ __forceinline__ void add_group(Shared& shared, int counter, const Piece& piece, int group,
+                                          const float (&values)[4], Stays stays) {
+    u64 ranks[4];
+    bool wanted[4];
+    rank_group(piece, group, values, ranks);
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-        u64 ranks[4];
-        bool wanted[4];
-        rank_group(piece, batch, i, loaded, ranks);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) wanted[j] = ranks[j] != kNoRank && stays(loaded.values[i][j], ranks[j]);
-        add_candidates(shared.select, counter, ranks, wanted);
-    }
-}
-
-// Calls visit(batch, loaded) for all batches of the piece.
-template <typename Visit>
-__device__ __forceinline__ void visit_piece(const Piece& piece, Visit visit) {
-    Batch first;
-    piece.load(0, first);
-    visit_batches(piece, first, visit);
+    for (int j = 0; j < 4; ++j) wanted[j] = ranks[j] != kNoRank && stays(values[j], ranks[j]);
+    add_candidates(shared.select, counter, ranks, wanted);
 }
 
 // Collects the `top` best ranks, and perhaps others, in the first CTA; figures are the largest entries of
 // each batch. Returns the number of candidates, which fit.
-__device__ __forceinline__ u32 gather_top(Shared& shared, const Piece& piece, const float* figures,
-                                          float highest, u32 top) {
+__device__ __forceinline__ u32 gather_top(Shared& shared, const float* figures, float highest, u32 top) {
+    const Piece& piece = shared.piece;
     for (int i = threadIdx.x; i < piece.num_batches * kThreads; i += kThreads) {
         atomicAdd(&shared.select.counts[count_bin_of(figures[i], highest)], 1u);
     }
     cluster_find_count(shared.select, top);
     const u32 last = shared.select.crossing.bin;
-#pragma unroll 1
-    for (int batch = 0; batch < piece.num_batches; ++batch) {
-        if (count_bin_of(figures[batch * kThreads + threadIdx.x], highest) > last) continue;
-        Batch loaded;
-        piece.load(batch, loaded);
-        add_batch(shared, 0, piece, batch, loaded,
-                  [=](float value, u64) { return count_bin_of(value, highest) <= last; });
-    }
+    visit_where(
+        figures, piece, shared.list, [=](float figure) { return count_bin_of(figure, highest) <= last; },
+        [&](int group) {
+            float values[4];
+            piece.load(group, values);
+            add_group(shared, 0, piece, group, values,
+                      [=](float value, u64) { return count_bin_of(value, highest) <= last; });
+        });
     cluster_sync();
     const u32 count = peer(&shared.select, 0)->num_candidates[0];
     if (count <= kCandidates) return count;
 
     cluster_sync();
     const auto visit_ranks = [&](auto visit) {
-        visit_piece(piece, [&](int batch, const Batch& loaded) {
+        piece.visit([&](int group, const float (&values)[4]) {
+            u64 ranks[4];
+            rank_group(piece, group, values, ranks);
 #pragma unroll
-            for (int i = 0; i < kQuads; ++i) {
-                u64 ranks[4];
-                rank_group(piece, batch, i, loaded, ranks);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) visit(ranks[j]);
-            }
+            for (int j = 0; j < 4; ++j) visit(ranks[j]);
         });
     };
     const u64 boundary =
         cluster_boundary(shared.select, kNoRank, top, 0, visit_ranks, [](u32) { return u64{1}; });
-    visit_piece(piece, [&](int batch, const Batch& loaded) {
-        add_batch(shared, 1, piece, batch, loaded, [=](float, u64 rank) { return rank <= boundary; });
+    piece.visit([&](int group, const float (&values)[4]) {
+        add_group(shared, 1, piece, group, values, [=](float, u64 rank) { return rank <= boundary; });
     });
     cluster_sync();
     return peer(&shared.select, 0)->num_candidates[1];
@@ -147,48 +135,49 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
     if (top < 0) return;
     top = min(top, vocab_size);
     prepare(shared.select);
-    cluster_arrive();
-    const Logit* const row = logits + blockIdx.y * stride;
-    const Piece piece = piece_of(row, vocab_size);
+    const Piece piece = piece_of(logits + blockIdx.y * stride, vocab_size);
+    if (threadIdx.x == 0) {
+        shared.list.count = 0;
+        shared.piece = piece;
+    }
+    cluster_announce();
 
     Best best = {minus_infinity(), kNoId};
     float raw = minus_infinity();
-    visit_piece(piece, [&](int batch, const Batch& loaded) {
+#pragma unroll 1
+    for (int batch = 0; batch < piece.num_batches; ++batch) {
+        Batch loaded;
+        piece.load(batch, loaded);
         const float largest = largest_or_nan(loaded);
         raw = ieee_max_or_nan(raw, largest);
         best.see(piece, batch, loaded, largest);
         figures[batch * kThreads + threadIdx.x] = largest;
-    });
+    }
     const Summary summary = cluster_summary(best, 0, raw, shared.warps, shared.pieces);
     const bool leads = blockIdx.x == 0;
-    double* const values = top_values + static_cast<i64>(blockIdx.y) * top_capacity;
-    int* const ids = top_ids + static_cast<i64>(blockIdx.y) * top_capacity;
+    const auto write_top = [&](int i, int id, double value) {
+        const i64 place = static_cast<i64>(blockIdx.y) * top_capacity + i;
+        top_ids[place] = id;
+        top_values[place] = value;
+    };
     if (is_fault(summary)) {
         if (leads) {
             const double nan = __longlong_as_double(0x7FF8000000000000ll);
             if (threadIdx.x == 0) chosen[blockIdx.y] = nan;
-            for (int i = threadIdx.x; i < top; i += kThreads) {
-                ids[i] = i;
-                values[i] = nan;
-            }
+            for (int i = threadIdx.x; i < top; i += kThreads) write_top(i, i, nan);
         }
         return;
     }
 
     const float highest = value_of_key(static_cast<u32>(summary.best >> kIdBits));
     double sum = 0;
-    visit_piece(piece, [&](int, const Batch& loaded) {
+    shared.piece.visit([&](int, const float (&values)[4]) {
 #pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                sum += exp(static_cast<double>(loaded.values[i][j]) - static_cast<double>(highest));
-            }
-        }
+        for (int j = 0; j < 4; ++j) sum += exp(static_cast<double>(values[j]) - static_cast<double>(highest));
     });
     sum = block_sum(sum, shared.warp_sums);
     if (threadIdx.x == 0) peer(&shared.piece_sums[blockIdx.x], 0)[0] = sum;
-    const u32 count = top > 0 ? gather_top(shared, piece, figures, highest, top) : 0;
+    const u32 count = top > 0 ? gather_top(shared, figures, highest, top) : 0;
     cluster_arrive();
     if (!leads) return;
     if (top > 0) sort_candidates(shared.select.candidates, count);
@@ -197,13 +186,12 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kCluster; ++i) whole_sum += shared.piece_sums[i];
     const double log_sum = log(whole_sum);
     if (threadIdx.x == 0) {
-        const float value = load_logit(row + token_id);
+        const float value = load_logit(shared.piece.row + token_id);
         chosen[blockIdx.y] = static_cast<double>(value) - static_cast<double>(highest) - log_sum;
     }
     for (int i = threadIdx.x; i < top; i += kThreads) {
         const u64 rank = shared.select.candidates[i];
-        ids[i] = static_cast<int>(rank & kNoId);
-        values[i] = static_cast<double>(value_of_key(static_cast<u32>(rank >> kIdBits))) -
-                    static_cast<double>(highest) - log_sum;
+        const double value = static_cast<double>(value_of_key(static_cast<u32>(rank >> kIdBits)));
+        write_top(i, static_cast<int>(rank & kNoId), value - static_cast<double>(highest) - log_sum);
     }
 }

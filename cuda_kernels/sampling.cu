@@ -62,16 +62,6 @@ struct Draw {
     u32 key;
 };
 
-struct Shared {
-    SelectStorage select;
-    Summary warps[kWarps];
-    Summary pieces[kCluster];
-    Draw warp_draws[kWarps];
-    Draw piece_draws[kCluster];
-    u64 boundary;
-    SlotParams params;
-};
-
 __device__ __forceinline__ Draw no_draw() { return {minus_infinity(), kFull, kFull}; }
 
 __device__ __forceinline__ bool better(const Draw& a, const Draw& b) {
@@ -99,19 +89,6 @@ __device__ __forceinline__ Draw best_of_block(Draw draw, Draw (&warps)[kWarps]) 
     return draw;
 }
 
-// Every thread of the cluster has the result. All have passed a cluster barrier since the last call.
-__device__ __forceinline__ Draw best_of_cluster(Draw draw, Shared& shared) {
-    draw = best_of_block(draw, shared.warp_draws);
-    if (threadIdx.x < kCluster) peer(&shared.piece_draws[blockIdx.x], threadIdx.x)[0] = draw;
-    cluster_sync();
-    Draw best = shared.piece_draws[0];
-#pragma unroll
-    for (int i = 1; i < kCluster; ++i) {
-        if (better(shared.piece_draws[i], best)) best = shared.piece_draws[i];
-    }
-    return best;
-}
-
 __device__ __forceinline__ float bias_of(u32 token_id, float value, const int* ids, const float* values,
                                          int count) {
     int low = 0, high = count;
@@ -127,26 +104,6 @@ __device__ __forceinline__ float bias_of(u32 token_id, float value, const int* i
         value = ieee_add(value, values[low]);
     }
     return value;
-}
-
-// Steps 3 to 7 for one entry that has a mark. Few do, and every pass over a row has sixteen calls: not
-// inlined.
-__device__ __noinline__ float process(float value, u32 token_id, u32 mark, const SlotParams& params, bool ban,
-                                      const int* bias_ids, const float* bias_values) {
-    if (mark & kMarkBiased) value = bias_of(token_id, value, bias_ids, bias_values, params.num_biases);
-    if ((params.flags & kRepetition) && (mark & kMarkSeen)) {
-        value = __float_as_uint(value) & 0x80000000u ? ieee_mul(value, params.repetition_penalty)
-                                                     : ieee_div(value, params.repetition_penalty);
-    }
-    const u32 count = mark & kMarkCount;
-    if ((params.flags & kCounted) && count != 0) {
-        value = ieee_sub(value, ieee_mul(params.frequency_penalty, static_cast<float>(count)));
-        value = ieee_sub(value, params.presence_penalty);
-    }
-    if (((params.flags & kAllowedOnly) && !(mark & kMarkAllowed)) || (ban && (mark & kMarkBanned))) {
-        return minus_infinity();
-    }
-    return __float_as_uint(value) == 0x7F800000u ? kFloatMax : value;
 }
 
 // Step 9, rounded as IEEE says. A key is the bits of -s; no s is above 0.
@@ -180,68 +137,140 @@ __device__ __forceinline__ u32 bin_of(u32 key) {
     return position < static_cast<float>(kLastBin) ? static_cast<u32>(position) : kLastBin;
 }
 
-// By the whole CTA, into shared memory.
-__device__ __forceinline__ void load_params(SlotParams& params, const SlotParams* source) {
-    constexpr int kWords = sizeof(SlotParams) / sizeof(u32);
-    if (threadIdx.x < kWords) {
-        reinterpret_cast<u32*>(&params)[threadIdx.x] = reinterpret_cast<const u32*>(source)[threadIdx.x];
-    }
-    __syncthreads();
-}
+struct Row;
 
-// A row and what its sequence asks for.
+// Steps 3 to 7 for one entry that has a mark.
+__device__ float process(float value, u32 token_id, u32 mark, const Row& row);
+
+// A row as all threads of a CTA see it, in shared memory.
 struct Row {
+    SlotParams params;
     Piece piece;
-    const SlotParams& params;
+    Scale scale;   // once the best entry is known
+    NoiseKey noise;
     const int* bias_ids;
     const float* bias_values;
     int slot;
     int num_outputs;
 
-    // Steps 3 to 7: makes logits l'.
+    // Steps 3 to 7 for the entries of a group that have marks, or for all where others are not allowed.
+    __device__ __forceinline__ void process_group(int group, uint4 marks, float (&values)[4]) const {
+        const u32 mark[4] = {marks.x, marks.y, marks.z, marks.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (mark[j] != 0) {
+                values[j] = process(values[j], piece.first_id(group) + j, mark[j], *this);
+            } else if (params.flags & kAllowedOnly) {
+                values[j] = minus_infinity();
+            }
+        }
+    }
+
+    __device__ __forceinline__ uint4 marks_of(int group) const {
+        if (group >= piece.num_groups) return make_uint4(0, 0, 0, 0);
+        return *reinterpret_cast<const uint4*>(params.marks + piece.first_id(group));
+    }
+
+    // Makes logits l'.
+    __device__ __forceinline__ void process_group(int group, float (&values)[4]) const {
+        if (params.marks != nullptr) process_group(group, marks_of(group), values);
+    }
+
     __device__ __forceinline__ void process_batch(int batch, Batch& loaded) const {
-        if (params.marks == nullptr) return;
-        const bool ban = (params.flags & kBan) && num_outputs < params.min_tokens;
-        const bool only_allowed = params.flags & kAllowedOnly;
-        uint4 marks[kQuads];
 #pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-            marks[i] = make_uint4(0, 0, 0, 0);
-            if (piece.has(batch, i)) {
-                marks[i] = *reinterpret_cast<const uint4*>(params.marks + piece.first_id(batch, i));
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-            const u32 mark[4] = {marks[i].x, marks[i].y, marks[i].z, marks[i].w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (mark[j] != 0) {
-                    loaded.values[i][j] = process(loaded.values[i][j], piece.first_id(batch, i) + j, mark[j],
-                                                  params, ban, bias_ids, bias_values);
-                } else if (only_allowed) {
-                    loaded.values[i][j] = minus_infinity();
-                }
-            }
-        }
+        for (int i = 0; i < kQuads; ++i) process_group(piece.group_of(batch, i), loaded.values[i]);
     }
 
-    __device__ __forceinline__ void load(int batch, Batch& loaded) const {
-        piece.load(batch, loaded);
-        process_batch(batch, loaded);
-    }
-
-    // Calls visit(batch, loaded) for all batches of l'.
+    // Calls visit(group, values) for every group of l'; for whole warps.
     template <typename Visit>
     __device__ __forceinline__ void visit(Visit visit) const {
-        Batch first;
-        piece.load(0, first);
-        visit_batches(piece, first, [&](int batch, Batch& loaded) {
-            process_batch(batch, loaded);
-            visit(batch, loaded);
+        piece.visit([&](int group, float (&values)[4]) {
+            process_group(group, values);
+            visit(group, values);
+        });
+    }
+
+    // The same for the groups of the batches whose figure `matters`.
+    template <typename Matters, typename Visit>
+    __device__ __forceinline__ void visit_where(const float* figures, BatchList& list, Matters matters,
+                                                Visit visit) const {
+        photon::visit_where(figures, piece, list, matters, [&](int group) {
+            float values[4];
+            piece.load(group, values);
+            process_group(group, values);
+            visit(group, values);
         });
     }
 };
+
+// Few entries have a mark, and every pass over a row calls this: not inlined.
+__device__ __noinline__ float process(float value, u32 token_id, u32 mark, const Row& row) {
+    const SlotParams& params = row.params;
+    if (mark & kMarkBiased) {
+        value = bias_of(token_id, value, row.bias_ids, row.bias_values, params.num_biases);
+    }
+    if ((params.flags & kRepetition) && (mark & kMarkSeen)) {
+        value = __float_as_uint(value) & 0x80000000u ? ieee_mul(value, params.repetition_penalty)
+                                                     : ieee_div(value, params.repetition_penalty);
+    }
+    const u32 count = mark & kMarkCount;
+    if ((params.flags & kCounted) && count != 0) {
+        value = ieee_sub(value, ieee_mul(params.frequency_penalty, static_cast<float>(count)));
+        value = ieee_sub(value, params.presence_penalty);
+    }
+    const bool ban = (params.flags & kBan) && row.num_outputs < params.min_tokens;
+    if (((params.flags & kAllowedOnly) && !(mark & kMarkAllowed)) || (ban && (mark & kMarkBanned))) {
+        return minus_infinity();
+    }
+    return __float_as_uint(value) == 0x7F800000u ? kFloatMax : value;
+}
+
+// By the whole CTA.
+__device__ __forceinline__ void load_row(Row& row, const Piece& piece, int slot, const SlotParams* slots,
+                                         const int* bias_ids, const float* bias_values, int bias_capacity,
+                                         const int* num_outputs) {
+    constexpr int kWords = sizeof(SlotParams) / sizeof(u32);
+    if (threadIdx.x < kWords) {
+        const u32* source = reinterpret_cast<const u32*>(slots + slot);
+        reinterpret_cast<u32*>(&row.params)[threadIdx.x] = source[threadIdx.x];
+    } else if (threadIdx.x == 32) {
+        row.piece = piece;
+        row.bias_ids = bias_ids + static_cast<i64>(slot) * bias_capacity;
+        row.bias_values = bias_values + static_cast<i64>(slot) * bias_capacity;
+        row.slot = slot;
+        row.num_outputs = num_outputs[slot];
+        const SlotParams& params = slots[slot];
+        row.noise = {params.seed_low, params.seed_high, static_cast<u32>(row.num_outputs), params.index};
+    }
+    __syncthreads();
+}
+
+struct Shared {
+    SelectStorage select;
+    Summary warps[kWarps];
+    Summary pieces[kCluster];
+    Draw warp_draws[kWarps];
+    Draw piece_draws[kCluster];
+    u64 boundary;
+    BatchList list;
+    Row row;
+};
+
+// Every thread of the cluster has the result. All have passed a cluster barrier since the last call.
+__device__ __forceinline__ Draw best_of_cluster(Draw draw, Shared& shared) {
+    draw = best_of_block(draw, shared.warp_draws);
+    if (threadIdx.x < kCluster) peer(&shared.piece_draws[blockIdx.x], threadIdx.x)[0] = draw;
+    cluster_sync();
+    Draw best = shared.piece_draws[0];
+#pragma unroll
+    for (int i = 1; i < kCluster; ++i) {
+        if (better(shared.piece_draws[i], best)) best = shared.piece_draws[i];
+    }
+    return best;
+}
+
+// The last rank that step 13 leaves.
+__device__ __forceinline__ u64 floor_of(const SlotParams& params) { return rank_of(params.floor_key, kNoId); }
 
 __device__ __forceinline__ int best_token(const Summary& summary) {
     return static_cast<int>(summary.best & kNoId);
@@ -261,19 +290,22 @@ __device__ __forceinline__ void finish(int token_id, const Row& row, int* token_
 // Steps 1 and 3 to 8, the first pass; `loaded` is the piece's first batch. `figure(batch, loaded, largest)`
 // hears of every batch of l' and its largest entry; `Summary.figure` is the largest of what it gives.
 template <typename Figure>
-__device__ __forceinline__ Summary look_at_row(const Row& row, Batch& loaded, Shared& shared, Figure figure) {
+__device__ __forceinline__ Summary look_at_row(const Piece& piece, Batch& loaded, Shared& shared, Figure figure) {
+    const Row& row = shared.row;
     Best best = {minus_infinity(), kNoId};
     float raw = minus_infinity(), largest_figure = minus_infinity();
-    visit_batches(row.piece, loaded, [&](int batch, Batch& current) {
-        float largest = largest_or_nan(current);
+#pragma unroll 1
+    for (int batch = 0; batch < piece.num_batches; ++batch) {
+        if (batch > 0) piece.load(batch, loaded);
+        float largest = largest_or_nan(loaded);
         raw = ieee_max_or_nan(raw, largest);
         if (row.params.marks != nullptr) {
-            row.process_batch(batch, current);
-            largest = largest_or_nan(current);
+            row.process_batch(batch, loaded);
+            largest = largest_or_nan(loaded);
         }
-        best.see(row.piece, batch, current, largest);
-        largest_figure = fmaxf(largest_figure, figure(batch, current, largest));
-    });
+        best.see(piece, batch, loaded, largest);
+        largest_figure = fmaxf(largest_figure, figure(batch, loaded, largest));
+    }
     return cluster_summary(best, largest_figure, raw, shared.warps, shared.pieces);
 }
 
@@ -282,12 +314,12 @@ __device__ __forceinline__ float figure_of(float value, float reciprocal, u32 wo
     return fmaf(value, reciprocal, noise_ceiling(word));
 }
 
-__device__ __forceinline__ float largest_figure(const Row& row, int batch, const Batch& loaded,
+__device__ __forceinline__ float largest_figure(const Piece& piece, int batch, const Batch& loaded,
                                                 float reciprocal, NoiseKey noise) {
     float largest = minus_infinity();
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-        const uint4 words = philox4x32(static_cast<u32>(row.piece.first_id(batch, i)) >> 2, noise);
+        const uint4 words = philox4x32(piece.first_group + piece.group_of(batch, i), noise);
         const float(&v)[4] = loaded.values[i];
         largest = fmaxf(largest, figure_of(v[0], reciprocal, words.x));
         largest = fmaxf(largest, figure_of(v[1], reciprocal, words.y));
@@ -314,60 +346,49 @@ __device__ __forceinline__ Threshold threshold(const Scale& scale, float largest
             error < 1};
 }
 
-// Step 14 over the entries of the piece whose figure is at least `least` and whose rank at most `limit`.
-__device__ __noinline__ Draw draw_from_figures(const Row& row, const float* figures, float least, u64 limit,
-                                               const Scale& scale, NoiseKey noise) {
-    Draw best = no_draw();
-#pragma unroll 1
-    for (int batch = 0; batch < row.piece.num_batches; ++batch) {
-        if (!(figures[batch * kThreads + threadIdx.x] >= least)) continue;
-        Batch loaded;
-        row.load(batch, loaded);
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-            const u32 first = row.piece.first_id(batch, i);
-            const uint4 block = philox4x32(first >> 2, noise);
-            const u32 words[4] = {block.x, block.y, block.z, block.w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (!(figure_of(loaded.values[i][j], scale.reciprocal, words[j]) >= least)) continue;
-                const u32 key = scale.key_of(loaded.values[i][j]);
-                if (rank_of(key, first + j) > limit) continue;
-                const Draw draw = {gumbel(words[j]) - static_cast<double>(__uint_as_float(key)), first + j, key};
-                if (better(draw, best)) best = draw;
-            }
-        }
-    }
-    return best;
+// Looks at one entry for step 14. `most` is what its value can be at most.
+__device__ __forceinline__ void draw_entry(Draw& best, float value, u32 token_id, u32 word, u64 limit,
+                                           const Scale& scale) {
+    const u32 key = scale.key_of(value);
+    const float most = noise_ceiling(word) - __uint_as_float(key) + 2 * kCeilingError;
+    if (rank_of(key, token_id) > limit || static_cast<double>(most) < best.value) return;
+    const Draw draw = {gumbel(word) - static_cast<double>(__uint_as_float(key)), token_id, key};
+    if (better(draw, best)) best = draw;
 }
 
-// The same over the whole piece, with no figures to go by.
-__device__ __noinline__ Draw draw_from_piece(const Row& row, u64 limit, const Scale& scale, NoiseKey noise) {
+__device__ __forceinline__ void draw_group(Draw& best, const Row& row, int group, const float (&values)[4],
+                                           u64 limit) {
+    const u32 first = row.piece.first_id(group);
+    const uint4 block = philox4x32(first >> 2, row.noise);
+    const u32 words[4] = {block.x, block.y, block.z, block.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) draw_entry(best, values[j], first + j, words[j], limit, row.scale);
+}
+
+// Step 14 over the ranks up to `limit` in the batches whose figure is at least `least`; with `figures` null
+// in the whole piece.
+__device__ __noinline__ Draw draw_from_piece(Shared& shared, const float* figures, float least, u64 limit) {
+    const Row& row = shared.row;
     Draw best = no_draw();
-    row.visit([&](int batch, const Batch& loaded) {
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-            const u32 first = row.piece.first_id(batch, i);
-            const uint4 block = philox4x32(first >> 2, noise);
-            const u32 words[4] = {block.x, block.y, block.z, block.w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u32 key = scale.key_of(loaded.values[i][j]);
-                if (rank_of(key, first + j) > limit) continue;
-                const float most = noise_ceiling(words[j]) - __uint_as_float(key) + 2 * kCeilingError;
-                if (static_cast<double>(most) < best.value) continue;
-                const Draw draw = {gumbel(words[j]) - static_cast<double>(__uint_as_float(key)), first + j, key};
-                if (better(draw, best)) best = draw;
-            }
-        }
-    });
+    const auto draw = [&](int group, const float (&values)[4]) {
+        draw_group(best, row, group, values, limit);
+    };
+    if (figures != nullptr) {
+        if (threadIdx.x == 0) shared.list.count = 0;
+        __syncthreads();
+        row.visit_where(figures, shared.list, [=](float figure) { return figure >= least; }, draw);
+    } else {
+        row.visit(draw);
+    }
     return best;
 }
 
 // Steps 11 to 14 over the candidates, which hold every entry that 11 may keep. One CTA alone; the result is
 // good in the first warp.
-__device__ __forceinline__ Draw draw_from_candidates(Shared& shared, u32 count, u64 floor, NoiseKey noise) {
-    const SlotParams& params = shared.params;
+__device__ __forceinline__ Draw draw_from_candidates(Shared& shared, u32 count) {
+    const NoiseKey noise = shared.row.noise;
+    const SlotParams& params = shared.row.params;
+    const u64 floor = floor_of(params);
     u64* const candidates = shared.select.candidates;
     sort_candidates(candidates, count);
     count = min(count, static_cast<u32>(params.top_k));
@@ -394,78 +415,66 @@ __device__ __forceinline__ Draw draw_from_candidates(Shared& shared, u32 count, 
     return best_of_block(best, shared.warp_draws);
 }
 
-// Makes a candidate of every entry of the batch whose key `stays`.
+// Makes a candidate of every entry of the group whose key `stays`.
 template <typename Stays>
-__device__ __forceinline__ void add_batch(Shared& shared, const Row& row, int batch, const Batch& loaded,
-                                          const Scale& scale, Stays stays) {
+__device__ __forceinline__ void add_group(Shared& shared, int group, const float (&values)[4], Stays stays) {
+    const Row& row = shared.row;
+    u64 ranks[4];
+    bool wanted[4];
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-        u64 ranks[4];
-        bool wanted[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const u32 key = scale.key_of(loaded.values[i][j]);
-            ranks[j] = rank_of(key, row.piece.first_id(batch, i) + j);
-            wanted[j] = stays(key);
-        }
-        add_candidates(shared.select, 0, ranks, wanted);
+    for (int j = 0; j < 4; ++j) {
+        const u32 key = row.scale.key_of(values[j]);
+        ranks[j] = rank_of(key, row.piece.first_id(group) + j);
+        wanted[j] = stays(key);
     }
+    add_candidates(shared.select, 0, ranks, wanted);
 }
 
 // Collects in the first CTA every entry that top-k may keep and whose noise could lift it to the top;
 // figures are the largest l' of each batch. Returns their number, which may be more than there is room for.
-__device__ __forceinline__ u32 gather_top_k(Shared& shared, const Row& row, const float* figures,
-                                            const Scale& scale) {
+__device__ __forceinline__ u32 gather_top_k(Shared& shared, const float* figures) {
+    const Row& row = shared.row;
     for (int i = threadIdx.x; i < row.piece.num_batches * kThreads; i += kThreads) {
-        const u32 bin = bin_of(scale.key_of(figures[i])) / kBinsPerCountBin;
+        const u32 bin = bin_of(row.scale.key_of(figures[i])) / kBinsPerCountBin;
         if (bin < kLastCountBin) atomicAdd(&shared.select.counts[bin], 1u);
     }
-    cluster_find_count(shared.select, shared.params.top_k);
+    cluster_find_count(shared.select, shared.row.params.top_k);
     // Without a crossing everything but the worthless stays.
     const u32 last = min((shared.select.crossing.bin + 1) * kBinsPerCountBin - 1, kLastBin - 1);
     const auto stays = [=](u32 key) { return bin_of(key) <= last; };
-#pragma unroll 1
-    for (int batch = 0; batch < row.piece.num_batches; ++batch) {
-        if (!stays(scale.key_of(figures[batch * kThreads + threadIdx.x]))) continue;
-        Batch loaded;
-        row.load(batch, loaded);
-        add_batch(shared, row, batch, loaded, scale, stays);
-    }
+    row.visit_where(
+        figures, shared.list, [&](float figure) { return stays(row.scale.key_of(figure)); },
+        [&](int group, const float (&values)[4]) { add_group(shared, group, values, stays); });
     cluster_sync();
     return peer(&shared.select, 0)->num_candidates[0];
 }
 
 // The rank up to which entries stay, by count or by mass, among those up to `limit`: the slow way.
-__device__ __noinline__ u64 boundary_by_radix(Shared& shared, const Row& row, const Scale& scale, bool by_mass,
-                                              u64 limit) {
-    const u64 target = by_mass ? 0 : shared.params.top_k;
-    const double fraction = by_mass ? shared.params.top_p : 0;
+__device__ __noinline__ u64 boundary_by_radix(Shared& shared, bool by_mass, u64 limit) {
+    const Row& row = shared.row;
+    const u64 target = by_mass ? 0 : shared.row.params.top_k;
+    const double fraction = by_mass ? shared.row.params.top_p : 0;
     const auto visit_ranks = [&](auto visit) {
-        row.visit([&](int batch, const Batch& loaded) {
+        row.visit([&](int group, const float (&values)[4]) {
 #pragma unroll
-            for (int i = 0; i < kQuads; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    visit(rank_of(scale.key_of(loaded.values[i][j]), row.piece.first_id(batch, i) + j));
-                }
-            }
+            for (int j = 0; j < 4; ++j) visit(rank_of(row.scale.key_of(values[j]), row.piece.first_id(group) + j));
         });
     };
     return cluster_boundary(shared.select, limit, target, fraction, visit_ranks,
                             [&](u32 key) { return by_mass ? mass_of(key) : u64{1}; });
 }
 
-// The rank up to which entries stay, when it lies in the bin of `crossing`.
-__device__ __noinline__ u64 boundary_in_bin(Shared& shared, const Row& row, const Scale& scale,
-                                            const Crossing crossing) {
-    row.visit([&](int batch, const Batch& loaded) {
-        add_batch(shared, row, batch, loaded, scale, [&](u32 key) { return bin_of(key) == crossing.bin; });
+// The rank up to which entries stay, when it lies in the bin that `find_nucleus` found.
+__device__ __noinline__ u64 boundary_in_bin(Shared& shared) {
+    const Crossing crossing = shared.select.crossing;
+    shared.row.visit([&](int group, const float (&values)[4]) {
+        add_group(shared, group, values, [&](u32 key) { return bin_of(key) == crossing.bin; });
     });
     cluster_sync();
     const u32 count = peer(&shared.select, 0)->num_candidates[0];
     if (count > kCandidates) {
         cluster_sync();
-        return boundary_by_radix(shared, row, scale, true, kNoRank);
+        return boundary_by_radix(shared, true, kNoRank);
     }
     if (blockIdx.x == 0) {
         const u64* const candidates = shared.select.candidates;
@@ -492,30 +501,28 @@ __device__ __noinline__ u64 boundary_in_bin(Shared& shared, const Row& row, cons
     return shared.boundary;
 }
 
-// Where the mass of a row, when top-p alone drops entries, reaches its target. Bins after `last` are not
-// told apart: a crossing there is in the last bin of all.
-__device__ __noinline__ Crossing find_nucleus(Shared& shared, const Row& row, const Scale& scale, u32 last) {
+// Finds where the mass of a row, when top-p alone drops entries, reaches its target: `crossing` of the
+// storage. Bins after `last` are not told apart: a crossing there is in the last bin of all.
+__device__ __noinline__ void find_nucleus(Shared& shared, u32 last) {
+    const Row& row = shared.row;
+    const Scale scale = row.scale;
     clear_histogram(shared.select, kBins);
     u64 rest = 0;
-    row.visit([&](int, const Batch& loaded) {
+    row.visit([&](int, const float (&values)[4]) {
 #pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u32 key = scale.key_of(loaded.values[i][j]);
-                const u32 bin = bin_of(key);
-                u64 mass = mass_of(key);
-                if (bin > last) {
-                    rest += mass;
-                    mass = 0;
-                }
-                add_to_histogram(shared.select, bin, mass);
+        for (int j = 0; j < 4; ++j) {
+            const u32 key = scale.key_of(values[j]);
+            const u32 bin = bin_of(key);
+            u64 mass = mass_of(key);
+            if (bin > last) {
+                rest += mass;
+                mass = 0;
             }
+            add_to_histogram(shared.select, bin, mass);
         }
     });
     add_to_histogram(shared.select, kLastBin, rest);
-    cluster_find(shared.select, kBins, 0, 0, shared.params.top_p);
-    return shared.select.crossing;
+    cluster_find(shared.select, kBins, 0, 0, shared.row.params.top_p);
 }
 
 }  // namespace photon
@@ -542,11 +549,10 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
         if (blockIdx.x == 0 && threadIdx.x == 0) token_ids[blockIdx.y] = kNoToken;
         return;
     }
-    cluster_arrive();
-    load_params(shared.params, slots + slot);
-    const Row row = {piece, shared.params, bias_ids + static_cast<i64>(slot) * bias_capacity,
-                     bias_values + static_cast<i64>(slot) * bias_capacity, slot, num_outputs[slot]};
-    const Summary summary = look_at_row(row, loaded, shared, [](int, const Batch&, float) { return 0.0f; });
+    cluster_announce();
+    load_row(shared.row, piece, slot, slots, bias_ids, bias_values, bias_capacity, num_outputs);
+    const Row& row = shared.row;
+    const Summary summary = look_at_row(piece, loaded, shared, [](int, const Batch&, float) { return 0.0f; });
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         finish(is_fault(summary) ? kNoToken : best_token(summary), row, token_ids, last_token_ids, num_outputs);
     }
@@ -570,20 +576,19 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
         return;
     }
     prepare(shared.select);
-    cluster_arrive();
-    load_params(shared.params, slots + slot);
-    const SlotParams& params = shared.params;
-    const Row row = {piece, params, bias_ids + static_cast<i64>(slot) * bias_capacity,
-                     bias_values + static_cast<i64>(slot) * bias_capacity, slot, num_outputs[slot]};
-    const NoiseKey noise = {params.seed_low, params.seed_high, static_cast<u32>(row.num_outputs), params.index};
+    if (threadIdx.x == 0) shared.list.count = 0;
+    cluster_announce();
+    load_row(shared.row, piece, slot, slots, bias_ids, bias_values, bias_capacity, num_outputs);
+    const SlotParams& params = shared.row.params;
+    const Row& row = shared.row;
     const bool greedy = params.flags & kGreedy;
-    const bool by_count = params.top_k > 0, by_mass = params.top_p < 1;
+    const bool by_count = params.top_k > 0;
     const bool noisy = !(by_count && params.top_k <= kCandidates);
     const float reciprocal = ieee_div(1.0f, params.temperature);
     const Summary summary =
-        look_at_row(row, loaded, shared, [&](int batch, const Batch& current, float largest) {
+        look_at_row(piece, loaded, shared, [&](int batch, const Batch& current, float largest) {
             if (greedy) return largest;
-            const float figure = noisy ? largest_figure(row, batch, current, reciprocal, noise) : largest;
+            const float figure = noisy ? largest_figure(piece, batch, current, reciprocal, row.noise) : largest;
             figures[batch * kThreads + threadIdx.x] = figure;
             return figure;
         });
@@ -597,54 +602,54 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
         return;
     }
 
-    const Scale scale = {value_of_key(static_cast<u32>(summary.best >> kIdBits)), params.temperature, reciprocal};
-    const u64 floor = rank_of(params.floor_key, kNoId);
+    if (threadIdx.x == 0) {
+        shared.row.scale = {value_of_key(static_cast<u32>(summary.best >> kIdBits)), params.temperature, reciprocal};
+    }
+    __syncthreads();
     if (!noisy) {
-        const u32 count = gather_top_k(shared, row, figures, scale);
+        const u32 count = gather_top_k(shared, figures);
         if (count <= kCandidates) {
             // The others' only business left is to have read the count before this CTA exits.
             cluster_arrive();
             if (!leads) return;
-            finish_row(draw_from_candidates(shared, count, floor, noise).token_id);
+            finish_row(draw_from_candidates(shared, count).token_id);
             cluster_wait();
             return;
         }
         cluster_sync();
     }
-    u64 limit = floor;
+    const bool by_mass = params.top_p < 1;
+    u64 limit = floor_of(params);
     if (by_count) {
-        u64 boundary = boundary_by_radix(shared, row, scale, false, kNoRank);
-        if (by_mass) boundary = min(boundary, boundary_by_radix(shared, row, scale, true, boundary));
+        u64 boundary = boundary_by_radix(shared, false, kNoRank);
+        if (by_mass) boundary = min(boundary, boundary_by_radix(shared, true, boundary));
         limit = min(limit, boundary);
     }
     if (noisy) {
         const bool nothing_dropped = !by_count && __uint_as_float(params.floor_key) >= kNoiseRange;
-        Threshold least = threshold(scale, summary.figure, nothing_dropped ? 0 : kDeep);
+        float depth = nothing_dropped ? 0 : kDeep;
         // Twice where top-p alone drops the first winner.
         bool by_nucleus = by_mass && !by_count;
         while (true) {
+            const Threshold least = threshold(row.scale, summary.figure, depth);
             Draw winner = no_draw();
             if (least.usable) {
-                winner = best_of_cluster(draw_from_figures(row, figures, least.figure, limit, scale, noise), shared);
+                winner = best_of_cluster(draw_from_piece(shared, figures, least.figure, limit), shared);
             }
             const bool known = winner.value > least.value;
-            if (known && !by_nucleus) {
+            const u32 last = known ? bin_of(winner.key) : kLastBin - 1;
+            if (by_nucleus) find_nucleus(shared, last);
+            if (known && (!by_nucleus || shared.select.crossing.bin > last)) {
                 finish_row(winner.token_id);
                 return;
             }
             if (!by_nucleus) break;
+            limit = min(limit, boundary_in_bin(shared));
             by_nucleus = false;
-            const u32 last = known ? bin_of(winner.key) : kLastBin - 1;
-            const Crossing crossing = find_nucleus(shared, row, scale, last);
-            if (crossing.bin > last) {
-                finish_row(winner.token_id);
-                return;
-            }
-            limit = min(limit, boundary_in_bin(shared, row, scale, crossing));
-            least = threshold(scale, summary.figure, kDeep);
+            depth = kDeep;
         }
         cluster_sync();
     }
-    const Draw winner = best_of_cluster(draw_from_piece(row, limit, scale, noise), shared);
+    const Draw winner = best_of_cluster(draw_from_piece(shared, nullptr, 0, limit), shared);
     finish_row(winner.token_id);
 }

@@ -3,9 +3,10 @@
 // The storage type comes from Python as -D PHOTON_STORAGE=f32, bf16 or f16. The loads are volatile, so that
 // they stay behind `wait_for_previous`: another kernel writes the logits.
 //
-// A thread reads in batches of kQuads groups of four neighbours. The batches of all threads of a CTA are
-// counted alike, so that whole warps go through every loop together. A row is not kept anywhere: what has
-// to look at it again reads it again, mostly a few batches, out of the L2.
+// An entry's neighbours make groups of four, and thread t of a CTA has the groups t, t + kThreads, ... of its
+// piece: the first kQuads of them are its batch 0, and so on. All threads of a CTA count as many groups, so
+// that whole warps go through every loop together. A row is not kept anywhere: what has to look at it again
+// reads it again, mostly a few batches, out of the L2.
 #pragma once
 
 #include "photon/ieee.cuh"
@@ -29,14 +30,14 @@ __device__ __forceinline__ int groups_per_piece(int vocab_size) {
 
 __device__ __forceinline__ float load_logit(const f32* address) {
     float value;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address));
     return value;
 }
 
 template <typename T>
 __device__ __forceinline__ float load_logit(const T* address) {
     unsigned short bits;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(address) : "memory");
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(address));
     return unpack_pair<T>(bits).x;
 }
 
@@ -44,14 +45,13 @@ __device__ __forceinline__ float load_logit(const T* address) {
 __device__ __forceinline__ void load_group(const f32* address, float (&values)[4]) {
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
-                 : "l"(address)
-                 : "memory");
+                 : "l"(address));
 }
 
 template <typename T>
 __device__ __forceinline__ void load_group(const T* address, float (&values)[4]) {
     u32 low, high;
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "l"(address) : "memory");
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "l"(address));
     const float2 first = unpack_pair<T>(low), second = unpack_pair<T>(high);
     values[0] = first.x;
     values[1] = first.y;
@@ -59,7 +59,6 @@ __device__ __forceinline__ void load_group(const T* address, float (&values)[4])
     values[3] = second.y;
 }
 
-// What a thread holds of a row at a time.
 struct Batch {
     float values[kQuads][4];
 };
@@ -70,37 +69,47 @@ struct Piece {
     int vocab_size;
     int first_group;
     int num_groups;
-    int num_batches;    // the same in all CTAs of the row
+    int num_batches;    // of a thread; the same in all CTAs of the row
     int whole_groups;   // how many, from the first on, one load can read
 
-    // The first id of a group of a batch of this thread; from the end of the piece on, if it has none.
-    __device__ __forceinline__ int first_id(int batch, int quad) const {
-        return 4 * (first_group + group(batch, quad));
-    }
-
-    __device__ __forceinline__ bool has(int batch, int quad) const { return group(batch, quad) < num_groups; }
+    __device__ __forceinline__ int first_id(int group) const { return 4 * (first_group + group); }
 
     // Entries behind the end of the piece or of the row are -inf.
-    __device__ __forceinline__ void load(int batch, Batch& loaded) const {
+    __device__ __forceinline__ void load(int group, float (&values)[4]) const {
+        const int id = first_id(group);
+        if (group < whole_groups) {
+            load_group(row + id, values);
+        } else {
+            const int end = group < num_groups ? vocab_size : 0;
 #pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-            const int id = first_id(batch, i);
-            if (group(batch, i) < whole_groups) {
-                load_group(row + id, loaded.values[i]);
-            } else {
-                const bool inside = has(batch, i);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    loaded.values[i][j] =
-                        inside && id + j < vocab_size ? load_logit(row + id + j) : minus_infinity();
-                }
-            }
+            for (int j = 0; j < 4; ++j) values[j] = id + j < end ? load_logit(row + id + j) : minus_infinity();
         }
     }
 
-private:
-    __device__ __forceinline__ int group(int batch, int quad) const {
+    __device__ __forceinline__ void load(int batch, Batch& loaded) const {
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) load(group_of(batch, i), loaded.values[i]);
+    }
+
+    // The group of this thread's batch.
+    __device__ __forceinline__ int group_of(int batch, int quad) const {
         return (batch * kQuads + quad) * kThreads + static_cast<int>(threadIdx.x);
+    }
+
+    // Calls visit(group, values) for every group of every thread, the next one being under way.
+    template <typename Visit>
+    __device__ __forceinline__ void visit(Visit visit) const {
+        float values[4];
+        load(threadIdx.x, values);
+#pragma unroll 1
+        for (int i = 0; i < num_batches * kQuads; ++i) {
+            const int group = group_of(0, i);
+            float next[4];
+            load(group + kThreads, next);
+            visit(group, values);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) values[j] = next[j];
+        }
     }
 };
 
@@ -114,19 +123,6 @@ __device__ __forceinline__ Piece piece_of(const Logit* row, int vocab_size) {
             max(min(per_piece, (vocab_size + 3) / 4 - first_group), 0),
             (per_piece + kQuads * kThreads - 1) / (kQuads * kThreads),
             aligned ? min(per_piece, vocab_size / 4 - first_group) : 0};
-}
-
-// Calls visit(batch, loaded) for every batch, the next one being under way. `loaded` is batch 0, which the
-// caller has loaded. Ids ascend within a thread.
-template <typename Visit>
-__device__ __forceinline__ void visit_batches(const Piece& piece, Batch& loaded, Visit visit) {
-#pragma unroll 1
-    for (int batch = 0; batch < piece.num_batches; ++batch) {
-        Batch next;
-        if (batch + 1 < piece.num_batches) piece.load(batch + 1, next);
-        visit(batch, loaded);
-        loaded = next;
-    }
 }
 
 // The largest entry, or NaN if there is one.
@@ -156,13 +152,46 @@ struct Best {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (!found && ieee_equal(loaded.values[i][j], largest)) {
-                    token_id = piece.first_id(batch, i) + j;
+                    token_id = piece.first_id(piece.group_of(batch, i)) + j;
                     found = true;
                 }
             }
         }
     }
 };
+
+// Room to list the batches that matter.
+constexpr int kListed = 1024;
+
+struct BatchList {
+    u32 count;
+    unsigned short batches[kListed];
+};
+static_assert((1 << 18) / 16 <= 1 << 16, "a batch of a CTA has a number of 16 bits");
+
+// Calls visit(group) for the groups of all batches whose figure `matters`; a figure lies at the place of its
+// batch and thread. The groups are shared out anew, so that each thread has one where a few batches matter.
+// The figures have been written before a barrier; `list.count` is 0 and stays as it is not.
+template <typename Matters, typename Visit>
+__device__ __forceinline__ void visit_where(const float* figures, const Piece& piece, BatchList& list,
+                                            Matters matters, Visit visit) {
+    const u32 num_figures = piece.num_batches * kThreads;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < num_figures; i += kThreads) {
+        if (!matters(figures[i])) continue;
+        const u32 place = atomicAdd(&list.count, 1u);
+        if (place < kListed) list.batches[place] = static_cast<unsigned short>(i);
+    }
+    __syncthreads();
+    const bool listed = list.count <= kListed;
+    const u32 num_batches = listed ? list.count : num_figures;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < num_batches * kQuads; i += kThreads) {
+        const u32 place = listed ? list.batches[i / kQuads] : i / kQuads;
+        if (!listed && !matters(figures[place])) continue;
+        visit(static_cast<int>((place / kThreads * kQuads + i % kQuads) * kThreads + place % kThreads));
+    }
+}
 
 // What the first look at a row brings: its best entry, the largest of another figure, and whether there
 // is a NaN or +inf in it.
@@ -177,8 +206,7 @@ __device__ __forceinline__ Summary join(const Summary& a, const Summary& b) {
 }
 
 // Reduces over all CTAs of the row; every thread has the result. `raw` is the largest logit, or NaN. The
-// caller has arrived at the cluster barrier once before, so that all CTAs run when the first one writes to
-// the others.
+// caller has announced itself to the cluster, so that all CTAs run when the first one writes to the others.
 __device__ __forceinline__ Summary cluster_summary(const Best& best, float figure, float raw,
                                                    Summary (&warps)[kWarps], Summary (&pieces)[kCluster]) {
     const u32 key = descending_key(ieee_add(best.value, 0.0f));   // of -0.0 as of 0.0
