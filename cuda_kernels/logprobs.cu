@@ -3,14 +3,17 @@
 //     chosen[row]  = l[token] - max l - log sum exp(l - max l)                       float64
 //     top_*[row]   = the `top` greatest l, the lower id first among equals, and the same of them
 //
-// Grid (PHOTON_CLUSTER, rows), kThreads threads. Dynamic shared memory: the CTA's piece of the row, four
-// bytes an entry, where PHOTON_RESIDENT is 1; else the pieces lie in `scratch`.
+// The first pass leaves the largest l of every batch of 16 entries in shared memory. At least `top` entries
+// lie above the top-th largest of those, and only their batches are looked at again. Another pass sums.
+//
+// Grid (PHOTON_CLUSTER, rows), kThreads threads. Dynamic shared memory: a float for each thread and batch.
 //
 // Preconditions: top <= top_capacity, top <= kCandidates; a row whose token is kNoToken is left alone. A row
 // with a NaN, +inf or nothing finite gets NaN throughout and the ids 0, 1, ...
 //
-// Waits for the kernel ahead of it before it reads anything, as sampling.cu does. The sum runs in float64 in an order that depends on the cluster size alone. Bound by: latency and, at
-// many rows, by the float64 exponentials.
+// Waits for the kernel ahead of it before it reads anything, as sampling.cu does. The sum runs in float64
+// in an order that depends on the cluster size alone. Bound by: latency and, at many rows, by the float64
+// exponentials and by reading the logits twice.
 #include "photon/dependent_launch.cuh"
 #include "photon/logits_row.cuh"
 #include "photon/row_cluster.cuh"
@@ -19,14 +22,16 @@
 
 namespace photon {
 
-constexpr float kBinsPerUnit = 32.0f;
+constexpr float kCountBinsPerUnit = 8.0f;
 
 struct Shared {
     SelectStorage select;
-    RowCheck warps[kWarps];
-    RowCheck pieces[kCluster];
+    Summary warps[kWarps];
+    Summary pieces[kCluster];
     double warp_sums[kWarps];
     double piece_sums[kCluster];
+    BatchList list;
+    Piece piece;
 };
 
 __device__ __forceinline__ double block_sum(double value, double (&warps)[kWarps]) {
@@ -41,6 +46,73 @@ __device__ __forceinline__ double block_sum(double value, double (&warps)[kWarps
     return sum;
 }
 
+__device__ __forceinline__ u32 count_bin_of(float value, float highest) {
+    const float position = ieee_sub(highest, value) * kCountBinsPerUnit;
+    return position < static_cast<float>(kCountBins - 1) ? static_cast<u32>(position) : kCountBins - 1u;
+}
+
+// The ranks of a group of four, -0.0 with 0.0; kNoRank behind the end of the piece and of the row.
+__device__ __forceinline__ void rank_group(const Piece& piece, int group, const float (&values)[4],
+                                           u64 (&ranks)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int id = piece.first_id(group) + j;
+        const bool inside = group < piece.num_groups && id < piece.vocab_size;
+        ranks[j] = inside ? rank_of(descending_key(ieee_add(values[j], 0.0f)), id) : kNoRank;
+    }
+}
+
+// Makes a candidate of every entry of the group that `stays(value, rank)`.
+template <typename Stays>
+__device__ __forceinline__ void add_group(Shared& shared, int counter, const Piece& piece, int group,
+                                          const float (&values)[4], Stays stays) {
+    u64 ranks[4];
+    bool wanted[4];
+    rank_group(piece, group, values, ranks);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) wanted[j] = ranks[j] != kNoRank && stays(values[j], ranks[j]);
+    add_candidates(shared.select, counter, ranks, wanted);
+}
+
+// Collects the `top` best ranks, and perhaps others, in the first CTA; figures are the largest entries of
+// each batch. Returns the number of candidates, which fit.
+__device__ __forceinline__ u32 gather_top(Shared& shared, const float* figures, float highest, u32 top) {
+    const Piece& piece = shared.piece;
+    for (int i = threadIdx.x; i < piece.num_batches * kThreads; i += kThreads) {
+        atomicAdd(&shared.select.counts[count_bin_of(figures[i], highest)], 1u);
+    }
+    cluster_find_count(shared.select, top);
+    const u32 last = shared.select.crossing.bin;
+    visit_where(
+        figures, piece, shared.list, [=](float figure) { return count_bin_of(figure, highest) <= last; },
+        [&](int group) {
+            float values[4];
+            piece.load(group, values);
+            add_group(shared, 0, piece, group, values,
+                      [=](float value, u64) { return count_bin_of(value, highest) <= last; });
+        });
+    cluster_sync();
+    const u32 count = peer(&shared.select, 0)->num_candidates[0];
+    if (count <= kCandidates) return count;
+
+    cluster_sync();
+    const auto visit_ranks = [&](auto visit) {
+        piece.visit([&](int group, const float (&values)[4]) {
+            u64 ranks[4];
+            rank_group(piece, group, values, ranks);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) visit(ranks[j]);
+        });
+    };
+    const u64 boundary =
+        cluster_boundary(shared.select, kNoRank, top, 0, visit_ranks, [](u32) { return u64{1}; });
+    piece.visit([&](int group, const float (&values)[4]) {
+        add_group(shared, 1, piece, group, values, [=](float, u64 rank) { return rank <= boundary; });
+    });
+    cluster_sync();
+    return peer(&shared.select, 0)->num_candidates[1];
+}
+
 }  // namespace photon
 
 using namespace photon;
@@ -49,12 +121,12 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
     logprobs(double* __restrict__ chosen,            // [rows]
              int* __restrict__ top_ids,              // [rows, top_capacity]
              double* __restrict__ top_values,        // [rows, top_capacity]
-             u32* __restrict__ scratch,              // as in sampling.cu
              const Logit* logits,                    // [rows, vocab_size], rows `stride` apart
              const int* token_ids,                   // [rows]
              const int* row_slots,                   // [rows], or null: `top` alternatives for every row
              const SlotParams* slots, i64 stride, int vocab_size, int top,
              int top_capacity) {
+    extern __shared__ float figures[];
     __shared__ Shared shared;
     wait_for_previous();
     const int token_id = token_ids[blockIdx.y];
@@ -62,83 +134,50 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
     if (row_slots != nullptr) top = slots[row_slots[blockIdx.y]].top_logprobs;
     if (top < 0) return;
     top = min(top, vocab_size);
-    if (threadIdx.x < 2) shared.select.num_candidates[threadIdx.x] = 0;
-    cluster_arrive();
-#if PHOTON_RESIDENT
-    extern __shared__ uint4 resident[];
-    u32* const keys = reinterpret_cast<u32*>(resident);
-#else
-    u32* const keys =
-        scratch + (static_cast<i64>(blockIdx.y) * kCluster + blockIdx.x) * 4 * groups_per_piece(vocab_size);
-#endif
-    const Logit* const row = logits + blockIdx.y * stride;
-    const int per_piece = groups_per_piece(vocab_size);
-    const int first_group = static_cast<int>(blockIdx.x) * per_piece;
-    const int num_groups = max(min(per_piece, (vocab_size + 3) / 4 - first_group), 0);
-    Piece piece = {keys, 4 * first_group, 0};
-    piece.num_keys = max(min(4 * num_groups, vocab_size - piece.first_id), 0);
+    prepare(shared.select);
+    const Piece piece = piece_of(logits + blockIdx.y * stride, vocab_size);
+    if (threadIdx.x == 0) {
+        shared.list.count = 0;
+        shared.piece = piece;
+    }
+    cluster_announce();
 
-    RowCheck check = {kNoRank, 0};
-    visit_logits(row, vocab_size, first_group, num_groups, [&](int id, float (&group)[4]) {
-        u32 stored[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            u32 bits = __float_as_uint(group[j]);
-            check.non_finite |= (bits & 0x7FFFFFFFu) >= 0x7F800000u && bits != 0xFF800000u;
-            if (bits == 0x80000000u) bits = 0;   // -0.0 ranks with 0.0
-            stored[j] = descending_key(__uint_as_float(bits));
-            check.best = min(check.best, rank_of(stored[j], id + j));
-        }
-        *reinterpret_cast<uint4*>(keys + (id - 4 * first_group)) =
-            make_uint4(stored[0], stored[1], stored[2], stored[3]);
-    });
-    const RowCheck whole = cluster_check(check, shared.warps, shared.pieces, blockIdx.x);
+    Best best = {minus_infinity(), kNoId};
+    float raw = minus_infinity();
+#pragma unroll 1
+    for (int batch = 0; batch < piece.num_batches; ++batch) {
+        Batch loaded;
+        piece.load(batch, loaded);
+        const float largest = largest_or_nan(loaded);
+        raw = ieee_max_or_nan(raw, largest);
+        best.see(piece, batch, loaded, largest);
+        figures[batch * kThreads + threadIdx.x] = largest;
+    }
+    const Summary summary = cluster_summary(best, 0, raw, shared.warps, shared.pieces);
     const bool leads = blockIdx.x == 0;
-    double* const values = top_values + static_cast<i64>(blockIdx.y) * top_capacity;
-    int* const ids = top_ids + static_cast<i64>(blockIdx.y) * top_capacity;
-    const u32 best_key = static_cast<u32>(whole.best >> kIdBits);
-    if (whole.non_finite || best_key >= kKeyOfMinusInfinity) {
+    const auto write_top = [&](int i, int id, double value) {
+        const i64 place = static_cast<i64>(blockIdx.y) * top_capacity + i;
+        top_ids[place] = id;
+        top_values[place] = value;
+    };
+    if (is_fault(summary)) {
         if (leads) {
             const double nan = __longlong_as_double(0x7FF8000000000000ll);
             if (threadIdx.x == 0) chosen[blockIdx.y] = nan;
-            for (int i = threadIdx.x; i < top; i += kThreads) {
-                ids[i] = i;
-                values[i] = nan;
-            }
+            for (int i = threadIdx.x; i < top; i += kThreads) write_top(i, i, nan);
         }
         return;
     }
 
-    const float highest = value_of_key(best_key);
-    const auto bin_of = [=](u32 key) {
-        const float position = (highest - value_of_key(key)) * kBinsPerUnit;
-        return position < static_cast<float>(kBins - 1) ? static_cast<u32>(position) : kBins - 1u;
-    };
-    clear_histogram(shared.select, kBins);
+    const float highest = value_of_key(static_cast<u32>(summary.best >> kIdBits));
     double sum = 0;
-    for (int start = 0; start < piece.num_keys; start += kThreads) {
-        const int i = start + threadIdx.x;
-        const bool inside = i < piece.num_keys;
-        const u32 key = inside ? keys[i] : kFull;
-        if (inside) sum += exp(static_cast<double>(value_of_key(key)) - static_cast<double>(highest));
-        if (top > 0) add_to_histogram(shared.select, inside ? bin_of(key) : 0, inside ? 1 : 0);
-    }
+    shared.piece.visit([&](int, const float (&values)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += exp(static_cast<double>(values[j]) - static_cast<double>(highest));
+    });
     sum = block_sum(sum, shared.warp_sums);
     if (threadIdx.x == 0) peer(&shared.piece_sums[blockIdx.x], 0)[0] = sum;
-
-    u32 count = 0;
-    if (top > 0) {
-        cluster_find(shared.select, kBins, 0, top, 0, blockIdx.x);
-        const u32 last = shared.select.crossing.bin;
-        count = cluster_gather(shared.select, piece, 0, [=](u32 key, u32) { return bin_of(key) <= last; });
-        if (count > kCandidates) {
-            cluster_sync();
-            const u64 boundary = cluster_boundary(shared.select, piece, kNoRank, top, 0, blockIdx.x,
-                                                  [](u32) { return u64{1}; });
-            count = cluster_gather(shared.select, piece, 1,
-                                   [=](u32 key, u32 id) { return rank_of(key, id) <= boundary; });
-        }
-    }
+    const u32 count = top > 0 ? gather_top(shared, figures, highest, top) : 0;
     cluster_arrive();
     if (!leads) return;
     if (top > 0) sort_candidates(shared.select.candidates, count);
@@ -147,13 +186,12 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kCluster; ++i) whole_sum += shared.piece_sums[i];
     const double log_sum = log(whole_sum);
     if (threadIdx.x == 0) {
-        const float value = load_logit(row + token_id);
+        const float value = load_logit(shared.piece.row + token_id);
         chosen[blockIdx.y] = static_cast<double>(value) - static_cast<double>(highest) - log_sum;
     }
     for (int i = threadIdx.x; i < top; i += kThreads) {
         const u64 rank = shared.select.candidates[i];
-        ids[i] = static_cast<int>(rank & ((1u << kIdBits) - 1));
-        values[i] = static_cast<double>(value_of_key(static_cast<u32>(rank >> kIdBits))) -
-                    static_cast<double>(highest) - log_sum;
+        const double value = static_cast<double>(value_of_key(static_cast<u32>(rank >> kIdBits)));
+        write_top(i, static_cast<int>(rank & kNoId), value - static_cast<double>(highest) - log_sum);
     }
 }

@@ -14,18 +14,20 @@ from photon_grpc.kernels.launcher import Device, KernelSpec, Pointer
 from photon_grpc.kernels.sampling_state import DEFINES, MAX_VOCAB_SIZE, SLOT_DTYPE
 
 _NUM_THREADS = 512
-_CLUSTER = 8
-# The most static shared memory of any kernel here, which a resident piece has to leave.
-_STATIC_SHARED_BYTES = 10 << 10
-# Rows above which greedy rows fill the machine without help: one CTA each, and no cluster barrier.
-_MAX_CLUSTERED_GREEDY_ROWS = 64
+# What a thread reads at a time, and leaves one figure of: four groups of four.
+_BATCH_ENTRIES = 16
+# CTAs of a row, where there are clusters: many for few rows, so that all SMs have work; two for more, where
+# there is enough without and every cluster barrier costs.
+_FEW_ROWS_CLUSTER = 8
+_MANY_ROWS_CLUSTER = 2
+_MAX_FEW_ROWS = 32
 # Rows of one grid: the limit of its second dimension.
 _MAX_ROWS = 65535
 
-_MACROS = ("PHOTON_CLUSTER", "PHOTON_RESIDENT", "PHOTON_STORAGE", *DEFINES)
+_MACROS = ("PHOTON_CLUSTER", "PHOTON_STORAGE", *DEFINES)
 _CHECKED = tuple(
-    {"PHOTON_CLUSTER": cluster, "PHOTON_RESIDENT": resident, "PHOTON_STORAGE": storage, **DEFINES}
-    for cluster, resident in ((1, 0), (1, 1), (_CLUSTER, 0), (_CLUSTER, 1))
+    {"PHOTON_CLUSTER": cluster, "PHOTON_STORAGE": storage, **DEFINES}
+    for cluster in (1, _MANY_ROWS_CLUSTER, _FEW_ROWS_CLUSTER)
     for storage in ("f32", "bf16", "f16")
 )
 
@@ -41,7 +43,7 @@ SAMPLE_GREEDY = KernelSpec(
 SAMPLE = KernelSpec(
     name="sample",
     source="sampling",
-    parameters=(*[Pointer] * 9, np.int64, np.int32, np.int32),
+    parameters=(*[Pointer] * 8, np.int64, np.int32, np.int32),
     max_threads=_NUM_THREADS,
     macros=_MACROS,
     checked=_CHECKED,
@@ -50,7 +52,7 @@ SAMPLE = KernelSpec(
 LOGPROBS = KernelSpec(
     name="logprobs",
     source="logprobs",
-    parameters=(*[Pointer] * 8, np.int64, np.int32, np.int32, np.int32),
+    parameters=(*[Pointer] * 7, np.int64, np.int32, np.int32, np.int32),
     max_threads=_NUM_THREADS,
     macros=_MACROS,
     checked=_CHECKED,
@@ -100,44 +102,25 @@ class SamplingState:
         return num_slots
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """How a row is shared out: CTAs of a cluster, and whether its pieces lie in shared memory."""
-
-    cluster: int
-    resident: bool
-    piece_bytes: int
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.piece_bytes if self.resident else 0
-
-    def macros(self, dtype: torch.dtype) -> dict[str, int | str]:
-        return {
-            "PHOTON_CLUSTER": self.cluster,
-            "PHOTON_RESIDENT": int(self.resident),
-            "PHOTON_STORAGE": storage_name(dtype),
-            **DEFINES,
-        }
-
-
-def row_shape(device: Device, vocab_size: int) -> _Shape:
-    """The same for every batch, so that no result depends on the others in it."""
+def require_usable(vocab_size: int) -> None:
+    """Raises BackendUnavailableError without a device, ValueError for a vocabulary out of range."""
+    launcher.require_cuda()
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"the sampling kernels take vocabularies of 1 to {MAX_VOCAB_SIZE}, not {vocab_size}")
-    cluster = _CLUSTER if device.compute_capability >= (9, 0) else 1
+
+
+def cluster_size(device: Device, rows: int) -> int:
+    """How many CTAs share a row of a batch. No result depends on it but the last bits of `logprobs`."""
+    if device.compute_capability < (9, 0):
+        return 1
+    return _FEW_ROWS_CLUSTER if rows <= _MAX_FEW_ROWS else _MANY_ROWS_CLUSTER
+
+
+def figures_bytes(vocab_size: int, cluster: int) -> int:
+    """Dynamic shared memory of a CTA: a float for each of its threads and their batches."""
     groups = -(-vocab_size // 4)
-    piece_bytes = -(-groups // cluster) * 16
-    return _Shape(cluster, piece_bytes + _STATIC_SHARED_BYTES <= device.max_shared_bytes, piece_bytes)
-
-
-def scratch_bytes(rows: int, vocab_size: int) -> int:
-    """Device memory that `sample` and `logprobs` need for `rows` rows on the current device; mostly 0.
-
-    Raises BackendUnavailableError without a device.
-    """
-    shape = row_shape(launcher.require_cuda(), vocab_size)
-    return 0 if shape.resident else rows * shape.cluster * shape.piece_bytes
+    piece = -(-groups // cluster)
+    return -(-piece * 4 // (_BATCH_ENTRIES * _NUM_THREADS)) * _NUM_THREADS * 4
 
 
 def sample_greedy(token_ids: Tensor, logits: Tensor, row_slots: Tensor, state: SamplingState) -> None:
@@ -146,45 +129,30 @@ def sample_greedy(token_ids: Tensor, logits: Tensor, row_slots: Tensor, state: S
     `token_ids` [rows] int32 is written, -1 for a fault and for idle rows; `logits` is [rows, vocab] of any
     stride and storage type; `row_slots` [rows] int32 names each row's slot, -1 for an idle row.
     """
-    rows, vocab_size = _require(token_ids, logits, row_slots, state)
-    shape = row_shape(launcher.require_cuda(), vocab_size)
-    cluster = shape.cluster if rows <= _MAX_CLUSTERED_GREEDY_ROWS else 1
-    shape = _Shape(cluster, False, 0)
-    kernel = launcher.load(SAMPLE_GREEDY.variant(**shape.macros(logits.dtype)))
+    _launch(SAMPLE_GREEDY, token_ids, logits, row_slots, state)
+
+
+def sample(token_ids: Tensor, logits: Tensor, row_slots: Tensor, state: SamplingState) -> None:
+    """Steps 1 and 3 to 14 for rows of any parameters; arguments as for `sample_greedy`."""
+    _launch(SAMPLE, token_ids, logits, row_slots, state)
+
+
+def _launch(
+    spec: KernelSpec, token_ids: Tensor, logits: Tensor, row_slots: Tensor, state: SamplingState
+) -> None:
+    rows, vocab_size = _require_logits(logits)
+    state.require()
+    require_index("token_ids", token_ids, torch.int32, rows)
+    require_index("row_slots", row_slots, torch.int32, rows)
+    cluster = cluster_size(launcher.require_cuda(), rows)
+    shared_bytes = figures_bytes(vocab_size, cluster) if spec is SAMPLE else 0
+    kernel = launcher.load(spec.variant(**_variant(cluster, logits.dtype)), shared_bytes)
     kernel(
         (cluster, rows, 1),
         _NUM_THREADS,
         token_ids.data_ptr(),
         state.last_token_ids.data_ptr(),
         state.num_outputs.data_ptr(),
-        logits.data_ptr(),
-        row_slots.data_ptr(),
-        state.params.data_ptr(),
-        state.bias_ids.data_ptr(),
-        state.bias_values.data_ptr(),
-        np.int64(logits.stride(0)),
-        np.int32(vocab_size),
-        np.int32(state.bias_ids.shape[1]),
-    )
-
-
-def sample(
-    token_ids: Tensor, logits: Tensor, row_slots: Tensor, state: SamplingState, scratch: Tensor | None = None
-) -> None:
-    """Steps 1 and 3 to 14 for rows of any parameters; arguments as for `sample_greedy`.
-
-    `scratch`, uint8, has `scratch_bytes` bytes or more; None where that is 0.
-    """
-    rows, vocab_size = _require(token_ids, logits, row_slots, state)
-    shape = row_shape(launcher.require_cuda(), vocab_size)
-    kernel = launcher.load(SAMPLE.variant(**shape.macros(logits.dtype)), shape.shared_bytes)
-    kernel(
-        (shape.cluster, rows, 1),
-        _NUM_THREADS,
-        token_ids.data_ptr(),
-        state.last_token_ids.data_ptr(),
-        state.num_outputs.data_ptr(),
-        _scratch(scratch, shape, rows),
         logits.data_ptr(),
         row_slots.data_ptr(),
         state.params.data_ptr(),
@@ -203,7 +171,6 @@ def logprobs(
     logits: Tensor,
     token_ids: Tensor,
     asked: tuple[Tensor, SamplingState] | int,
-    scratch: Tensor | None = None,
 ) -> None:
     """Log-probabilities of `token_ids` [rows] int32 under `logits` [rows, vocab], with alternatives.
 
@@ -225,15 +192,17 @@ def logprobs(
         require_index("row_slots", asked[0], torch.int32, rows)
         asked[1].require()
         row_slots, params, top = asked[0].data_ptr(), asked[1].params.data_ptr(), 0
-    shape = row_shape(launcher.require_cuda(), vocab_size)
-    kernel = launcher.load(LOGPROBS.variant(**shape.macros(logits.dtype)), shape.shared_bytes)
+    # The same for every batch, so that no result depends on the others in it.
+    cluster = cluster_size(launcher.require_cuda(), 1)
+    kernel = launcher.load(
+        LOGPROBS.variant(**_variant(cluster, logits.dtype)), figures_bytes(vocab_size, cluster)
+    )
     kernel(
-        (shape.cluster, rows, 1),
+        (cluster, rows, 1),
         _NUM_THREADS,
         chosen.data_ptr(),
         top_ids.data_ptr(),
         top_values.data_ptr(),
-        _scratch(scratch, shape, rows),
         logits.data_ptr(),
         token_ids.data_ptr(),
         row_slots,
@@ -245,29 +214,16 @@ def logprobs(
     )
 
 
+def _variant(cluster: int, dtype: torch.dtype) -> dict[str, int | str]:
+    return {"PHOTON_CLUSTER": cluster, "PHOTON_STORAGE": storage_name(dtype), **DEFINES}
+
+
 def _require_logits(logits: Tensor) -> tuple[int, int]:
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be rows of neighbouring values, not of strides {logits.stride()}")
     rows, vocab_size = logits.shape
     if rows > _MAX_ROWS:
         raise ValueError(f"at most {_MAX_ROWS} rows, not {rows}")
+    require_usable(vocab_size)
     storage_name(logits.dtype)
     return rows, vocab_size
-
-
-def _require(token_ids: Tensor, logits: Tensor, row_slots: Tensor, state: SamplingState) -> tuple[int, int]:
-    rows, vocab_size = _require_logits(logits)
-    state.require()
-    require_index("token_ids", token_ids, torch.int32, rows)
-    require_index("row_slots", row_slots, torch.int32, rows)
-    return rows, vocab_size
-
-
-def _scratch(scratch: Tensor | None, shape: _Shape, rows: int) -> int:
-    if shape.resident:
-        return 0
-    needed = rows * shape.cluster * shape.piece_bytes
-    if scratch is None or scratch.numel() < needed:
-        raise ValueError(f"scratch must have {needed} bytes")
-    require("scratch", scratch, torch.uint8, *scratch.shape)
-    return scratch.data_ptr()

@@ -172,6 +172,7 @@ class CudaSampler:
 
         Raises BackendUnavailableError without a usable device, ValueError for a vocabulary out of range.
         """
+        kernels.require_usable(vocab_size)
         rows = max_num_seqs if max_rows is None else max_rows
 
         def buffer(dtype: torch.dtype, *shape: int, fill: int = 0) -> Tensor:
@@ -191,8 +192,6 @@ class CudaSampler:
         self._chosen = buffer(torch.float64, rows)
         self._top_ids = buffer(torch.int32, rows, max_top_logprobs)
         self._top_values = buffer(torch.float64, rows, max_top_logprobs)
-        size = kernels.scratch_bytes(rows, vocab_size)
-        self._scratch = buffer(torch.uint8, size) if size else None
 
     def add(self, seq_id: int, spec: SamplerSpec, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """A sequence enters, for the first time or again after preemption with its outputs so far.
@@ -273,7 +272,7 @@ class CudaSampler:
         if greedy:
             kernels.sample_greedy(token_ids, logits, row_slots, self.state)
         else:
-            kernels.sample(token_ids, logits, row_slots, self.state, self._scratch)
+            kernels.sample(token_ids, logits, row_slots, self.state)
         if logprobs:
             kernels.logprobs(
                 self._chosen[:rows],
@@ -282,7 +281,6 @@ class CudaSampler:
                 logits,
                 token_ids,
                 (row_slots, self.state),
-                self._scratch,
             )
 
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows:
@@ -334,10 +332,8 @@ class CudaSampler:
         chosen = torch.empty(rows, dtype=torch.float64, device=self._device)
         top_ids = torch.empty(rows, top, dtype=torch.int32, device=self._device)
         top_values = torch.empty(rows, top, dtype=torch.float64, device=self._device)
-        size = kernels.scratch_bytes(rows, self._vocab_size)
-        scratch = torch.empty(size, dtype=torch.uint8, device=self._device) if size else None
         wanted = token_ids.to(device=self._device, dtype=torch.int32)
-        kernels.logprobs(chosen, top_ids, top_values, logits, wanted, top, scratch)
+        kernels.logprobs(chosen, top_ids, top_values, logits, wanted, top)
         return [TokenLogprobs(value, best) for value, best in _read(chosen, top_ids, top_values)]
 
     def _upload(self, values: npt.NDArray[np.generic]) -> Tensor:

@@ -32,33 +32,27 @@ __device__ __forceinline__ uint4 philox4x32(unsigned block, NoiseKey key) {
     return make_uint4(c0, c1, c2, c3);
 }
 
-__device__ __forceinline__ double gumbel(unsigned word) {
+// Not inlined: two logarithms in float64, for the few entries that need them.
+__device__ __noinline__ double gumbel(unsigned word) {
     const double uniform = (static_cast<double>(word) + 0.5) * 0x1p-32;
     return -log(-log(uniform));
 }
 
-__device__ __forceinline__ double gumbel_at(unsigned token_id, NoiseKey key) {
+__device__ __forceinline__ unsigned word_at(unsigned token_id, NoiseKey key) {
     const uint4 words = philox4x32(token_id >> 2, key);
     const unsigned low = token_id & 1 ? words.y : words.x;
     const unsigned high = token_id & 1 ? words.w : words.z;
-    return gumbel(token_id & 2 ? high : low);
+    return token_id & 2 ? high : low;
 }
 
-// Bounds of `gumbel` and of the distance of `gumbel_approximate` from it, both rounded up. The error is
-// that of __logf: near u = 1, where it would be large relative to -log(u), a series stands instead.
-constexpr float kGumbelMax = 22.8808f;
-constexpr float kGumbelError = 1e-4f;
+// A cheap bound of `gumbel` from above: -log(1 - u), because -log(u) >= 1 - u. The bound itself is off by
+// kCeilingError at most, in either direction, and above the noise by kCeilingGap at most.
+constexpr float kCeilingError = 5e-5f;
+constexpr float kCeilingGap = 3.1302f;   // log(33 log 2), at the smallest u
 
-__device__ __forceinline__ float gumbel_approximate(unsigned word) {
-    const unsigned complement = ~word;
-    float minus_log;
-    if (complement < 1u << 27) {
-        const float t = (static_cast<float>(complement) + 0.5f) * 0x1p-32f;
-        minus_log = t * (1.0f + t * (0.5f + t * (0.33333333f + t * 0.25f)));
-    } else {
-        minus_log = -__logf((static_cast<float>(word) + 0.5f) * 0x1p-32f);
-    }
-    return -__logf(minus_log);
+__device__ __forceinline__ float noise_ceiling(unsigned word) {
+    constexpr float kLog2 = 0.69314718f;
+    return fmaf(-kLog2, __log2f(static_cast<float>(~word) + 0.5f), 32 * kLog2);
 }
 
 }  // namespace photon

@@ -34,6 +34,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// Arrives without a word on what was written: to know that all CTAs run. A wait follows as ever.
+__device__ __forceinline__ void cluster_announce() {
+#if PHOTON_CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if PHOTON_CLUSTER > 1
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -1,5 +1,5 @@
-// Ranks the entries of one row that lies in pieces in the CTAs of a cluster: histograms over keys, the
-// boundary at a count or a mass, and the few best entries in order.
+// Ranks the entries of one row that the CTAs of a cluster share: histograms over keys, the boundary at a
+// count or a mass, and the few best entries in order.
 //
 // An entry is a 32-bit key, where less is better, and its id; `rank = key << 24 | id` is unique, so that
 // every order here is total: better keys first, the lower id among equals. Sums are integers, so neither
@@ -16,9 +16,11 @@ namespace photon {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 1024;
+constexpr int kCountBins = 256;
 constexpr int kCandidates = 1024;
 constexpr int kIdBits = 24;
 constexpr u32 kFull = 0xFFFFFFFFu;
+constexpr u32 kNoId = (1u << kIdBits) - 1;
 constexpr u64 kNoRank = ~0ull;
 static_assert(kBins <= 2 * kThreads && kCandidates <= 2 * kThreads, "two per thread in every scan");
 static_assert(kBins >= 256, "a radix digit has eight bits");
@@ -57,17 +59,18 @@ struct SelectStorage {
         } histogram;
         u64 candidates[kCandidates];
     };
+    u32 counts[kCountBins];   // a histogram of its own, so that it can be read while candidates come in
     u64 warp_sums[kWarps];
     Crossing crossing;
     u32 num_candidates[2];
 };
 
-// One CTA's piece of a row: `keys` of the ids from `first_id` on, `num_keys` of them.
-struct Piece {
-    u32* keys;
-    int first_id;
-    int num_keys;
-};
+// What has to be clear before the first use. The caller synchronizes.
+__device__ __forceinline__ void prepare(SelectStorage& storage) {
+    if (threadIdx.x < kCountBins) storage.counts[threadIdx.x] = 0;
+    if (threadIdx.x < 2) storage.num_candidates[threadIdx.x] = 0;
+}
+static_assert(kCountBins <= kThreads, "one per thread");
 
 // Exclusive sum over the threads of a CTA; `total` is that over all of them.
 __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* warp_sums, u64& total) {
@@ -99,13 +102,13 @@ __device__ __forceinline__ void clear_histogram(SelectStorage& storage, int num_
 }
 
 // Adds the weights of a warp; all its lanes must be there. Rows of equal entries would send all of them to
-// one address, so a warp that agrees on the bin adds once.
+// one address, so a warp of many that agree on the bin adds once.
 __device__ __forceinline__ void add_to_histogram(SelectStorage& storage, u32 bin, u64 weight) {
     const u32 active = __ballot_sync(kFull, weight != 0);
     if (active == 0) return;
     const int leader = __ffs(active) - 1;
     const u32 common = __shfl_sync(kFull, bin, leader);
-    if (__all_sync(kFull, weight == 0 || bin == common)) {
+    if (__popc(active) > 8 && __all_sync(kFull, weight == 0 || bin == common)) {
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) {
             weight += __shfl_xor_sync(kFull, weight, distance);
@@ -124,9 +127,9 @@ __device__ __forceinline__ void add_to_histogram(SelectStorage& storage, u32 bin
 // the target: `target`, or with `fraction` > 0 that part of the whole sum, rounded up. All CTAs get the
 // result in `storage.crossing`.
 __device__ inline void cluster_find(SelectStorage& storage, int num_bins, u64 before, u64 target,
-                                    double fraction, u32 rank_in_cluster) {
+                                    double fraction) {
     cluster_sync();
-    if (rank_in_cluster == 0) {
+    if (blockIdx.x == 0) {
         const int first = 2 * threadIdx.x;
         u64 sums[2] = {0, 0};
         if (first < num_bins) {
@@ -162,50 +165,63 @@ __device__ inline void cluster_find(SelectStorage& storage, int num_bins, u64 be
     cluster_sync();
 }
 
-// Collects in the first CTA the ranks for which `wanted(key, id)` holds; `counter` is 0 or 1, each good
-// for one use. Returns their number, which may be more than the kCandidates that there is room for. Only
-// the first CTA may use its storage afterwards; the others have not arrived at a barrier since.
-template <typename Wanted>
-__device__ __forceinline__ u32 cluster_gather(SelectStorage& storage, const Piece& piece, int counter,
-                                              Wanted wanted) {
-    SelectStorage* target = peer(&storage, 0);
-    const u32 lanes_before = (1u << (threadIdx.x & 31)) - 1;
-    for (int start = 0; start < piece.num_keys; start += kThreads) {
-        const int i = start + threadIdx.x;
-        const u32 key = i < piece.num_keys ? piece.keys[i] : 0;
-        const bool found = i < piece.num_keys && wanted(key, piece.first_id + i);
-        const u32 lanes = __ballot_sync(kFull, found);
-        if (lanes == 0) continue;
-        const int leader = __ffs(lanes) - 1;
-        u32 position = 0;
-        if ((threadIdx.x & 31) == leader) {
-            position = atomicAdd(&target->num_candidates[counter], static_cast<u32>(__popc(lanes)));
-        }
-        position = __shfl_sync(kFull, position, leader) + __popc(lanes & lanes_before);
-        if (found && position < kCandidates) target->candidates[position] = rank_of(key, piece.first_id + i);
-    }
+// Sums `counts` of all CTAs and finds the first bin at which the running sum reaches the target. Every CTA
+// does so for itself and has the result in `storage.crossing`.
+__device__ inline void cluster_find_count(SelectStorage& storage, u32 target) {
     cluster_sync();
-    return target->num_candidates[counter];
+    u32 count = 0;
+    if (threadIdx.x < kCountBins) {
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) count += peer(&storage, rank)->counts[threadIdx.x];
+    }
+    u64 total;
+    const u64 running = exclusive_sum(count, storage.warp_sums, total);
+    if (threadIdx.x == 0) storage.crossing = {0, target, kCountBins - 1, 0};
+    __syncthreads();
+    if (running < target && target <= running + count) {
+        storage.crossing = {running, target, threadIdx.x, 1};
+    }
+    __syncthreads();
+}
+
+// Adds to the candidates of the first CTA those of a group of ranks that are `wanted`. `counter` is 0 or 1,
+// each good for one use. There may be more than the kCandidates that there is room for: they are counted
+// and left out. The caller then synchronizes the cluster; from there on only the first CTA may use its
+// storage until the others have arrived at another barrier.
+template <int kSize>
+__device__ __forceinline__ void add_candidates(SelectStorage& storage, int counter, const u64 (&ranks)[kSize],
+                                               const bool (&wanted)[kSize]) {
+    u32 count = 0;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) count += wanted[i];
+    if (count == 0) return;
+    SelectStorage* target = peer(&storage, 0);
+    u32 position = atomicAdd(&target->num_candidates[counter], count);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+        if (!wanted[i]) continue;
+        if (position < kCandidates) target->candidates[position] = ranks[i];
+        ++position;
+    }
 }
 
 // The rank at which the running sum of `weight(key)` reaches the target, among the ranks up to `limit`:
 // with it the ranks up to the result are those that stay. Seven radix digits, the best one first: four of
-// the key and three of the id. kNoRank if the sum stays below the target.
-template <typename Weight>
-__device__ inline u64 cluster_boundary(SelectStorage& storage, const Piece& piece, u64 limit, u64 target,
-                                       double fraction, u32 rank_in_cluster, Weight weight) {
+// the key and three of the id. kNoRank if the sum stays below the target. `visit_ranks(visit)` calls
+// visit(rank) for the CTA's entries, with whole warps.
+template <typename VisitRanks, typename Weight>
+__device__ __forceinline__ u64 cluster_boundary(SelectStorage& storage, u64 limit, u64 target, double fraction,
+                                                VisitRanks visit_ranks, Weight weight) {
     u64 prefix = 0, before = 0;
+#pragma unroll 1
     for (int shift = 48; shift >= 0; shift -= 8) {
         clear_histogram(storage, 256);
-        for (int start = 0; start < piece.num_keys; start += kThreads) {
-            const int i = start + threadIdx.x;
-            u64 rank = kNoRank;
-            if (i < piece.num_keys) rank = rank_of(piece.keys[i], piece.first_id + i);
+        visit_ranks([&](u64 rank) {
             const bool here = rank <= limit && rank >> (shift + 8) == prefix >> (shift + 8);
             add_to_histogram(storage, static_cast<u32>(rank >> shift) & 255,
                              here ? weight(static_cast<u32>(rank >> kIdBits)) : 0);
-        }
-        cluster_find(storage, 256, before, target, shift == 48 ? fraction : 0, rank_in_cluster);
+        });
+        cluster_find(storage, 256, before, target, shift == 48 ? fraction : 0);
         const Crossing crossing = storage.crossing;
         if (!crossing.reached) return kNoRank;
         target = crossing.target;

@@ -5,6 +5,8 @@ What they draw is compared with the CPU sampler in `runner/test_cuda_sampler.py`
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -70,36 +72,49 @@ def test_launch_shapes(calls: list[tuple[object, ...]]) -> None:
     state = SamplingState.allocate(4, 8, CPU)
     kernels.sample(*_arguments(3, 128256), state)
     kernels.sample_greedy(*_arguments(3, 128256), state)
+    kernels.sample(*_arguments(200, 128256), state)
     kernels.sample_greedy(*_arguments(200, 64), state)
+    kernels.sample(*_arguments(1, 1), state)
+    # 32,064 groups of four: two batches of four for each of 8 x 512 threads, eight for 2 x 512.
     assert [(shared, grid, threads) for _, shared, grid, threads in calls] == [
-        (64128, (8, 3, 1), 512),
+        (2 * 2048, (8, 3, 1), 512),
         (0, (8, 3, 1), 512),
-        (0, (1, 200, 1), 512),
+        (8 * 2048, (2, 200, 1), 512),
+        (0, (2, 200, 1), 512),
+        (2048, (8, 1, 1), 512),
     ]
     assert all(variant.spec in kernels.SPECS for variant, *_ in calls)  # type: ignore[attr-defined]
 
 
-def test_rows_share_ctas_by_device_and_never_by_batch() -> None:
-    hopper = kernels.row_shape(_device(), 128256)
-    assert (hopper.cluster, hopper.resident) == (8, True)
-    ampere = kernels.row_shape(_device((8, 0), 166912), 128256)
-    assert (ampere.cluster, ampere.resident, ampere.shared_bytes) == (1, False, 0)
-    assert kernels.row_shape(_device((8, 0), 166912), 4096).resident
-    for odd in (1, 3, 4, 5, 31, 33):
-        assert kernels.row_shape(_device(), odd).piece_bytes * 8 >= odd * 4
-    for vocab in (0, 1 << 18):
+def test_figures_have_room_for_every_thread_and_batch() -> None:
+    assert [kernels.cluster_size(_device((8, 0), 166912), rows) for rows in (1, 256)] == [1, 1]
+    for cluster in (1, 2, 8):
+        for vocab in (1, 3, 4, 5, 31, 33, 65536, 65537, 128256, (1 << 18) - 1):
+            groups = math.ceil(vocab / 4)
+            floats = kernels.figures_bytes(vocab, cluster) // 4
+            assert floats % 512 == 0
+            assert floats - 512 < math.ceil(math.ceil(groups / cluster) / 4) <= floats
+    # Beside the static part, on the smallest of the devices that we promise.
+    assert kernels.figures_bytes((1 << 18) - 1, 1) < 100 << 10
+
+
+@pytest.mark.parametrize("vocab", [0, 1 << 18])
+def test_vocabularies_out_of_range_are_refused(calls: list[tuple[object, ...]], vocab: int) -> None:
+    state = SamplingState.allocate(4, 8, CPU)
+    for run in (kernels.sample, kernels.sample_greedy):
         with pytest.raises(ValueError, match="vocabular"):
-            kernels.row_shape(_device(), vocab)
+            run(*_arguments(1, vocab), state)
+    assert not calls
 
 
 def test_every_launchable_variant_is_checked_without_a_gpu(calls: list[tuple[object, ...]]) -> None:
     state = SamplingState.allocate(4, 8, CPU)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        token_ids, logits, slots = _arguments()
+    for rows, dtype in itertools.product((3, 33), (torch.float32, torch.bfloat16, torch.float16)):
+        token_ids, logits, slots = _arguments(rows)
         logits = logits.to(dtype)
         kernels.sample(token_ids, logits, slots, state)
         kernels.sample_greedy(token_ids, logits, slots, state)
-        top_ids, values = torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, 5, dtype=torch.float64)
+        top_ids, values = torch.zeros(rows, 5, dtype=torch.int32), torch.zeros(rows, 5, dtype=torch.float64)
         kernels.logprobs(values[:, 0].contiguous(), top_ids, values, logits, token_ids, 5)
     for variant, *_ in calls:
         assert variant.macros in variant.spec.checked  # type: ignore[attr-defined]
@@ -132,20 +147,6 @@ def test_wrong_arguments_are_refused(calls: list[tuple[object, ...]]) -> None:
             3,
         )
     assert not calls
-
-
-def test_scratch_is_asked_for_where_pieces_are_not_resident(
-    calls: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launcher, "require_cuda", lambda: _device((8, 0), 166912))
-    state = SamplingState.allocate(4, 8, CPU)
-    needed = kernels.scratch_bytes(3, 128256)
-    assert needed == 3 * 128256 * 4
-    for scratch in (None, torch.zeros(needed - 1, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="scratch"):
-            kernels.sample(*_arguments(3, 128256), state, scratch)
-    kernels.sample(*_arguments(3, 128256), state, torch.zeros(needed, dtype=torch.uint8))
-    assert len(calls) == 1
 
 
 # --- on a device --------------------------------------------------------------------------------
@@ -194,16 +195,13 @@ def test_nothing_is_written_but_the_outputs(vocab: int, dtype: torch.dtype) -> N
     logits.copy_(torch.randn(rows, vocab, generator=generator, device="cuda") * 3)
     before = memory.clone()
     slots = torch.tensor([*range(len(MIX)), -1], dtype=torch.int32, device="cuda")
-    size = kernels.scratch_bytes(rows, vocab)
-    scratch = torch.zeros(size, dtype=torch.uint8, device="cuda") if size else None
     for run in (kernels.sample, kernels.sample_greedy):
         whole, token_ids = _guarded(rows, torch.int32)
         whole_last, state_last = _guarded(len(MIX), torch.int32)
         whole_count, state_count = _guarded(len(MIX), torch.int32)
         state_count.fill_(1)
         guarded = replace(state, last_token_ids=state_last, num_outputs=state_count)
-        arguments = (scratch,) if run is kernels.sample else ()
-        run(token_ids, logits, slots, guarded, *arguments)
+        run(token_ids, logits, slots, guarded)
         first = token_ids.tolist()
         assert first[-1] == -1
         assert all(0 <= token_id < vocab for token_id in first[:-1])
@@ -211,7 +209,7 @@ def test_nothing_is_written_but_the_outputs(vocab: int, dtype: torch.dtype) -> N
         assert state_count.tolist() == [2] * len(MIX)
         assert all(map(_untouched, (whole, whole_last, whole_count)))
         state_count.fill_(1)
-        run(token_ids, logits, slots, guarded, *arguments)
+        run(token_ids, logits, slots, guarded)
         assert token_ids.tolist() == first
     assert torch.equal(memory.view(torch.uint8), before.view(torch.uint8))
     # The CPU's argmax is the first of several; the device's may be any.
@@ -232,11 +230,9 @@ def test_logprobs_are_those_of_float64(vocab: int, dtype: torch.dtype, top: int)
     whole_chosen, chosen = _guarded(rows, torch.float64)
     whole_ids, top_ids = _guarded(rows, torch.int32, 24)
     whole_values, top_values = _guarded(rows, torch.float64, 24)
-    size = kernels.scratch_bytes(rows, vocab)
-    scratch = torch.zeros(size, dtype=torch.uint8, device="cuda") if size else None
     results = []
     for _ in range(2):
-        kernels.logprobs(chosen, top_ids, top_values, logits, wanted, top, scratch)
+        kernels.logprobs(chosen, top_ids, top_values, logits, wanted, top)
         results.append((chosen.clone(), top_ids.clone(), top_values.clone()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(map(_untouched, (whole_chosen, whole_ids, whole_values)))

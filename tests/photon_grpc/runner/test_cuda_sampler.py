@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from photon_grpc.kernels import launcher
 from photon_grpc.kernels import sampling as kernels
 from photon_grpc.kernels import sampling_state as layout
 from photon_grpc.runner.cuda_sampler import CudaSampler, pack_sequence
@@ -248,8 +247,10 @@ _EACH: list[dict[str, Any]] = [
     {"top_k": 1025},
     {"top_k": 20000},
     {"top_p": 1e-300},
+    {"top_p": 0.01},
     {"top_p": 0.5},
     {"top_p": 0.95},
+    {"top_p": 0.3, "min_p": 0.02},
     {"top_p": 1 - 2**-53},
     {"top_k": 50, "top_p": 0.95, "temperature": 0.8},
     {"top_k": 9000, "top_p": 0.9, "temperature": 2.0},
@@ -269,7 +270,7 @@ _EACH: list[dict[str, Any]] = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("change", _EACH, ids=str)
-@pytest.mark.parametrize("shape", ["normal", "narrow", "ties", "flat", "holes"])
+@pytest.mark.parametrize("shape", ["normal", "narrow", "ties", "flat", "holes", "far", "level"])
 def test_each_parameter(change: dict[str, Any], shape: str) -> None:
     vocab, rows = 32000, 6
     logits = _logits(rows, vocab, seed=5)
@@ -283,6 +284,12 @@ def test_each_parameter(change: dict[str, Any], shape: str) -> None:
         logits[torch.rand(rows, vocab, generator=torch.Generator().manual_seed(3)) < 0.7] = -math.inf
         logits[:, -2:] = 0.0
         logits[:, 0] = -0.0
+    elif shape == "far":
+        # Bounds of the draw are coarse where logits are large, and many round to the same.
+        logits += 3e4
+    elif shape == "level":
+        # Thousands in the bin where a count or a mass is reached, no two alike.
+        logits *= 1e-3
     pair = Pair(vocab, rows)
     for row in range(rows):
         sampling = replace(NEUTRAL, seed=row)
@@ -293,16 +300,18 @@ def test_each_parameter(change: dict[str, Any], shape: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 16, 64, 65, 256])
+@pytest.mark.parametrize("rows", [1, 2, 16, 32, 33, 64, 65, 256])
 def test_batches_of_a_large_vocabulary(rows: int, dtype: torch.dtype) -> None:
-    """Greedy alone and mixed with the usual parameters, on either side of every launch shape."""
+    """Greedy alone and mixed with other parameters, on either side of every launch shape."""
     vocab = 128256
     logits = _logits(rows, vocab, seed=rows).to(dtype)
     for mixed in (False, True):
         pair = Pair(vocab, rows)
         for row in range(rows):
-            sampling = replace(NEUTRAL, seed=row, temperature=0.8, top_p=0.95, top_k=50)
-            pair.add(row, SamplerSpec(sampling if mixed and row % 2 == 0 else GREEDY))
+            sampling = replace(NEUTRAL, seed=row, temperature=0.8)
+            usual = replace(sampling, top_p=0.95, top_k=50)
+            kind = [usual, GREEDY, sampling, replace(sampling, top_p=0.95)][row % 4]
+            pair.add(row, SamplerSpec(kind if mixed else GREEDY))
         pair.sample(range(rows), logits)
 
 
@@ -389,14 +398,12 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 
 @pytest.mark.gpu
-def test_one_cta_a_row_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of devices without clusters, with the pieces in shared memory and out of it."""
-    original = kernels.row_shape
+@pytest.mark.parametrize("cluster", [1, 2, 8])
+def test_every_sharing_of_a_row_draws_the_same(monkeypatch: pytest.MonkeyPatch, cluster: int) -> None:
+    """One CTA a row is what devices without clusters have; the others go by the number of rows."""
+    monkeypatch.setattr(kernels, "cluster_size", lambda device, rows: cluster)
     chance = random.Random(9)
-    for vocab, resident in ((4097, True), (128256, False), (30000, False)):
-        size = -(-vocab // 4) * 16
-        shape = type(original(launcher.require_cuda(), vocab))(1, resident, size)
-        monkeypatch.setattr(kernels, "row_shape", lambda device, vocab, shape=shape: shape)
+    for vocab in (4097, 30000, 128256):
         pair = Pair(vocab, 9)
         for row in range(9):
             pair.add(row, _random_spec(chance, vocab), _some_tokens(chance, vocab, 9), (1, 2))
