@@ -19,6 +19,7 @@ from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.fingerprint import fingerprint
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.models.loader import load_weights
+from photon_grpc.models.random_weights import draw_weights
 from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.options import Options
@@ -43,7 +44,11 @@ def build_runner(
     decoder = build_model(
         config, ops, dtype=dtype, device=device, max_positions=options.model.max_model_len or None
     )
-    load_weights(decoder, folder, progress=progress)
+    if options.model.load_format == "random":
+        _log.warning("weights drawn at random: for benchmarks only, the output means nothing")
+        draw_weights(decoder)
+    else:
+        load_weights(decoder, folder, progress=progress)
     _profile(decoder, config, backend, dtype, options)
     block_size = options.cache.block_size
     num_blocks = pool_blocks(config, options, dtype, backend.free_memory_bytes())
@@ -103,7 +108,7 @@ def model_info(folder: Path, options: Options, config: ModelConfig, max_model_le
     defaults = config.generation
     return ModelInfo(
         name=options.model.served_name or Path(options.model.path or folder).resolve().name,
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder, options.model.load_format),
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=config.eos_token_ids,
