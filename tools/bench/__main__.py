@@ -222,6 +222,66 @@ def time_kernels(
     raise typer.Exit(kernels.main(modules or [], only, output, name))
 
 
+@app.command(name="gpu")
+def table_of_the_gpu(
+    only: Annotated[
+        list[str],
+        typer.Option(
+            "--only", help="engine, ttft, context, kernels, edges, serving or start; all by default."
+        ),
+    ] = [],  # noqa: B006
+    models: Annotated[
+        list[str], typer.Option("--model", help="Of tools/bench/models, or a folder with config.json.")
+    ] = [],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option("--batch", min=1, help="Rows, or streams; may be repeated.")
+    ] = [],  # noqa: B006
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 256,
+    repeat: Repeat = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="The ends of every list, one round.")] = False,
+    backend: Annotated[str, typer.Option("--backend", help="cuda; or cpu, to try the command.")] = "cuda",
+    dtype: Dtype = "auto",
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option("--max-num-batched-tokens", min=1)] = 8192,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="section.key=value of engine and server; may be repeated.")
+    ] = [],  # noqa: B006
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "gpu",
+) -> None:
+    """Decode, first tokens, kernels, serving and start on random weights, beside the bars. Needs a GPU.
+
+    Rows of parts run apart, or again, go into one file: `gpu --only engine`, then `gpu --only serving`.
+    """
+    from tools.bench.gpu import command
+    from tools.bench.gpu.cases import SECTIONS, Plan
+
+    for section in only:
+        if section not in SECTIONS:
+            raise typer.BadParameter(f"--only {section}: there are {', '.join(SECTIONS)}")
+    plan = Plan(
+        sections=tuple(section for section in SECTIONS if section in only) or SECTIONS,
+        models=tuple(models),
+        batches=tuple(batch),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=1 if quick else repeat,
+        quick=quick,
+        backend=backend,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        settings=tuple(settings),
+        seed=seed,
+    )
+    try:
+        raise typer.Exit(command.run(plan, output, name, console))
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.command(name="all")
 def every(
     model: Model = "demo",

@@ -59,6 +59,7 @@ class ServerHandle:
         self._main_thread = 0
         self._engine_thread = 0
         self.address = ""
+        self.admin_address: str | None = None
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -77,6 +78,8 @@ class ServerHandle:
         self._main_thread = announced["main_thread"]
         self._engine_thread = announced["engine_thread"]
         self.address = f"127.0.0.1:{announced['port']}"
+        if announced["admin_port"] is not None:
+            self.admin_address = f"127.0.0.1:{announced['admin_port']}"
         return self
 
     def __exit__(
@@ -95,6 +98,12 @@ class ServerHandle:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        assert self._process is not None
+        return self._process.pid
 
     def cpu_times(self) -> CpuTimes:
         """CPU time used so far; the kernel counts it in ticks of ten milliseconds."""
