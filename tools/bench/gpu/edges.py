@@ -1,4 +1,4 @@
-"""The kernels that have a promise of their own against eager torch: `tools.bench.kernels`, in its own process."""
+"""The kernels that promise something against eager torch: `tools.bench.kernels`, in its own process."""
 
 from __future__ import annotations
 
