@@ -27,8 +27,12 @@ def run(plan: Plan, output: Path, name: str, console: Console) -> int:
     with console.status("gpu") as status:
         for outcome in _outcomes(plan, cases, lambda text: status.update(f"gpu: {text}")):
             results.add(outcome, clocks=device.clocks())
-            verdict = "[red]failed" if outcome.error else "done"
-            console.print(f"{outcome.case.label}: {verdict}", highlight=False)
+            # Labels of kernels have brackets, which are not markup.
+            console.print(
+                f"{outcome.case.label}: {'failed' if outcome.error else 'done'}",
+                markup=False,
+                highlight=False,
+            )
     print_tables(console, results, plan.sections)
     report.write_plot(output / f"{name}.png", lambda figure: draw(figure, results))
     console.print(f"wrote {output / name}.json", highlight=False)

@@ -111,7 +111,11 @@ def print_tables(console: Console, results: ResultFile, sections: Sequence[str])
             _PRINTERS[section](console, rows)
     _print_bars(console, results)
     for case, error in results.errors():
-        console.print(f"[red]{case.label} failed:[/red] {error.strip().splitlines()[-1]}", highlight=False)
+        console.print(f"{case.label} failed:", _last_line(error), style="red", markup=False)
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
 
 
 def _table(title: str, columns: Iterable[str], caption: str = "") -> Table:
