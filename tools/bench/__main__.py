@@ -301,8 +301,11 @@ def soak_a_server(
     dtype: Dtype = "auto",
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 64,
     kv_cache_mib: Annotated[
-        int, typer.Option("--kv-cache-mib", min=0, help="0: the server's choice; few make it preempt.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--kv-cache-mib", min=0, help="Little makes it preempt, as 64 do on the CPU by default."
+        ),
+    ] = None,
     settings: Annotated[
         list[str], typer.Option("--set", help="section.key=value of the server; may be repeated.")
     ] = [],  # noqa: B006
@@ -331,7 +334,7 @@ def soak_a_server(
         backend=backend,
         dtype=dtype,
         max_num_seqs=max_num_seqs,
-        kv_cache_memory_bytes=kv_cache_mib << 20,
+        kv_cache_memory_bytes=None if kv_cache_mib is None else kv_cache_mib << 20,
         settings=tuple(settings),
         seed=seed,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -52,8 +54,10 @@ class CpuTimes:
 class ServerHandle:
     """A serving process inside a `with` block. Raises RuntimeError with its log if it does not serve."""
 
-    def __init__(self, spec: ServerSpec) -> None:
+    def __init__(self, spec: ServerSpec, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` comes on top of this process's."""
         self._spec = spec
+        self._environment = {**os.environ, **(environment or {})}
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by __exit__
         self._process: subprocess.Popen[str] | None = None
         self._main_thread = 0
@@ -67,6 +71,7 @@ class ServerHandle:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            env=self._environment,
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from photon_grpc.app import quiet_collector
 from photon_grpc.engine.core import EngineCore
-from photon_grpc.engine.messages import EngineRequest, Submit
+from photon_grpc.engine.messages import EngineRequest, StepOutputs, Submit
 from photon_grpc.models.registry import load_config
 from photon_grpc.options import KVCacheOptions, ModelOptions, Options, SchedulerOptions
 from photon_grpc.runner.backend import resolve_dtype
@@ -84,6 +83,30 @@ class Generation:
         return self.tokens_after_prefill / self.decode_s
 
 
+def _generation(batch: int, steps: Sequence[tuple[float, StepOutputs]]) -> Generation:
+    """What the steps of one batch came to; those after the last token, which only wind up, are left out."""
+    found = Generation()
+    begun: set[int] = set()
+    num_ended = 0
+    for moment, step in steps:
+        all_had_begun = len(begun) == batch
+        for output in step.outputs:
+            if output.token_ids and output.key not in begun:
+                begun.add(output.key)
+                found.first_token_s.append(moment)
+            if all_had_begun:
+                found.tokens_after_prefill += len(output.token_ids)
+            if output.is_last:
+                if not isinstance(output.finish, Finish):
+                    raise RuntimeError(f"a row ended with {output.failure}")
+                num_ended += 1
+        if len(begun) == batch:
+            found.step_ends.append(moment)
+        if num_ended == batch:
+            return found
+    raise RuntimeError(f"{num_ended} of {batch} rows ended")
+
+
 class Stopwatch:
     """Adds up the time spent in methods of objects, by name, while it is on."""
 
@@ -127,7 +150,9 @@ class Engine:
         self._core = EngineCore(self.runner, self.options.scheduler, self.options.cache, clock=time.monotonic)
         self._last_key = 0
         self._round = 0
-        quiet_collector()
+        # What was loaded lives as long as the process; a server keeps the collector away from it too.
+        gc.collect()
+        gc.freeze()
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The result of one case."""
@@ -141,34 +166,20 @@ class Engine:
         raise ValueError(f"{case.section} is not measured in an engine")
 
     def generate(self, case: Case, new_tokens: int) -> Generation:
-        """One batch of the case with new prompts. Raises RuntimeError for a row that fails."""
-        found = Generation()
-        begun: set[int] = set()
-        num_ended = 0
+        """One batch of the case with new prompts. Raises RuntimeError for a row that fails.
+
+        What the steps bring is looked at when all of them are done, so that looking costs them nothing.
+        """
         core = self._core
         messages = [Submit(key, request) for key, request in self._requests(case, new_tokens)]
+        steps: list[tuple[float, StepOutputs]] = []
         start = time.perf_counter()
         for message in messages:
             core.submit(message)
-        while num_ended < case.batch:
-            all_had_begun = len(begun) == case.batch
-            outputs = core.step().outputs
-            now = time.perf_counter() - start
-            for output in outputs:
-                if output.token_ids and output.key not in begun:
-                    begun.add(output.key)
-                    found.first_token_s.append(now)
-                if all_had_begun:
-                    found.tokens_after_prefill += len(output.token_ids)
-                if output.is_last:
-                    if not isinstance(output.finish, Finish):
-                        raise RuntimeError(f"a row ended with {output.failure}")
-                    num_ended += 1
-            if len(begun) == case.batch:
-                found.step_ends.append(now)
         while core.has_work:
-            core.step()
-        return found
+            brought = core.step()
+            steps.append((time.perf_counter() - start, brought))
+        return _generation(case.batch, steps)
 
     def _requests(self, case: Case, new_tokens: int) -> list[tuple[int, EngineRequest]]:
         self._round += 1
