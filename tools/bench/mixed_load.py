@@ -324,7 +324,8 @@ def check_response(
                 return problem, 0
         counts = [len(completion.token_ids) for completion in response.completions]
         return _check_totals(spec, counts, response.usage), total
-    return ("" if total >= n else f"{total} output tokens of {n} completions"), total
+    least = 0 if spec.stop.HasField("time_limit") else n
+    return ("" if total >= least else f"{total} output tokens of {n} completions"), total
 
 
 def _check_part(
