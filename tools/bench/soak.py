@@ -6,7 +6,7 @@ every call ended as it may, every answer was what was asked for, the server is i
 block free, and neither memory nor descriptors grew once the first third, which warms up, was over.
 
 A server that is started here on the CPU keeps few of oneDNN's compiled products. Of each shape that it
-meets oneDNN keeps one, up to 1,024, and a load of random lengths meets new shapes for hours: growth that
+meets torch keeps one, up to 1,024, and a load of random lengths meets new shapes for hours: growth that
 ends, and that would hide a leak until it does.
 """
 
@@ -42,7 +42,8 @@ _EDGE_SHARE = 0.15
 _IDLE_WITHIN_S = 20.0
 _MAX_NEW_DESCRIPTORS = 16
 _MAX_NEW_THREADS = 8
-_FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+# oneDNN's own cache, and that of torch in front of it.
+_FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 # Few enough for the demo model to run out of them now and then.
 _CPU_POOL_BYTES = 64 << 20
 
