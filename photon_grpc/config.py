@@ -43,6 +43,7 @@ _OPTIONAL_PORT = Field(ge=-1, le=65535)
 CHOICES: Mapping[str, Any] = {
     "model.dtype": Literal["auto", "float32", "bfloat16", "float16"],
     "model.backend": Literal["auto", "cpu", "cuda"],
+    "model.load_format": Literal["safetensors", "random"],
     "engine.process": Literal["auto", "own", "shared"],
     "server.reflection": Literal["admin", "public", "off"],
     "telemetry.log_level": Literal["debug", "info", "warning", "error"],

@@ -21,6 +21,9 @@ class ModelOptions:
     served_name: str = _opt("", "name that requests may use; empty: the folder's name")
     dtype: str = _opt("auto", "auto, float32, bfloat16 or float16; auto is float32 on the CPU")
     backend: str = _opt("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
+    load_format: str = _opt(
+        "safetensors", "safetensors, or random: weights drawn by chance, for benchmarks only"
+    )
     max_model_len: int = _opt(0, "longest prompt plus output in tokens; 0: what the model allows")
 
 

@@ -7,6 +7,7 @@ or a library is missing, else pytest's.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -28,18 +29,8 @@ def targets(arguments: list[str]) -> list[str]:
     )
 
 
-def main(arguments: list[str]) -> int:
-    sys.path.insert(0, str(ROOT))
-    from photon_grpc.errors import StartupError
-    from photon_grpc.kernels.launcher import require_cuda
-
-    try:
-        device = require_cuda()
-    except StartupError as error:
-        print(error.message, file=sys.stderr)
-        return 2
-    print(f"{device.name}, compiled for {device.arch}", flush=True)
-    # The project's own settings name plugins that these tests do not need.
+def pytest_command(arguments: list[str]) -> list[str]:
+    """pytest over marked tests; the project's own settings name plugins that these tests do not need."""
     options = ["-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib", "-ra", "-m", "gpu"]
     options += [
         "--strict-markers",
@@ -47,9 +38,39 @@ def main(arguments: list[str]) -> int:
         "markers=gpu: needs an NVIDIA GPU\nslow: takes more than a few seconds",
     ]
     options += ["-W", "error", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, *arguments, *targets(arguments)]
+    if importlib.util.find_spec("pytest_asyncio") is not None:
+        # Where the plugin is there, it warns until it is told.
+        options += ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
+    return [sys.executable, "-m", "pytest", *options, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout before all other packages."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-    return subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def missing() -> str:
+    """What keeps GPU tests from running here; empty when nothing does. Says what they will run on."""
+    sys.path.insert(0, str(ROOT))
+    from photon_grpc.errors import StartupError
+    from photon_grpc.kernels.launcher import require_cuda
+
+    try:
+        device = require_cuda()
+    except StartupError as error:
+        return error.message
+    print(f"{device.name}, compiled for {device.arch}", flush=True)
+    return ""
+
+
+def main(arguments: list[str]) -> int:
+    problem = missing()
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    command = pytest_command([*arguments, *targets(arguments)])
+    return subprocess.run(command, cwd=ROOT, check=False, env=environment()).returncode
 
 
 if __name__ == "__main__":

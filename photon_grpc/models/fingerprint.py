@@ -20,13 +20,19 @@ _WHOLE_FILES = (
 _HEADER_BYTES = 1 << 20
 
 
-def fingerprint(folder: Path) -> str:
-    """16 hex digits over the model folder's files; equal folders give equal names."""
+def fingerprint(folder: Path, load_format: str = "safetensors") -> str:
+    """16 hex digits over the model folder's files; equal folders give equal names.
+
+    Weights that do not come from the folder give it another name.
+    """
     digest = hashlib.sha256()
     for name in _WHOLE_FILES:
         path = folder / name
         if path.is_file():
             digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    if load_format != "safetensors":
+        digest.update(load_format.encode() + b"\0")
+        return digest.hexdigest()[:16]
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -21,6 +21,7 @@ from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.fingerprint import fingerprint
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.models.loader import load_weights
+from photon_grpc.models.random_weights import draw_weights
 from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.options import Options
@@ -45,7 +46,11 @@ def build_runner(
     decoder = build_model(
         config, ops, dtype=dtype, device=device, max_positions=options.model.max_model_len or None
     )
-    load_weights(decoder, folder, progress=progress)
+    if options.model.load_format == "random":
+        _log.warning("weights drawn at random: for benchmarks only, the output means nothing")
+        draw_weights(decoder)
+    else:
+        load_weights(decoder, folder, progress=progress)
     block_size = options.cache.block_size
     pool_bytes = backend.pool_bytes(
         lambda num_decodes, num_tokens: _pass(decoder, backend, options, num_decodes, num_tokens),
@@ -104,7 +109,7 @@ def model_info(folder: Path, options: Options, config: ModelConfig, max_model_le
     defaults = config.generation
     return ModelInfo(
         name=options.model.served_name or Path(options.model.path or folder).resolve().name,
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder, options.model.load_format),
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=config.eos_token_ids,

@@ -34,7 +34,7 @@ async def scripted_service(
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            lambda: ScriptedRunner(model, step_s=step_s, check_cache=False),
+            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False),
             options.scheduler,
             options.cache,
             options.limits,

@@ -251,6 +251,136 @@ def time_kernels(
     raise typer.Exit(kernels.main(modules or [], only, output, name))
 
 
+@app.command(name="gpu")
+def table_of_the_gpu(
+    only: Annotated[
+        list[str],
+        typer.Option(
+            "--only", help="engine, ttft, context, kernels, edges, serving or start; all by default."
+        ),
+    ] = [],  # noqa: B006
+    models: Annotated[
+        list[str], typer.Option("--model", help="Of tools/bench/models, or a folder with config.json.")
+    ] = [],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option("--batch", min=1, help="Rows, or streams; may be repeated.")
+    ] = [],  # noqa: B006
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 256,
+    repeat: Repeat = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="The ends of every list, one round.")] = False,
+    backend: Annotated[str, typer.Option("--backend", help="cuda; or cpu, to try the command.")] = "cuda",
+    dtype: Dtype = "auto",
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option("--max-num-batched-tokens", min=1)] = 8192,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="section.key=value of engine and server; may be repeated.")
+    ] = [],  # noqa: B006
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "gpu",
+) -> None:
+    """Decode, first tokens, kernels, serving and start on random weights, beside the bars. Needs a GPU.
+
+    Rows of parts run apart, or again, go into one file: `gpu --only engine`, then `gpu --only serving`.
+    """
+    from tools.bench.gpu import command
+    from tools.bench.gpu.cases import SECTIONS, Plan
+
+    for section in only:
+        if section not in SECTIONS:
+            raise typer.BadParameter(f"--only {section}: there are {', '.join(SECTIONS)}")
+    plan = Plan(
+        sections=tuple(section for section in SECTIONS if section in only) or SECTIONS,
+        models=tuple(models),
+        batches=tuple(batch),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=1 if quick else repeat,
+        quick=quick,
+        backend=backend,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        settings=tuple(settings),
+        seed=seed,
+    )
+    try:
+        raise typer.Exit(command.run(plan, output, name, console))
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command(name="soak")
+def soak_a_server(
+    model: Model = "demo",
+    minutes: Annotated[float, typer.Option("--minutes", min=0.01)] = 10.0,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Calls at a time.")] = 32,
+    max_prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    max_growth_mib: Annotated[
+        int, typer.Option("--max-growth-mib", min=0, help="Memory that may be taken after the first third.")
+    ] = 64,
+    address: Annotated[
+        str, typer.Option("--address", help="A server that runs; empty: one is started.")
+    ] = "",
+    admin_address: Annotated[str, typer.Option("--admin-address", help="With --address.")] = "",
+    pid: Annotated[int, typer.Option("--pid", help="With --address: the process whose memory counts.")] = 0,
+    backend: Annotated[str, typer.Option("--backend", help="auto, cpu or cuda.")] = "auto",
+    dtype: Dtype = "auto",
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 64,
+    kv_cache_mib: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-cache-mib", min=0, help="Little makes it preempt, as 64 do on the CPU by default."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="section.key=value of the server; may be repeated.")
+    ] = [],  # noqa: B006
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "",
+) -> None:
+    """Mixed load for some minutes: no error, no leak; exit code 1 when there is one.
+
+    --model is the embedded model, a folder, or one of tools/bench/models with random weights.
+    """
+    from tools.bench import soak
+
+    if bool(address) != bool(admin_address):
+        raise typer.BadParameter("give --address and --admin-address together")
+    plan = soak.SoakPlan(
+        model=model,
+        minutes=minutes,
+        concurrency=concurrency,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_growth_bytes=max_growth_mib << 20,
+        address=address,
+        admin_address=admin_address,
+        pid=pid,
+        backend=backend,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        kv_cache_memory_bytes=None if kv_cache_mib is None else kv_cache_mib << 20,
+        settings=tuple(settings),
+        seed=seed,
+    )
+    with console.status("soak") as status:
+        result = soak.run(plan, lambda text: status.update(f"soak: {text}"))
+    codes = ", ".join(f"{code} {count}" for code, count in result.tally.codes.most_common())
+    console.print(f"{result.tally.ended} calls ({codes}), {result.tally.tokens} tokens", highlight=False)
+    stem = name or f"soak-{Path(model).name}"
+    path = report.write(output, stem, result.to_dict(plan), lambda figure: soak.draw(figure, result))
+    console.print(f"wrote {path}", highlight=False)
+    for problem in result.problems:
+        console.print("[red]FAIL", problem, highlight=False, markup=True)
+    if result.problems:
+        raise typer.Exit(1)
+    console.print("[green]passed")
+
+
 @app.command(name="all")
 def every(
     model: Model = "demo",

@@ -30,8 +30,6 @@ _METHOD = "/photon.v1.InferenceService/StreamGenerate"
 _CHANNEL_READY_S = 30.0
 # Between the last client's "ready" and the start, so that the message has reached all of them.
 _LEAD_S = 0.2
-# One HTTP/2 connection has one receive window; many streams share it badly.
-_STREAMS_PER_CHANNEL = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,8 @@ class Load:
     when the last has ended, until `num_requests` have begun or `duration_s` has passed, whichever is
     set. Request number i has the same prompt in every load of the same `seed`. Prompts are random ids
     in [`first_id`, `vocab_size`) and generation is greedy, to exactly `new_tokens`; the prefix cache
-    is bypassed, or a repeated load would measure it.
+    is bypassed, or a repeated load would measure it. `sampled` draws instead (temperature 0.8, top_p
+    0.95, top_k 50, seeded by the request's number). Without `text` token ids come back in its place.
     """
 
     address: str
@@ -57,6 +56,10 @@ class Load:
     duration_s: float | None = None
     timeout_s: float = 120.0
     seed: int = 0
+    sampled: bool = False
+    text: bool = True
+    streams_per_channel: int = 64
+    """One HTTP/2 connection has one receive window; many streams share it badly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,13 @@ def request_bytes(load: Load, number: int) -> bytes:
     ids = generator.integers(load.first_id, load.vocab_size, load.prompt_tokens).tolist()
     spec = inference_pb2.GenerationSpec(
         token_ids=inference_pb2.TokenIds(ids=ids),
-        sampling=inference_pb2.SamplingParams(temperature=0.0),
+        sampling=(
+            inference_pb2.SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=number)
+            if load.sampled
+            else inference_pb2.SamplingParams(temperature=0.0)
+        ),
         stop=inference_pb2.StopParams(max_tokens=load.new_tokens, ignore_eos=True),
+        output=inference_pb2.OutputOptions(text=load.text, token_ids=not load.text),
         cache=inference_pb2.CacheOptions(bypass_prefix_cache=True),
         # Without it, a load above the server's capacity would wait for places up to the call's deadline.
         scheduling=inference_pb2.SchedulingOptions(queue_timeout=Duration(seconds=int(load.timeout_s))),
@@ -169,7 +177,7 @@ def _client_process(connection: Connection, load: Load, first: int, step: int) -
 async def _drive(
     connection: Connection, load: Load, first: int, step: int
 ) -> tuple[Sequence[_RawCall], float]:
-    num_channels = -(-max(load.concurrency, 1) // _STREAMS_PER_CHANNEL)
+    num_channels = -(-max(load.concurrency, 1) // load.streams_per_channel)
     channels = [
         grpc.aio.insecure_channel(load.address, options=[("grpc.use_local_subchannel_pool", 1)])
         for _ in range(num_channels)

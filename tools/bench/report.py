@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from matplotlib.figure import Figure
 
-__all__ = ["RESULTS", "environment", "write"]
+__all__ = ["RESULTS", "environment", "write", "write_json", "write_plot"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -89,9 +89,20 @@ def write(folder: Path, name: str, result: dict[str, Any], draw: Callable[[Figur
     """Write the result with its environment, and what `draw` puts on a figure; the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    text = json.dumps({"benchmark": name, "environment": environment(), **result}, indent=1, default=_plain)
-    path.write_text(text + "\n")
+    write_json(path, {"benchmark": name, "environment": environment(), **result})
+    write_plot(folder / f"{name}.png", draw)
+    return path
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file; dataclasses are written as objects. One that was there stays whole until then."""
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+    part.replace(path)
+
+
+def write_plot(path: Path, draw: Callable[[Figure], None]) -> None:
+    """Save what `draw` puts on a figure."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     draw(figure)
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    return path
+    figure.savefig(path, dpi=110)

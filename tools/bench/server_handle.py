@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -53,14 +55,17 @@ class CpuTimes:
 class ServerHandle:
     """A serving process inside a `with` block. Raises RuntimeError with its log if it does not serve."""
 
-    def __init__(self, spec: ServerSpec) -> None:
+    def __init__(self, spec: ServerSpec, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` comes on top of this process's."""
         self._spec = spec
+        self._environment = {**os.environ, **(environment or {})}
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by __exit__
         self._process: subprocess.Popen[str] | None = None
         self._main_thread = 0
         self._engine_thread: int | None = None
         self._engine_process: int | None = None
         self.address = ""
+        self.admin_address: str | None = None
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -68,6 +73,7 @@ class ServerHandle:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            env=self._environment,
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -80,6 +86,8 @@ class ServerHandle:
         self._engine_thread = announced["engine_thread"]
         self._engine_process = announced["engine_process"]
         self.address = f"127.0.0.1:{announced['port']}"
+        if announced["admin_port"] is not None:
+            self.admin_address = f"127.0.0.1:{announced['admin_port']}"
         return self
 
     def __exit__(
@@ -98,6 +106,12 @@ class ServerHandle:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        assert self._process is not None
+        return self._process.pid
 
     def cpu_times(self) -> CpuTimes:
         """CPU time used so far; the kernel counts it in ticks of ten milliseconds."""

@@ -3,7 +3,7 @@
 SPEC is a ServerSpec as JSON. With a model it runs `photon_grpc.app`, the same composition root as
 `photon-grpc serve`. Without one it puts the same front door and the same gRPC server over a runner
 that makes its tokens up, so that everything but the model is measured. Once it serves it prints one
-line of JSON: the port, and the ids by which CPU time is told apart: of its main thread, and of its engine's
+line of JSON: the ports, and the ids by which CPU time is told apart: of its main thread, and of its engine's
 thread or process.
 """
 
@@ -40,11 +40,12 @@ from photon_grpc.options import (
     TelemetryOptions,
 )
 from photon_grpc.runner_factory import quiet_collector
-from photon_grpc.server.server import Server
+from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
 from tools.bench.scripted_factory import ScriptedFactory
+from tools.bench.settings import with_assignments
 from tools.make_tiny_model import write_tokenizer
 
 SCRIPTED_VOCAB_SIZE = 512
@@ -62,6 +63,13 @@ class ServerSpec:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     process: str = "auto"
+    backend: str = "auto"
+    load_format: str = "safetensors"
+    kv_cache_memory_bytes: int = 512 << 20
+    admin: bool = False
+    """Whether the admin listener is there, on a free port."""
+    settings: tuple[str, ...] = ()
+    """`section.key=value`, on top of all others."""
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -70,28 +78,35 @@ class ServerSpec:
     @classmethod
     def from_json(cls, text: str) -> ServerSpec:
         """A spec that `to_json` wrote."""
-        return cls(**json.loads(text))
+        found = json.loads(text)
+        return cls(**{**found, "settings": tuple(found["settings"])})
 
     def options(self) -> Options:
         """A loopback server on a free port that logs as in production and leaves at once."""
-        return Options(
-            model=ModelOptions(path=self.model, dtype=self.dtype),
-            cache=KVCacheOptions(kv_cache_memory_bytes=512 << 20),
+        options = Options(
+            model=ModelOptions(
+                path=self.model, dtype=self.dtype, backend=self.backend, load_format=self.load_format
+            ),
+            cache=KVCacheOptions(kv_cache_memory_bytes=self.kv_cache_memory_bytes),
             scheduler=SchedulerOptions(
                 max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
             ),
             engine=EngineOptions(num_threads=self.num_threads, process=self.process),
-            server=ServerOptions(port=0, admin_port=-1, drain_propagation_s=0.0, drain_max_s=5.0),
+            server=ServerOptions(
+                port=0, admin_port=0 if self.admin else -1, drain_propagation_s=0.0, drain_max_s=5.0
+            ),
             telemetry=TelemetryOptions(log_format="json"),
         )
+        return with_assignments(options, self.settings)
 
 
-def _announce(port: int) -> None:
+def _announce(ports: BoundPorts) -> None:
     threads = [t.native_id for t in threading.enumerate() if t.name == "photon-engine"]
     # The server has no child but its engine.
     processes = [child.pid for child in psutil.Process().children()]
     line = {
-        "port": port,
+        "port": ports.public,
+        "admin_port": ports.admin,
         "main_thread": threading.get_native_id(),
         "engine_thread": threads[0] if threads else None,
         "engine_process": processes[0] if processes else None,
@@ -132,7 +147,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
         generator.activate(tokenizer, ChatRenderer(tokenizer))
         quiet_collector()
         server.set_serving()
-        _announce(ports.public)
+        _announce(ports)
         await leave.wait()
         await server.drain()
         await engine.stop()
@@ -146,7 +161,7 @@ def main() -> int:
     if not spec.model:
         code: int = uvloop.run(_serve_scripted(spec))
         return code
-    return app.run(options, ready=lambda service: _announce(service.ports.public))
+    return app.run(options, ready=lambda service: _announce(service.ports))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 
 from photon_grpc.errors import BackendUnavailableError, ConfigError
@@ -106,6 +107,24 @@ def test_every_type_computes(folder: Path, dtype: str) -> None:
 def test_the_served_name_is_stated_or_the_folder_s(folder: Path) -> None:
     assert build_runner(folder, options()).model.name == folder.name
     assert build_runner(folder, options(served_name="mine")).model.name == "mine"
+
+
+def test_random_weights_need_no_file_and_have_a_fingerprint_of_their_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with structlog.testing.capture_logs() as logs:
+        drawn = build_runner(tmp_path, options(load_format="random"))
+    assert [entry["log_level"] for entry in logs if "random" in entry["event"]] == ["warning"]
+    request = engine_request((5, 6, 7), 8, eos_token_ids=())
+    tokens = generate(engine_core(drawn, max_num_seqs=4), one=request)["one"]
+    again = build_runner(tmp_path, options(load_format="random"))
+    assert generate(engine_core(again, max_num_seqs=4), one=request)["one"] == tokens
+
+    loaded = build_runner(folder, options())
+    unread = build_runner(folder, options(load_format="random"))
+    assert generate(engine_core(unread, max_num_seqs=4), one=request)["one"] == tokens
+    assert loaded.model.fingerprint != unread.model.fingerprint
 
 
 def test_threads_leave_a_core_to_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,129 @@
+"""compute-sanitizer is driven as it should be, and its word counts; over a stand-in for the program."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import run_gpu_tests, run_sanitizer
+from tools.sanitizer_selection import select
+
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+DIRTY = (
+    "========= Invalid __global__ read of size 16 bytes\n"
+    "=========     at rms_norm+0x1a0\n"
+    "========= ERROR SUMMARY: 3 errors\n"
+)
+RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (CLEAN, 0),
+        (DIRTY, 3),
+        (RACES, 2),
+        (CLEAN + DIRTY, 3),
+        ("========= COMPUTE-SANITIZER\n", None),
+        ("", None),
+    ],
+)
+def test_summaries_add_up_and_silence_is_no_pass(text: str, found: int | None) -> None:
+    assert run_sanitizer.read_log(text) == found
+    verdict = run_sanitizer.Verdict("memcheck", found, tests_passed=True, seconds=1.0)
+    assert verdict.passed is (found == 0)
+    assert not run_sanitizer.Verdict("memcheck", found, tests_passed=False, seconds=1.0).passed
+
+
+def test_a_few_of_every_test_and_none_of_the_left_out() -> None:
+    names = [f"a.py::test_one[{i}]" for i in range(100)] + ["a.py::test_two", "a.py::test_long_one[0]"]
+    kept = select(names, 6, ["long"])
+    assert len(kept) == 7
+    assert kept == [name for name in names if name in kept]
+    assert "a.py::test_two" in kept
+    assert kept == select(names, 6, ["long"]), "the same each time"
+    assert select(names, 0, []) == names
+
+
+def test_a_word_in_a_parameter_leaves_nothing_out() -> None:
+    assert select(["a.py::test_one[long]"], 1, ["long"]) == ["a.py::test_one[long]"]
+
+
+def test_words_left_out_are_of_tests_that_exist() -> None:
+    """One that matches nothing any more would keep a long test in."""
+    words = (*run_sanitizer.LONG, *run_sanitizer.NEED_CACHING, *run_sanitizer.EXPECTED_ERRORS)
+    text = "".join((run_sanitizer.ROOT / name).read_text() for name in run_sanitizer.targets())
+    tests = [line for line in text.splitlines() if line.startswith("def test_")]
+    assert [word for word in words if not any(word in test for test in tests)] == []
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in on PATH: writes `said` into the log, and what it was called with beside it."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, pathlib, sys\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "arguments = sys.argv[1:]\n"
+        "tool = arguments[arguments.index('--tool') + 1]\n"
+        "log = pathlib.Path(arguments[arguments.index('--log-file') + 1])\n"
+        "log.write_text((here / 'said').read_text())\n"
+        "cached = 'PYTORCH_NO_CUDA_MEMORY_CACHING' not in os.environ\n"
+        "(here / f'{tool}.json').write_text(json.dumps([cached, arguments]))\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(run_gpu_tests, "missing", lambda: "")
+    return tmp_path
+
+
+def test_every_tool_runs_and_one_error_fails_them_all(
+    sanitizer: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (sanitizer / "said").write_text(CLEAN)
+    assert run_sanitizer.main([]) == 0
+    assert {path.stem for path in sanitizer.glob("*.json")} == set(run_sanitizer.DEFAULT_TOOLS)
+    (sanitizer / "said").write_text(DIRTY)
+    assert run_sanitizer.main(["memcheck"]) == 1
+    said = capfd.readouterr().out
+    assert "Invalid __global__ read" in said
+    assert "FAIL" in said
+
+
+def test_memcheck_sees_every_allocation_and_the_others_keep_graphs(sanitizer: Path) -> None:
+    import json
+
+    (sanitizer / "said").write_text(CLEAN)
+    run_sanitizer.main(["memcheck", "racecheck", "--", "-k", "rms_norm"])
+    found = {path.stem: json.loads(path.read_text()) for path in sanitizer.glob("*.json")}
+    assert found["memcheck"][0] is False
+    assert found["racecheck"][0] is True
+    assert "--leave-out=graph" in found["memcheck"][1]
+    assert "--leave-out=graph" not in found["racecheck"][1]
+    for _, arguments in found.values():
+        assert arguments[arguments.index("-k") + 1] == "rms_norm"
+        assert any(argument.endswith("test_rmsnorm.py") for argument in arguments)
+
+
+def test_named_files_come_in_the_place_of_all(sanitizer: Path) -> None:
+    named = "tests/photon_grpc/kernels/test_rmsnorm.py"
+    arguments = run_sanitizer.command("memcheck", Path("log"), 4, [named])
+    assert [argument for argument in arguments if argument.startswith("tests/")] == [named]
+
+
+def test_an_unknown_tool_is_refused(sanitizer: Path) -> None:
+    with pytest.raises(SystemExit):
+        run_sanitizer.main(["helgrind"])
+
+
+def test_without_the_program_nothing_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(run_gpu_tests, "missing", lambda: "")
+    assert run_sanitizer.main([]) == 2
+    assert "compute-sanitizer" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""The soak: what it asks for, what it complains of, what it takes for a leak, and a short one for real."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from photon_grpc.v1 import inference_pb2
+from tools.bench import soak
+from tools.bench.mixed_load import MixedLoad, Tally, check_response, check_stream, scenario
+from tools.bench.soak import Sample, SoakPlan, SoakResult, grown, judge
+
+LOAD = MixedLoad(first_id=4, vocab_size=512, max_prompt_tokens=100, max_new_tokens=60)
+PLAN = SoakPlan(model="demo", minutes=1.0)
+Response = inference_pb2.StreamGenerateResponse
+
+
+def test_a_call_is_fixed_by_its_number_and_the_seed() -> None:
+    assert scenario(LOAD, 7) == scenario(LOAD, 7)
+    assert scenario(LOAD, 7) != scenario(LOAD, 8)
+    assert scenario(LOAD, 7) != scenario(replace(LOAD, seed=1), 7)
+
+
+def test_every_kind_of_call_comes_up_and_all_stay_within_bounds() -> None:
+    seen: Counter[str] = Counter()
+    for number in range(2000):
+        one = scenario(LOAD, number)
+        spec, ids = one.spec, one.spec.token_ids.ids
+        assert len(ids) <= 100
+        assert all(4 <= token_id < 512 for token_id in ids)
+        assert 1 <= spec.stop.max_tokens <= 60
+        assert spec.stop.min_tokens <= spec.stop.max_tokens
+        seen.update(
+            name
+            for name, is_there in {
+                "text": bool(spec.text),
+                "ids": bool(ids),
+                "greedy": spec.sampling.temperature == 0,
+                "sampled": spec.sampling.temperature > 0,
+                "penalty": spec.sampling.HasField("presence_penalty"),
+                "bias": bool(spec.sampling.logit_bias),
+                "allowed": bool(spec.sampling.allowed_token_ids),
+                "n": spec.sampling.n > 1,
+                "stop string": bool(spec.stop.strings),
+                "stop id": bool(spec.stop.token_ids),
+                "logprobs": spec.output.HasField("top_logprobs"),
+                "prompt logprobs": spec.output.HasField("prompt_top_logprobs"),
+                "unary": one.unary,
+                "chunks": one.chunk_policy is not None,
+                "cancel at once": one.cancel_after == 0,
+                "cancel later": bool(one.cancel_after),
+                "deadline": one.timeout_s < 1,
+                "queue timeout": spec.scheduling.HasField("queue_timeout"),
+                "time limit": spec.stop.HasField("time_limit"),
+                "bypass": spec.cache.bypass_prefix_cache,
+            }.items()
+            if is_there
+        )
+        assert ("CANCELLED" in one.allowed) == (one.cancel_after is not None)
+    assert len(seen) == 20
+    assert min(seen.values()) >= 20
+
+
+def test_prefixes_are_shared() -> None:
+    starts = Counter(tuple(scenario(LOAD, n).spec.token_ids.ids[:3]) for n in range(500))
+    shared = [start for start, count in starts.items() if len(start) == 3 and count > 5]
+    assert 1 <= len(shared) <= 4
+
+
+def spec(**sampling: int) -> inference_pb2.GenerationSpec:
+    found = inference_pb2.GenerationSpec(sampling=inference_pb2.SamplingParams(**sampling))
+    found.stop.max_tokens = 8
+    found.output.token_ids = True
+    found.token_ids.ids.extend((5, 6, 7))
+    return found
+
+
+def stream(*ids: int, output_tokens: int | None = None, index: int = 0) -> list[Response]:
+    """A stream of one completion with a delta per token."""
+    responses = [Response(started=inference_pb2.Started())]
+    responses += [
+        Response(delta=inference_pb2.Delta(index=index, token_ids=[token_id], num_tokens=1))
+        for token_id in ids
+    ]
+    responses.append(Response(finished=inference_pb2.Finished(index=index)))
+    total = len(ids) if output_tokens is None else output_tokens
+    usage = inference_pb2.Usage(prompt_tokens=3, output_tokens=total)
+    responses.append(Response(summary=inference_pb2.Summary(usage=usage)))
+    for seq, response in enumerate(responses, start=1):
+        response.seq = seq
+    return responses
+
+
+def test_a_good_stream_has_nothing_wrong_and_its_tokens_count() -> None:
+    assert check_stream(spec(), stream(9, 10, 11), 512) == ("", 3)
+
+
+@pytest.mark.parametrize(
+    ("responses", "problem"),
+    [
+        (stream(9, 10)[:-1], "started ... summary"),
+        (stream(9, 10)[1:], "seq"),
+        ([*stream(9)[:2], *stream(9)[:2]], "seq"),
+        (stream(9, 10, output_tokens=3), "usage says 3"),
+        (stream(9, 600), "outside of the vocabulary"),
+        (stream(*range(10, 19)), "max_tokens is 8"),
+        (stream(), "max_tokens is 8"),
+        (stream(9, index=1), "finished for [1]"),
+        ([], "started ... summary"),
+    ],
+)
+def test_what_is_wrong_with_a_stream_is_said(responses: list[Response], problem: str) -> None:
+    assert problem in check_stream(spec(), responses, 512)[0]
+
+
+def test_a_completion_that_is_missing_is_missed() -> None:
+    assert "n is 2" in check_stream(spec(n=2), stream(9), 512)[0]
+    response = inference_pb2.GenerateResponse(completions=[inference_pb2.Completion(token_ids=[9])])
+    assert "n is 2" in check_response(spec(n=2), [response], 512)[0]
+
+
+def test_logprobs_are_those_that_were_asked_for() -> None:
+    asked = spec()
+    asked.output.top_logprobs = 0
+    responses = stream(9, 10)
+    assert "log-probabilities" in check_stream(asked, responses, 512)[0]
+    for response in responses[1:3]:
+        response.delta.logprobs.values.append(-0.5)
+    assert check_stream(asked, responses, 512) == ("", 2)
+    assert "log-probabilities" in check_stream(spec(), responses, 512)[0]
+    responses[1].delta.logprobs.values[0] = float("nan")
+    assert "is none" in check_stream(asked, responses, 512)[0]
+
+
+def sample(time: float, resident: int | None = 100 << 20, used: int = 3) -> Sample:
+    return Sample(time, 10, 100, 1, 0, used, 64, resident, None, 20, 8)
+
+
+def result(residents: list[int], **after: int) -> SoakResult:
+    samples = [sample(float(moment), resident << 20) for moment, resident in enumerate(residents)]
+    tally = Tally(begun=5, codes=Counter(OK=5))
+    return SoakResult(samples, replace(sample(100.0, used=0), running=0, **after), tally)
+
+
+def test_growth_counts_from_the_end_of_the_warm_up() -> None:
+    warming = [100 + 5 * min(moment, 30) for moment in range(100)]
+    assert grown(result(warming).samples, "resident_bytes") == 0
+    leaking = [100 + moment for moment in range(100)]
+    # From the middle of 33 to 47.85 to the middle of 84.15 to 99.
+    assert grown(result(leaking).samples, "resident_bytes") == pytest.approx(52 << 20, rel=0.02)
+    assert grown(result(leaking).samples, "gpu_bytes") is None
+    assert grown([sample(0.0)], "resident_bytes") is None
+
+
+def test_a_quiet_run_passes() -> None:
+    assert judge(PLAN, result([100] * 50)) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        (result([100 + 2 * moment for moment in range(100)]), "resident memory grew"),
+        (result([100] * 50, used_blocks=2), "2 of 64 blocks in use"),
+        (result([100] * 50, queued=1), "1 queued"),
+        (replace(result([100] * 50), after=None), "did not answer"),
+        (replace(result([100] * 50), tally=Tally()), "no call ended OK"),
+        (
+            replace(result([100] * 50), tally=Tally(1, Counter(OK=1), 0, 1, ["call 3: ended with INTERNAL"])),
+            "call 3: ended with INTERNAL",
+        ),
+    ],
+)
+def test_every_fault_keeps_a_run_from_passing(found: SoakResult, problem: str) -> None:
+    (said,) = judge(PLAN, found)
+    assert problem in said
+
+
+@pytest.mark.slow
+def test_a_few_seconds_against_a_server_on_random_weights() -> None:
+    """Growth says nothing in so short a time; all else has to hold."""
+    plan = SoakPlan(
+        model="tiny", minutes=0.15, concurrency=8, backend="cpu", max_new_tokens=40, max_growth_bytes=1 << 40
+    )
+    found = soak.run(plan, lambda text: None)
+    assert found.problems == []
+    assert found.tally.codes["OK"] > 0
+    assert found.after is not None
+    assert found.after.total_blocks > 0
+    assert max(one.used_blocks for one in found.samples) > 0
