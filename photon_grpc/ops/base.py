@@ -177,8 +177,8 @@ class Ops(ABC):
         return self.add_rms_norm(update, residual, weight, eps)
 
     # The steps of a decoder layer, as a backend may fuse them: from one residual to the next. `projection` is
-    # (weight, bias). An update is what a product adds to the residual; it is None where the backend has
-    # added it already, else whoever reads the residual next adds it, which fuses with the norm there.
+    # (weight, bias). An update is what a product adds to the residual. It is None where the backend has added
+    # it already, else whoever reads the residual next adds it, which fuses with the norm there.
 
     def norm_qkv_rope_store_kv(
         self,

