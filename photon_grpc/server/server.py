@@ -37,7 +37,7 @@ _HARD_METADATA_BYTES = 16 << 10
 # An abuse cap only: past it calls queue silently in the client, so admission must refuse long before.
 _STREAMS_PER_ADMITTED = 4
 # Sequences that run at the same time where the settings leave it to the backend, at most.
-_MOST_RUNNING = 256
+MOST_RUNNING = 256
 # So that a connection's age never cuts a call that its own deadline would have let finish.
 _AGE_GRACE_MARGIN_S = 30.0
 # How long calls that are ended by the drain have to send their status.
@@ -217,7 +217,7 @@ class Server:
     async def _listen(self, name: str, host: str, port: int, add_services: Any) -> int:
         options = self._options
         # The listener is bound before the model says how many run at a time.
-        max_running = options.scheduler.max_num_seqs or _MOST_RUNNING
+        max_running = options.scheduler.max_num_seqs or MOST_RUNNING
         max_admitted = max_running + options.limits.max_queued_requests
         listener = grpc.aio.server(
             interceptors=(CallLogInterceptor(), ErrorInterceptor()),

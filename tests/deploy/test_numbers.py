@@ -12,7 +12,7 @@ import yaml
 from photon_grpc.config import known_fields
 from photon_grpc.options import LimitOptions, SchedulerOptions, ServerOptions
 from photon_grpc.server.health import READY_SERVICES
-from photon_grpc.server.server import channel_options
+from photon_grpc.server.server import MOST_RUNNING, channel_options
 from tests.support.programs import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -41,7 +41,8 @@ def cluster() -> dict[str, Any]:
 
 
 def server_option(name: str) -> int:
-    max_admitted = SchedulerOptions().max_num_seqs + LIMITS.max_queued_requests
+    max_running = SchedulerOptions().max_num_seqs or MOST_RUNNING
+    max_admitted = max_running + LIMITS.max_queued_requests
     return dict(channel_options(SERVER, LIMITS, max_admitted))[name]
 
 
