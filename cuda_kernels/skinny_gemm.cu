@@ -17,8 +17,8 @@
 // same order, and which part of it a CTA takes follows from the weight's shape alone.
 //
 // Launch: grid (PHOTON_CLUSTER, tiles), without a cluster any number of CTAs up to that; kThreads threads;
-// PHOTON_SHARED_BYTES of dynamic shared memory, half of a multiprocessor's at most: two CTAs fit, of this
-// kernel or the next.
+// PHOTON_SHARED_BYTES of dynamic shared memory: with a cluster half of a multiprocessor's at most, so that two
+// CTAs hide each other's waiting; without one more than half, see photon_grpc/kernels/skinny_gemm.py.
 // Preconditions: 1 <= tokens <= PHOTON_TOKENS; k a multiple of 8; x and weight 16-byte aligned, x_row_stride a
 // multiple of 8; n * k below 2^32.
 // Arithmetic: products of 16-bit values, sums in float32. PHOTON_WARPGROUP is 1 for wgmma (sm_90a; elsewhere it

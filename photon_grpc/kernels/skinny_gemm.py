@@ -23,15 +23,17 @@ MAX_TOKENS = TOKEN_TILES[-1]
 _THREADS = 128
 _DEPTH = 64
 _ROW_BYTES = 2 * _DEPTH
-# Two CTAs share a multiprocessor, and leave room for the small kernels that come next.
-_MAX_SHARED_BYTES = 98 << 10
+# CTAs of a cluster share a multiprocessor by twos, which hides that they wait for one another. Without a cluster
+# one CTA has it for itself: those of the next kernel would gather where this one leaves room, and be late.
+_CLUSTER_SHARED_BYTES = 98 << 10
+_SINGLE_SHARED_BYTES = 160 << 10
 _MIN_STAGES, _MAX_STAGES = 3, 8
 
 _ROW_TILES = (128, 64)
 _CLUSTERS = (1, 2, 4, 8)
 # What keeps the memory of the largest GPUs busy: nine in ten of 132 multiprocessors.
 _WANTED_CTAS = 120
-_RESIDENT_CTAS = 264
+_RESIDENT_CTAS = 132
 _FILL_MARGIN = 0.05
 # Rows of 128 take half of the x per weight, and a cluster of twice the size for as many CTAs: worth it from
 # here on.
@@ -81,9 +83,10 @@ def token_tile(tokens: int) -> int:
     raise ValueError(f"{tokens} tokens: there is room for {MAX_TOKENS}")
 
 
-def num_stages(rows: int, tokens: int) -> int:
-    """Stages of shared memory, as many as leave room for a second CTA."""
-    return max(_MIN_STAGES, min(_MAX_STAGES, _MAX_SHARED_BYTES // _stage_bytes(rows, tokens)))
+def num_stages(rows: int, tokens: int, cluster: int) -> int:
+    """Stages of shared memory: with a cluster as many as leave room for a second CTA."""
+    most = _SINGLE_SHARED_BYTES if cluster == 1 else _CLUSTER_SHARED_BYTES
+    return max(_MIN_STAGES, min(_MAX_STAGES, most // _stage_bytes(rows, tokens)))
 
 
 def _cluster(tiles: int, k: int) -> int:
@@ -106,7 +109,7 @@ def _stage_bytes(rows: int, tokens: int) -> int:
 def _macros(
     storage: str, kind: str, tile: Tiling, tokens: int, index: str = "i64", *, warpgroup: bool = False
 ) -> dict[str, int | str]:
-    stages = num_stages(tile.rows, tokens)
+    stages = num_stages(tile.rows, tokens, tile.cluster)
     shared_bytes = stages * _stage_bytes(tile.rows, tokens)
     values = (storage, index, kind, tokens, tile.rows, tile.cluster, stages, shared_bytes, int(warpgroup))
     return dict(zip(_MACROS, values, strict=True))
@@ -185,7 +188,7 @@ def skinny_gemm(output: LinearOutput, x: Tensor, weight: Tensor, *, warpgroup: b
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(SKINNY_GEMM.variant(**macros), shared_bytes)
     num_tiles = -(-n // tile.rows)
-    resident = 2 * device.num_multiprocessors
+    resident = device.num_multiprocessors
     kernel(
         (tile.cluster, min(num_tiles, resident) if tile.cluster == 1 else num_tiles, 1),
         _THREADS,
