@@ -24,7 +24,7 @@ _THREADS = 128
 _DEPTH = 64
 _ROW_BYTES = 2 * _DEPTH
 # CTAs of a cluster share a multiprocessor by twos, which hides that they wait for one another. Without a
-# cluster one CTA has it for itself: those of the next kernel would gather where this one leaves room, and be late.
+# cluster one CTA has it for itself: those of the next kernel would gather where this one leaves room.
 _CLUSTER_SHARED_BYTES = 98 << 10
 _SINGLE_SHARED_BYTES = 160 << 10
 _MIN_STAGES, _MAX_STAGES = 3, 8
