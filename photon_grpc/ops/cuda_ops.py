@@ -36,7 +36,7 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond these, cuBLASLt is faster: of more tokens, and of larger weights that what is fused here hardly shortens.
+# Beyond these, cuBLASLt is faster: of more tokens, and of weights so large that little is gained by fusing.
 # (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel of its own norms the residual.)
 MAX_SKINNY_TOKENS = 64
 MAX_SKINNY_BYTES = 96 << 20
