@@ -291,6 +291,7 @@ def test_the_start_of_a_command_that_fails_says_why() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # Five processes that import torch, on whatever machine there is.
 def test_the_command_measures_and_writes_every_section(tmp_path: Path) -> None:
     output = io.StringIO()
     console = Console(file=output, width=300)
