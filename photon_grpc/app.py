@@ -30,6 +30,7 @@ from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.telemetry.logging import num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
 
@@ -164,6 +165,7 @@ async def serve(
     server = Server(stack.generator, options, call_observers=(metrics.observe_call,))
     lag = LoopLag()
     metrics.watch_loop(lag.seconds)
+    metrics.watch_log(num_dropped_records)
     lag.start()
     exposition: MetricsServer | None = None
     _on_signals(leave, server)

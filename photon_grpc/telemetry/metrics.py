@@ -289,6 +289,15 @@ class Metrics:
             lag,
         )
 
+    def watch_log(self, dropped: Callable[[], int]) -> None:
+        """Expose how many log records were dropped. Once."""
+        self._watch(
+            CounterMetricFamily,
+            "photon_log_records_dropped",
+            "Log records that standard error did not take.",
+            dropped,
+        )
+
     def set_cache_config(self, *, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
         """Expose what the KV cache is made of. Once, when it is known."""
         Info("photon_cache_config", "The KV cache.", registry=self.registry).info(
