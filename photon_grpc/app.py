@@ -30,9 +30,12 @@ from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.telemetry.call_record import CallRecord
+from photon_grpc.telemetry.call_trace import CallTrace
 from photon_grpc.telemetry.logging import num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
+from photon_grpc.telemetry.otlp import OtlpExport
 
 _log = structlog.get_logger(__name__)
 
@@ -162,7 +165,14 @@ async def serve(
         leave.set()
 
     stack = InferenceStack(options, on_stopped=engine_stopped, metrics=metrics, progress=progress)
-    server = Server(stack.generator, options, call_observers=(metrics.observe_call,))
+    otlp: OtlpExport | None = None
+    observers: list[Callable[[CallRecord], None]] = [metrics.observe_call]
+    if options.telemetry.otlp_endpoint:
+        otlp = OtlpExport(options.telemetry.otlp_endpoint, photon_grpc.__version__)
+        metrics.watch_spans(otlp.num_dropped_spans)
+        place = options.server
+        observers.append(CallTrace(otlp.tracers, otlp.meters, address=place.host, port=place.port).observe)
+    server = Server(stack.generator, options, call_observers=observers)
     lag = LoopLag()
     metrics.watch_loop(lag.seconds)
     metrics.watch_log(num_dropped_records)
@@ -197,6 +207,8 @@ async def serve(
         if exposition is not None:
             exposition.close()
         lag.stop()
+        if otlp is not None:
+            await asyncio.get_running_loop().run_in_executor(None, otlp.close)
     return 1 if died or not stopped else 0
 
 

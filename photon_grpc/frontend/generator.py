@@ -124,6 +124,7 @@ class Generator:
         request_id = request.request_id or uuid.uuid4().hex
         stream = self._engine.submit(request_id, checked.engine_request)
         record = GenerationRecord(
+            arrival=checked.engine_request.arrival_time,
             requested_model=request.model,
             model=text.model.name,
             is_chat=isinstance(request.prompt, ChatInput),

@@ -129,11 +129,11 @@ class Server:
     ) -> None:
         """Raises ConfigError for options that would expose an unprotected listener.
 
-        `call_observers` hear of every call that has ended, after its log line is written.
+        `call_observers` hear of every call that has ended, before its log line is written.
         """
         check_options(options.server)
         self._options = options
-        self._call_observers = (log_call, *call_observers)
+        self._call_observers = (*call_observers, log_call)
         self._calls = Calls(options.limits)
         self._health = HealthServicer()
         self._inference = InferenceServicer(front_door, self._calls, options.limits)

@@ -18,10 +18,12 @@ __all__ = ["CallRecord", "GenerationRecord", "current_call"]
 class GenerationRecord:
     """A request that the engine has taken. `usage` and `timings` tell how far it came, also when it failed.
 
-    `model` is the served one, `requested_model` what the caller asked for (often empty). Without
-    `has_first_token` it waited, or its prompt was being computed, to the end.
+    `arrival` is in seconds of the monotonic clock. `model` is the served one, `requested_model` what the
+    caller asked for (often empty). Without `has_first_token` it waited, or its prompt was being computed,
+    to the end.
     """
 
+    arrival: float
     requested_model: str
     model: str
     is_chat: bool
@@ -47,6 +49,8 @@ class CallRecord:
     reason: str = ""
     request_id: str = ""
     generation: GenerationRecord | None = None
+    # The W3C trace context that the client sent: `traceparent`, `tracestate`.
+    trace_headers: dict[str, str] = field(default_factory=dict)
     # What log lines of and about the call carry beside the above, such as its trace.
     log_context: dict[str, str] = field(default_factory=dict)
 

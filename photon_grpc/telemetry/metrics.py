@@ -289,6 +289,15 @@ class Metrics:
             lag,
         )
 
+    def watch_spans(self, dropped: Callable[[], int]) -> None:
+        """Expose how many spans were dropped. Once."""
+        self._watch(
+            CounterMetricFamily,
+            "photon_spans_dropped",
+            "Spans that did not reach the collector.",
+            dropped,
+        )
+
     def watch_log(self, dropped: Callable[[], int]) -> None:
         """Expose how many log records were dropped. Once."""
         self._watch(

@@ -111,6 +111,7 @@ DEFERRED = {
     "models.registry",
     "runner.backend",
     "kernels",
+    "telemetry.otlp",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import photon_grpc.app
 from photon_grpc.app import RunningService, serve
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
-from photon_grpc.options import ModelOptions, Options
+from photon_grpc.options import ModelOptions, Options, TelemetryOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
@@ -165,6 +166,27 @@ async def test_a_scrape_tells_what_became_of_every_call(
         held.set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running.exit_code == 0
+
+
+async def test_a_collector_that_never_answers_holds_up_neither_calls_nor_the_exit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda: ScriptedRunner(model_info()))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        options = options_for(folder)
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        options = replace(options, telemetry=TelemetryOptions(otlp_endpoint=endpoint))
+        running = Running(options)
+        service = await running.service()
+        assert service.metrics_port
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            for _ in range(20):
+                await stub.Generate(request(2), timeout=20)
+        assert (await page_of(service.metrics_port))["photon_spans_dropped_total"] >= 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert await running.exit_code == 0
 
 
 async def test_the_engine_s_death_reaches_every_call_and_the_exit_code(

@@ -6,6 +6,7 @@ status that was sent. Event loop only.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from photon_grpc.server.interceptors.errors import request_id_of
 from photon_grpc.telemetry.call_record import CallRecord, current_call
 
 _UNRECORDED_PREFIX = "/grpc."
+_TRACE_HEADERS = ("traceparent", "tracestate")
+_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 CallObserver = Callable[[CallRecord], None]
 
@@ -42,7 +45,10 @@ class CallRecordInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  
 
     def _recorded(self, behavior: Behavior, method: str) -> Behavior:
         async def recorded(request: Any, context: Any) -> Any:
-            record = CallRecord(method.lstrip("/"), time.monotonic())
+            record = CallRecord(method.lstrip("/"), time.monotonic(), trace_headers=_trace_headers(context))
+            trace = _TRACE_PARENT.fullmatch(record.trace_headers.get("traceparent", ""))
+            if trace is not None:
+                record.log_context["trace_id"] = trace[1]
             token = current_call.set(record)
             try:
                 response = await behavior(request, context)
@@ -59,6 +65,14 @@ class CallRecordInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  
                     observe(record)
 
         return recorded
+
+
+def _trace_headers(context: Any) -> dict[str, str]:
+    return {
+        key: value
+        for key, value in context.invocation_metadata() or ()
+        if key in _TRACE_HEADERS and isinstance(value, str)
+    }
 
 
 def _name_of(code: int | grpc.StatusCode) -> str:

@@ -158,7 +158,9 @@ def call(code: str, reason: str = "", generation: GenerationRecord | None = None
 
 
 def generating(*, has_first_token: bool = True) -> GenerationRecord:
-    return GenerationRecord("", "tiny", is_chat=False, effective=EFFECTIVE, has_first_token=has_first_token)
+    return GenerationRecord(
+        0.0, "", "tiny", is_chat=False, effective=EFFECTIVE, has_first_token=has_first_token
+    )
 
 
 def test_calls_are_counted_by_method_and_status() -> None:
