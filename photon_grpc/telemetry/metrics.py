@@ -167,7 +167,9 @@ class _LoopHistogram(Collector):
 class _Watched(Collector):
     """A figure that is asked for at each scrape, on the thread of the scrape."""
 
-    def __init__(self, family: type[Metric], name: str, text: str, read: Callable[[], float]) -> None:
+    def __init__(
+        self, family: Callable[..., Metric], name: str, text: str, read: Callable[[], float]
+    ) -> None:
         self._family = family
         self._name = name
         self._text = text
@@ -262,7 +264,7 @@ class Metrics:
         self.registry.register(histogram)
         return histogram
 
-    def _watch(self, family: type[Metric], name: str, text: str, read: Callable[[], float]) -> None:
+    def _watch(self, family: Callable[..., Metric], name: str, text: str, read: Callable[[], float]) -> None:
         self.registry.register(_Watched(family, name, text, read))
 
     def watch_engine(self, heartbeat_age: Callable[[], float], unread_tokens: Callable[[], int]) -> None:
