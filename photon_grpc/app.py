@@ -30,7 +30,12 @@ from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.telemetry.call_record import CallRecord
+from photon_grpc.telemetry.call_trace import CallTrace
+from photon_grpc.telemetry.logging import num_dropped_records
+from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
+from photon_grpc.telemetry.otlp import OtlpExport
 
 _log = structlog.get_logger(__name__)
 
@@ -99,10 +104,14 @@ class InferenceStack:
             options.cache,
             options.limits,
             on_step=metrics.observe_step,
+            on_iteration=metrics.observe_iteration,
             on_stopped=on_stopped,
             on_progress=progress,
             make_host=EngineProcess if self._has_own_process else EngineThread,
         )
+        metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
+        self._metrics = metrics
+        self._cache_options = options.cache
         self.generator = Generator(
             self.engine, options.limits, self._text_pool, metrics=metrics, field_root=field_root
         )
@@ -115,6 +124,11 @@ class InferenceStack:
         else:
             tokenizer = await self._load_tokenizer()
             ready = await self.engine.start()
+        self._metrics.set_cache_config(
+            num_blocks=ready.num_blocks,
+            block_size=ready.block_size,
+            prefix_caching=self._cache_options.prefix_caching,
+        )
         self.generator.activate(tokenizer, ChatRenderer(tokenizer))
         return ready
 
@@ -151,7 +165,18 @@ async def serve(
         leave.set()
 
     stack = InferenceStack(options, on_stopped=engine_stopped, metrics=metrics, progress=progress)
-    server = Server(stack.generator, options)
+    otlp: OtlpExport | None = None
+    observers: list[Callable[[CallRecord], None]] = [metrics.observe_call]
+    if options.telemetry.otlp_endpoint:
+        otlp = OtlpExport(options.telemetry.otlp_endpoint, photon_grpc.__version__)
+        metrics.watch_spans(otlp.num_dropped_spans)
+        place = options.server
+        observers.append(CallTrace(otlp.tracers, otlp.meters, address=place.host, port=place.port).observe)
+    server = Server(stack.generator, options, call_observers=observers)
+    lag = LoopLag()
+    metrics.watch_loop(lag.seconds)
+    metrics.watch_log(num_dropped_records)
+    lag.start()
     exposition: MetricsServer | None = None
     _on_signals(leave, server)
     ports = await server.start()
@@ -181,6 +206,9 @@ async def serve(
         stopped = await stack.stop()
         if exposition is not None:
             exposition.close()
+        lag.stop()
+        if otlp is not None:
+            await asyncio.get_running_loop().run_in_executor(None, otlp.close)
     return 1 if died or not stopped else 0
 
 

@@ -329,6 +329,9 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
         refuse("server.admin_host", "the admin listener has no authentication and stays on loopback")
     if not _is_loopback(server.host) and not server.allow_plaintext:
         refuse("server.host", "a plaintext listener off loopback needs server.allow_plaintext")
+    otlp_endpoint = options.telemetry.otlp_endpoint
+    if otlp_endpoint and not otlp_endpoint.startswith(("http://", "https://")):
+        refuse("telemetry.otlp_endpoint", "must begin with http:// or https://")
     listeners = [("server.port", server.port), ("server.admin_port", server.admin_port)]
     listeners += [("server.probe_port", server.probe_port), ("server.metrics_port", server.metrics_port)]
     for position, (path, port) in enumerate(listeners):

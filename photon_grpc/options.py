@@ -112,6 +112,9 @@ class LimitOptions:
 class TelemetryOptions:
     log_level: str = _opt("info", "debug, info, warning or error")
     log_format: str = _opt("auto", "json, console or auto (console on a terminal)")
+    otlp_endpoint: str = _opt(
+        "", "collector that gets spans and metrics by OTLP/gRPC, as http://HOST:4317; empty: none"
+    )
 
 
 @dataclass(frozen=True, slots=True)

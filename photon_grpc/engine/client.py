@@ -102,6 +102,11 @@ class RequestStream:
     ) -> None:
         self.close()
 
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that have come and are not read yet."""
+        return self._num_pending_tokens
+
     async def read(self) -> list[SequenceOutput]:
         """Everything new, in order; waits until there is something. One reader at a time.
 
@@ -239,8 +244,8 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 class AsyncEngine:
     """Owns the engine's host and every live RequestStream.
 
-    `on_step` hears each snapshot, `on_stopped` the end of the engine, `on_progress` how loading goes on;
-    all on the loop.
+    `on_step` hears each snapshot, `on_iteration` the tokens and seconds of each step that computed,
+    `on_stopped` the end of the engine, `on_progress` how loading goes on; all on the loop.
     """
 
     def __init__(
@@ -252,12 +257,14 @@ class AsyncEngine:
         *,
         on_step: Callable[[EngineStats], None],
         on_stopped: Callable[[PhotonError | None], None],
+        on_iteration: Callable[[int, float], None] | None = None,
         on_progress: Progress | None = None,
         make_host: HostFactory = EngineThread,
     ) -> None:
         self._max_num_seqs = scheduler_options.max_num_seqs
         self._max_queued = limits.max_queued_requests
         self._on_step = on_step
+        self._on_iteration = on_iteration
         self._on_stopped = on_stopped
         self._on_progress = on_progress
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -298,8 +305,20 @@ class AsyncEngine:
 
     @property
     def heartbeat(self) -> float:
-        """Monotonic moment of the latest step."""
+        """Monotonic moment of the latest step, or of the first request after idleness if that is later."""
         return self._heartbeat
+
+    def heartbeat_age(self) -> float:
+        """Seconds for which the engine has had work and made no step; 0 for one that has nothing to do.
+
+        May be read on any thread.
+        """
+        return max(0.0, time.monotonic() - self._heartbeat) if self._num_live else 0.0
+
+    def num_unread_tokens(self) -> int:
+        """Tokens that the readers of all live streams have not taken yet. May be read on any thread."""
+        # The copy is one operation of the interpreter, the sum is not: this is read on other threads.
+        return sum(stream.num_pending_tokens for stream in tuple(self._streams.values()))
 
     @property
     def num_live_requests(self) -> int:
@@ -335,6 +354,8 @@ class AsyncEngine:
         stream = RequestStream(self, key, request_id, request.sampling.n)
         self._streams[key] = stream
         self._keys[request_id] = key
+        if not self._num_live:
+            self._heartbeat = time.monotonic()
         self._num_live += request.sampling.n
         self._host.post(Submit(key, request))
         return stream
@@ -421,6 +442,8 @@ class AsyncEngine:
         self._stats = message.stats
         self._heartbeat = message.time
         self._on_step(message.stats)
+        if message.num_tokens and self._on_iteration is not None:
+            self._on_iteration(message.num_tokens, message.seconds)
         pace, streams = self._pace, self._streams
         pace.step(message.time, len(streams))
         unwoken = self._unwoken

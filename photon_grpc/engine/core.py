@@ -88,7 +88,8 @@ class EngineCore:
         Raises whatever the runner raises: the state of model and cache is then unknown, and the caller
         must not step again.
         """
-        planned = self.scheduler.schedule(self._clock())
+        started = self._clock()
+        planned = self.scheduler.schedule(started)
         if not planned.is_empty:
             self.runner.launch(planned)
             self._in_flight.append(planned.step)
@@ -98,15 +99,23 @@ class EngineCore:
             expected = self._in_flight.popleft()
             assert collected.step == expected, "the runner returned another step than the oldest"
             told = self.scheduler.update(collected, self._clock())
-        return self.flush(*told)
+        return self._tell(*told, num_tokens=planned.num_tokens, started=started)
 
-    def flush(self, news: Sequence[SequenceOutput] = (), tokens: PlainTokens = _NO_TOKENS) -> StepOutputs:
-        """What is to be told now: what a step brought, sequences that ended outside one, and the figures."""
+    def flush(self) -> StepOutputs:
+        """What is to be told without a step: sequences that ended outside one, and the figures."""
+        return self._tell((), _NO_TOKENS, num_tokens=0, started=0.0)
+
+    def _tell(
+        self, news: Sequence[SequenceOutput], tokens: PlainTokens, *, num_tokens: int, started: float
+    ) -> StepOutputs:
+        now = self._clock()
         return StepOutputs(
             news=(*self.scheduler.take_ended(), *news),
             stats=self.scheduler.stats(),
-            time=self._clock(),
+            time=now,
             tokens=tokens,
+            num_tokens=num_tokens,
+            seconds=now - started if num_tokens else 0.0,
         )
 
 

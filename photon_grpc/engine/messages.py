@@ -126,13 +126,16 @@ class StepOutputs:
     """Everything one step has for the event loop: one hand-off per step. `time` is the heartbeat.
 
     `news` are the outputs that say more than a token (the first one, log-probabilities, an end); the
-    others, nearly all of a busy step, are in `tokens`.
+    others, nearly all of a busy step, are in `tokens`. The step planned `num_tokens` tokens, of prompts and
+    of outputs, and took `seconds`; both are 0 when there was nothing to plan.
     """
 
     news: tuple[SequenceOutput, ...]
     stats: EngineStats
     time: float
     tokens: PlainTokens = field(default_factory=PlainTokens)
+    num_tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def outputs(self) -> tuple[SequenceOutput, ...]:

@@ -36,6 +36,7 @@ from photon_grpc.frontend.events import (
 from photon_grpc.frontend.stop_strings import StopMatcher
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import LimitOptions
+from photon_grpc.telemetry.call_record import GenerationRecord, current_call
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import (
     ChatInput,
@@ -122,7 +123,19 @@ class Generator:
         checked = await self._prepare(text, request, deadline)
         request_id = request.request_id or uuid.uuid4().hex
         stream = self._engine.submit(request_id, checked.engine_request)
-        return TextStream(stream, text.tokenizer, request, checked, policy, self._metrics, self._clock)
+        record = GenerationRecord(
+            arrival=checked.engine_request.arrival_time,
+            requested_model=request.model,
+            model=text.model.name,
+            is_chat=isinstance(request.prompt, ChatInput),
+            effective=checked.effective,
+        )
+        call = current_call.get()
+        if call is not None:
+            call.generation = record
+        return TextStream(
+            stream, text.tokenizer, request, checked, policy, record, self._metrics, self._clock
+        )
 
     async def generate(
         self,
@@ -246,6 +259,7 @@ class TextStream:
         request: GenerationRequest,
         checked: CheckedRequest,
         policy: ChunkPolicy,
+        record: GenerationRecord,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
@@ -254,6 +268,7 @@ class TextStream:
         self._request = request
         self._checked = checked
         self._policy = policy
+        self._record = record
         self._metrics = metrics
         self._clock = clock
         stop = checked.effective.stop
@@ -283,6 +298,8 @@ class TextStream:
         traceback: TracebackType | None,
     ) -> None:
         self._stream.close()
+        if not self._done:
+            self._note(self._summary())
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -319,9 +336,16 @@ class TextStream:
             self._done = True
             self._stream.close()
             summary = self._summary()
-            reasons = [state.finish.reason for state in self._states if state.finish is not None]
-            self._metrics.observe_finished(reasons, summary.usage, summary.timings)
+            self._note(summary)
+            self._metrics.observe_finished(self._record.finish_reasons, summary.usage, summary.timings)
             self._events.append(summary)
+
+    def _note(self, summary: Summary) -> None:
+        """Put into the call's record how far the request has come."""
+        self._record.usage, self._record.timings = summary.usage, summary.timings
+        self._record.finish_reasons = tuple(
+            state.finish.reason for state in self._states if state.finish is not None
+        )
 
     def _try_start(self) -> bool:
         """Make the Started event, unless prompt log-probabilities are still on their way with index 0."""
@@ -332,6 +356,7 @@ class TextStream:
                 return False
             prompt_logprobs = first.prompt_logprobs
         self._started = True
+        self._record.has_first_token = True
         self._events.append(
             Started(
                 prompt=_prompt_info(self._request, self._checked, prompt_logprobs),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ from photon_grpc.server.control import ControlServicer
 from photon_grpc.server.deserialize import add_service
 from photon_grpc.server.health import HealthServicer
 from photon_grpc.server.inference import InferenceServicer
-from photon_grpc.server.interceptors.call_log import CallLogInterceptor
+from photon_grpc.server.interceptors.call_log import log_call
+from photon_grpc.server.interceptors.call_record import CallObserver, CallRecordInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
 from photon_grpc.server.model_info import ModelServicer
 from photon_grpc.server.reflection import add_reflection
@@ -123,10 +124,16 @@ class Server:
     and probes read NOT_SERVING.
     """
 
-    def __init__(self, front_door: FrontDoor, options: Options) -> None:
-        """Raises ConfigError for options that would expose an unprotected listener."""
+    def __init__(
+        self, front_door: FrontDoor, options: Options, *, call_observers: Sequence[CallObserver] = ()
+    ) -> None:
+        """Raises ConfigError for options that would expose an unprotected listener.
+
+        `call_observers` hear of every call that has ended, before its log line is written.
+        """
         check_options(options.server)
         self._options = options
+        self._call_observers = (*call_observers, log_call)
         self._calls = Calls(options.limits)
         self._health = HealthServicer()
         self._inference = InferenceServicer(front_door, self._calls, options.limits)
@@ -220,7 +227,7 @@ class Server:
         max_running = options.scheduler.max_num_seqs or MOST_RUNNING
         max_admitted = max_running + options.limits.max_queued_requests
         listener = grpc.aio.server(
-            interceptors=(CallLogInterceptor(), ErrorInterceptor()),
+            interceptors=(CallRecordInterceptor(self._call_observers), ErrorInterceptor()),
             options=channel_options(options.server, options.limits, max_admitted),
         )
         add_services(listener)

@@ -157,6 +157,11 @@ def is_foreseen(error: BaseException) -> bool:
     return row is not None and row is not TABLE[errors.InternalError]
 
 
+def reason_of(error: BaseException) -> str:
+    """The reason that `to_status` tells of `error`."""
+    return (find_row(type(error)) or TABLE[errors.InternalError]).reason
+
+
 def to_status(error: BaseException, request_id: str) -> RpcStatus:
     """The status and trailers that `error` ends its call with.
 

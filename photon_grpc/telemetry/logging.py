@@ -1,13 +1,15 @@
 """How log records look and where they go: structlog over the standard library, on standard error.
 
 Records of other libraries pass through the same formatter, so that a JSON log is JSON to its last
-line. Prompts, completions and token text never go into a record; that is the rule of the callers.
-Configured once by the command line, before any other thread starts; a program that uses the package as
-a library keeps its own logging.
+line. Prompts, completions and token text never go into a record; that is the rule of the callers. A record
+is put into words on the thread that makes it and written by one of its own (`log_sink.py`): logging never
+blocks. Configured once by the command line, before any other thread starts; a program that uses the
+package as a library keeps its own logging.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from typing import TextIO
@@ -17,8 +19,12 @@ import structlog.tracebacks
 from structlog.typing import Processor
 
 from photon_grpc.options import TelemetryOptions
+from photon_grpc.telemetry.log_sink import LogSink
 
-__all__ = ["configure_logging"]
+__all__ = ["configure_logging", "flush_logs", "num_dropped_records"]
+
+# How long a process that leaves waits for a reader that does not read.
+_EXIT_FLUSH_S = 2.0
 
 # Libraries that report at INFO what is of no interest to an operator of this service.
 _QUIET = ("asyncio", "filelock", "httpcore", "httpx", "huggingface_hub", "matplotlib", "transformers")
@@ -33,7 +39,8 @@ _TRACEBACKS_WITHOUT_LOCALS = structlog.processors.ExceptionRenderer(
 def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -> None:
     """Send structlog's and the standard library's records to `stream` (standard error) in one format.
 
-    Calling it again replaces the earlier configuration.
+    Calling it again replaces the earlier configuration. What is not written when the process leaves gets
+    two seconds for it.
     """
     target = sys.stderr if stream is None else stream
     as_json = options.log_format == "json" or (options.log_format == "auto" and not target.isatty())
@@ -59,13 +66,12 @@ def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
     )
-    handler = _ForgivingHandler(target)
-    handler.setFormatter(formatter)
     root = logging.getLogger()
     for old in root.handlers[:]:
-        if isinstance(old, _ForgivingHandler):
+        if isinstance(old, _SinkHandler):
             root.removeHandler(old)
-    root.addHandler(handler)
+            old.close()
+    root.addHandler(_SinkHandler(target, formatter))
     root.setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
@@ -84,13 +90,46 @@ def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -
     )
 
 
-class _ForgivingHandler(logging.StreamHandler[TextIO]):
-    """A reader that has gone away costs its log lines, not the service or more noise on the stream."""
+def flush_logs(timeout_s: float = _EXIT_FLUSH_S) -> bool:
+    """Wait until every record made so far is written; False if that took longer than `timeout_s`."""
+    return all(handler.sink.flush(timeout_s) for handler in _sink_handlers())
+
+
+def num_dropped_records() -> int:
+    """Records that were not written because standard error did not take them. Any thread."""
+    return sum(handler.sink.num_dropped for handler in _sink_handlers())
+
+
+def _sink_handlers() -> list[_SinkHandler]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, _SinkHandler)]
+
+
+class _SinkHandler(logging.Handler):
+    """Puts records into words and the words into a sink of its own."""
+
+    def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.sink = LogSink(stream, self._notice)
+        atexit.register(self.close)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.sink.put(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - logging must not fail its caller; told as what it is, a lost record
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, (BrokenPipeError, ValueError)) and (
-            isinstance(error, BrokenPipeError) or self.stream.closed
-        ):
-            return
-        super().handleError(record)
+        """Count a record that cannot be put into words; the library would write to the stream itself."""
+        self.sink.count_dropped()
+
+    def close(self) -> None:
+        """Write what is left, for at most two seconds. May be called twice."""
+        atexit.unregister(self.close)
+        self.sink.close(_EXIT_FLUSH_S)
+        super().close()
+
+    def _notice(self, num_dropped: int) -> str:
+        record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "log records dropped", (), None)
+        record.num_dropped = num_dropped
+        return self.format(record) + "\n"

@@ -1,9 +1,10 @@
 """What Prometheus sees: names and meanings as vLLM's, under our prefix `photon_`.
 
 The engine's figures come as snapshots after each step. A snapshot is only kept, and turned into
-samples when somebody scrapes, so that a step costs one assignment. Finished requests are observed one
-by one. Knows numbers only: no text, no tenant, no request id. `observe_*` are called on the event
-loop; scrapes run on the threads of the exposition server.
+samples when somebody scrapes, so that a step costs one assignment. Finished requests and calls are
+observed one by one; what `watch_*` is given is read when somebody scrapes. Knows numbers only: no text, no
+tenant, no request id. `observe_*` are called on the event loop; scrapes run on the threads of the
+exposition server.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from photon_grpc.errors import ListenError
+from photon_grpc.telemetry.call_record import CallRecord
 from photon_grpc.types import FinishReason, Timings, Usage
 
 __all__ = ["EngineSnapshot", "Metrics", "MetricsServer"]
@@ -29,6 +31,31 @@ _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
 _TOKEN_GAP_FINE = (0.0005, 0.001, 0.002, 0.004, 0.007)
 _TOKEN_GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _DURATION = tuple(0.01 * 2**n for n in range(14))
+_STEP = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_TOKENS = tuple(float(2**n) for n in range(18))
+_TOKENS_OF_STEP = _TOKENS[:15]
+
+# By the reason of the error, as in its ErrorInfo. Refusals of calls that the engine did not take ...
+_SHED = (
+    "OVERLOADED",
+    "QUOTA_EXCEEDED",
+    "DEADLINE_UNREACHABLE",
+    "DEADLINE_TOO_SHORT",
+    "STARTING",
+    "DRAINING",
+    "ENGINE_DEAD",
+)
+# ... and who ended one that it had taken; "" is a client that left, or whose deadline passed.
+_CANCELLED_BY = {
+    "": "client",
+    "CLIENT_STALLED": "server",
+    "DRAINING": "server",
+    "ABORTED_BY_OPERATOR": "operator",
+    "QUEUE_TIMEOUT": "deadline",
+    "FIRST_TOKEN_TIMEOUT": "deadline",
+    "MAX_DURATION": "deadline",
+}
+_CANCELLED_STATES = ("waiting", "generating")
 
 
 class EngineSnapshot(Protocol):
@@ -110,12 +137,12 @@ def _families(snapshot: EngineSnapshot) -> Iterator[Metric]:
         yield CounterMetricFamily(name, text, value=read(snapshot))
 
 
-class _TokenGapCollector(Collector):
-    """The histogram of gaps between tokens, which has a sample for every token that goes out.
+class _LoopHistogram(Collector):
+    """A histogram of what happens with every token that goes out, or every step.
 
-    The library's histogram takes two locks per sample, a good part of what a token costs on the event
-    loop. Here one thread writes; a scrape that falls between the two lines of `observe` is off by one
-    observation until the next.
+    The library's takes two locks per sample, a good part of what a token costs on the event loop. Here
+    one thread writes; a scrape that falls between the two lines of `observe` is off by one observation
+    until the next.
     """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
@@ -125,16 +152,31 @@ class _TokenGapCollector(Collector):
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """`num_tokens` gaps that take `seconds` together."""
-        self._counts[bisect_left(self._bounds, seconds / num_tokens)] += num_tokens
-        self._sum += seconds
+    def observe(self, total: float, count: int = 1) -> None:
+        """`count` equal observations that make `total` together."""
+        self._counts[bisect_left(self._bounds, total / count)] += count
+        self._sum += total
 
     def collect(self) -> Iterable[Metric]:
         cumulative = accumulate(tuple(self._counts))
         labels = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = [(label, float(count)) for label, count in zip(labels, cumulative, strict=True)]
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
+class _Watched(Collector):
+    """A figure that is asked for at each scrape, on the thread of the scrape."""
+
+    def __init__(
+        self, family: Callable[..., Metric], name: str, text: str, read: Callable[[], float]
+    ) -> None:
+        self._family = family
+        self._name = name
+        self._text = text
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._family(self._name, self._text, value=self._read())
 
 
 class Metrics:
@@ -159,21 +201,123 @@ class Metrics:
         self._first_token = self._histogram(
             "photon_time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN
         )
-        self._token_gap = _TokenGapCollector(
+        self._token_gap = self._loop_histogram(
             "photon_inter_token_latency_seconds",
             "Time between successive tokens of one completion.",
             _TOKEN_GAP_FINE + _TOKEN_GAP,
         )
-        self.registry.register(self._token_gap)
+        self._step_seconds = self._loop_histogram(
+            "photon_step_seconds", "One step of the engine: planning, model, sampling.", _STEP
+        )
+        self._step_tokens = self._loop_histogram(
+            "photon_iteration_tokens_total",
+            "Tokens that one step computed, of prompts and of outputs.",
+            _TOKENS_OF_STEP,
+        )
         self._end_to_end = self._histogram(
             "photon_e2e_request_latency_seconds", "Arrival to last token.", _DURATION
         )
         self._queue = self._histogram(
             "photon_request_queue_time_seconds", "Arrival to first scheduling.", _DURATION
         )
+        self._prefill = self._histogram(
+            "photon_request_prefill_time_seconds", "First scheduling to first token.", _DURATION
+        )
+        self._decode = self._histogram(
+            "photon_request_decode_time_seconds", "First token to last token.", _DURATION
+        )
+        self._prompt_tokens = self._histogram(
+            "photon_request_prompt_tokens", "Tokens of the prompt of one request.", _TOKENS
+        )
+        self._output_tokens = self._histogram(
+            "photon_request_generation_tokens", "Tokens that one request generated.", _TOKENS
+        )
+        self._rpc = self._histogram(
+            "photon_rpc_seconds", "Duration of one call, by method and status.", _DURATION, "method", "code"
+        )
+        self._shed = self._counter(
+            "photon_shed", "Calls refused before the engine took them, by reason.", "reason"
+        )
+        for reason in _SHED:
+            self._shed.labels(reason.lower())
+        self._cancelled = self._counter(
+            "photon_cancelled",
+            "Generations ended from outside, by whom, and before (waiting) or after the first token.",
+            "by",
+            "state",
+        )
+        for by in set(_CANCELLED_BY.values()):
+            for state in _CANCELLED_STATES:
+                self._cancelled.labels(by, state)
+        self._slow_consumers = self._counter(
+            "photon_slow_consumer_aborts", "Calls ended because the client did not read."
+        )
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, text, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _loop_histogram(self, name: str, text: str, bounds: Sequence[float]) -> _LoopHistogram:
+        histogram = _LoopHistogram(name, text, bounds)
+        self.registry.register(histogram)
+        return histogram
+
+    def _watch(self, family: Callable[..., Metric], name: str, text: str, read: Callable[[], float]) -> None:
+        self.registry.register(_Watched(family, name, text, read))
+
+    def watch_engine(self, heartbeat_age: Callable[[], float], unread_tokens: Callable[[], int]) -> None:
+        """Expose how long the engine has kept work waiting, and the tokens that streams hold. Once."""
+        self._watch(
+            GaugeMetricFamily,
+            "photon_engine_heartbeat_age_seconds",
+            "For how long the engine has had work and made no step.",
+            heartbeat_age,
+        )
+        self._watch(
+            GaugeMetricFamily,
+            "photon_stream_queue_depth",
+            "Tokens that the engine has produced and no stream has taken yet.",
+            unread_tokens,
+        )
+
+    def watch_loop(self, lag: Callable[[], float]) -> None:
+        """Expose how late the event loop is. Once."""
+        self._watch(
+            GaugeMetricFamily,
+            "photon_event_loop_lag_seconds",
+            "How late the event loop ran what was due, the worst of the last 30 seconds.",
+            lag,
+        )
+
+    def watch_spans(self, dropped: Callable[[], int]) -> None:
+        """Expose how many spans were dropped. Once."""
+        self._watch(
+            CounterMetricFamily,
+            "photon_spans_dropped",
+            "Spans that did not reach the collector.",
+            dropped,
+        )
+
+    def watch_log(self, dropped: Callable[[], int]) -> None:
+        """Expose how many log records were dropped. Once."""
+        self._watch(
+            CounterMetricFamily,
+            "photon_log_records_dropped",
+            "Log records that standard error did not take.",
+            dropped,
+        )
+
+    def set_cache_config(self, *, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
+        """Expose what the KV cache is made of. Once, when it is known."""
+        Info("photon_cache_config", "The KV cache.", registry=self.registry).info(
+            {
+                "num_blocks": str(num_blocks),
+                "block_size": str(block_size),
+                "enable_prefix_caching": str(prefix_caching),
+            }
+        )
 
     def observe_step(self, snapshot: EngineSnapshot) -> None:
         """Keep the engine's latest snapshot. Constant time; called after every step."""
@@ -181,16 +325,38 @@ class Metrics:
 
     def observe_tokens(self, num_tokens: int, seconds: float) -> None:
         """`num_tokens` of one completion came `seconds` after the ones before them."""
-        self._token_gap.observe(num_tokens, seconds)
+        self._token_gap.observe(seconds, num_tokens)
+
+    def observe_iteration(self, num_tokens: int, seconds: float) -> None:
+        """The engine has computed `num_tokens` in a step of `seconds`."""
+        self._step_tokens.observe(num_tokens)
+        self._step_seconds.observe(seconds)
 
     def observe_finished(self, reasons: Sequence[FinishReason], usage: Usage, timings: Timings) -> None:
         """A request ended well, with one reason per completion."""
         for reason in reasons:
             self._by_reason[reason].inc()
         self._queue.observe(timings.queue)
+        self._prompt_tokens.observe(usage.prompt_tokens)
+        self._output_tokens.observe(usage.output_tokens)
         self._end_to_end.observe(timings.total)
         if usage.output_tokens:
             self._first_token.observe(timings.first_token)
+            self._prefill.observe(timings.prefill)
+            self._decode.observe(timings.decode)
+
+    def observe_call(self, call: CallRecord) -> None:
+        """A call has ended, however it did."""
+        self._rpc.labels(call.method, call.code).observe(call.seconds)
+        if call.reason == "CLIENT_STALLED":
+            self._slow_consumers.inc()
+        generation = call.generation
+        if generation is None:
+            if call.reason in _SHED:
+                self._shed.labels(call.reason.lower()).inc()
+        elif call.code != "OK" and call.reason in _CANCELLED_BY:
+            state = "generating" if generation.has_first_token else "waiting"
+            self._cancelled.labels(_CANCELLED_BY[call.reason], state).inc()
 
 
 class MetricsServer:

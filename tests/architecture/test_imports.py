@@ -88,7 +88,10 @@ ROOMS: dict[str, Room] = {
 GUARDED: dict[str, frozenset[str]] = {
     "threading": frozenset({"engine.thread", "engine.watchdog", "telemetry", "llm"}),
     "asyncio": frozenset(
-        {"engine.client", "engine.process", "frontend", "server", "app", "cli", "client", "bench", "llm"}
+        {
+            *("engine.client", "engine.process", "frontend", "server", "telemetry.loop_lag"),
+            *("app", "cli", "client", "bench", "llm"),
+        }
     ),
     "multiprocessing": frozenset(),
     "subprocess": frozenset({"engine.process"}),
@@ -108,6 +111,7 @@ DEFERRED = {
     "models.registry",
     "runner.backend",
     "kernels",
+    "telemetry.otlp",
 }
 
 

@@ -121,8 +121,8 @@ def test_backends_are_the_extras_of_the_package() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (torch, package) = texts("build", "RUN")[1:]
     (choice,) = re.findall(r"^ *([a-z0-9|]+)\) grep", torch, flags=re.MULTILINE)
-    assert set(choice.split("|")) == set(extras) - {"dev"}
-    assert 'extra="[$BACKEND]"' in package
+    assert set(choice.split("|")) == set(extras) - {"dev", "otlp"}
+    assert 'extra="[otlp,$BACKEND]"' in package
 
 
 @pytest.mark.parametrize("stage_name", ["build", "runtime"])

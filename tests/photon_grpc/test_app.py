@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,15 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 import photon_grpc.app
 from photon_grpc.app import RunningService, serve
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
-from photon_grpc.options import ModelOptions, Options
+from photon_grpc.options import ModelOptions, Options, TelemetryOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.scheduler.output import ModelOutput
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.builders import model_info
 from tests.support.grpc_harness import quick_options
@@ -87,6 +91,102 @@ async def test_serve_answers_and_ends_with_zero_on_a_signal(
     assert 'photon_request_success_total{finished_reason="max_tokens"} 1.0' in page
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running.exit_code == 0
+
+
+async def page_of(port: int) -> dict[str, float]:
+    """A scrape of the running server."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page = (await reader.read()).decode().partition("\r\n\r\n")[2]
+    writer.close()
+    await writer.wait_closed()
+    return {
+        sample.name + "".join(f"{{{k}={v}}}" for k, v in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+
+
+async def page_with(port: int, name: str) -> dict[str, float]:
+    """The first scrape in which the sample `name` is not 0."""
+    for _ in range(1000):
+        page = await page_of(port)
+        if page[name]:
+            return page
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{name} stays 0")
+
+
+async def test_a_scrape_tells_what_became_of_every_call(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+
+    class Held(ScriptedRunner):
+        """Brings one token of its third request, then holds the engine."""
+
+        def collect(self) -> ModelOutput:
+            output = super().collect()
+            if output.step > 8:
+                held.wait(20)
+            return output
+
+    scripted(monkeypatch, lambda: Held(model_info()))
+    running = Running(options_for(folder))
+    service = await running.service()
+    assert service.metrics_port
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        for _ in range(2):
+            await stub.Generate(request(4))
+        read = await page_of(service.metrics_port)
+        method = "{method=photon.v1.InferenceService/%s}"
+        assert read["photon_rpc_seconds_count{code=OK}" + method % "Generate"] == 2
+        assert read["photon_request_prompt_tokens_sum"] == 6
+        assert read["photon_request_generation_tokens_sum"] == 8
+        # The second prompt is in the prefix cache but for what must be computed to go on.
+        assert read["photon_iteration_tokens_total_sum"] >= 6
+        assert read["photon_iteration_tokens_total_count"] == read["photon_step_seconds_count"] == 8
+        assert read["photon_engine_heartbeat_age_seconds"] == 0
+        assert read["photon_stream_queue_depth"] == 0
+        assert 0 <= read["photon_event_loop_lag_seconds"] < 20
+        assert any(name.startswith("photon_cache_config_info{block_size=") for name in read)
+
+        streamed = inference_pb2.StreamGenerateRequest(spec=request(50).spec)
+        waits = stub.StreamGenerate(streamed)
+        refused = inference_pb2.GenerateRequest(spec=request(4).spec)
+        refused.spec.sampling.top_p = 7.0
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Generate(refused)
+        await page_with(service.metrics_port, "photon_engine_heartbeat_age_seconds")
+        waits.cancel()
+        read = await page_with(service.metrics_port, "photon_cancelled_total{by=client}{state=waiting}")
+        assert read["photon_rpc_seconds_count{code=INVALID_ARGUMENT}" + method % "Generate"] == 1
+        assert read["photon_rpc_seconds_count{code=CANCELLED}" + method % "StreamGenerate"] == 1
+        held.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running.exit_code == 0
+
+
+async def test_a_collector_that_never_answers_holds_up_neither_calls_nor_the_exit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda: ScriptedRunner(model_info()))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        options = options_for(folder)
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        options = replace(options, telemetry=TelemetryOptions(otlp_endpoint=endpoint))
+        running = Running(options)
+        service = await running.service()
+        assert service.metrics_port
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            for _ in range(20):
+                await stub.Generate(request(2), timeout=20)
+        assert (await page_of(service.metrics_port))["photon_spans_dropped_total"] >= 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert await running.exit_code == 0
 
 
 async def test_the_engine_s_death_reaches_every_call_and_the_exit_code(

@@ -182,6 +182,7 @@ def test_a_stated_budget_must_let_every_stated_row_decode() -> None:
         "limits.default_deadline_s=901",
         "limits.max_text_bytes=2MiB",
         "telemetry.log_level=loud",
+        "telemetry.otlp_endpoint=collector:4317",
     ],
 )
 def test_values_out_of_range_are_refused(assignment: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
 
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions, Options, ServerOptions
+from photon_grpc.server.interceptors.call_record import CallObserver
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.v1 import control_pb2_grpc, inference_pb2_grpc, model_pb2_grpc
 
@@ -73,9 +74,11 @@ def open_channel(port: int, **arguments: int) -> grpc.aio.Channel:
 
 
 @asynccontextmanager
-async def running_server(front_door: FrontDoor, options: Options | None = None) -> AsyncIterator[Harness]:
+async def running_server(
+    front_door: FrontDoor, options: Options | None = None, call_observers: Sequence[CallObserver] = ()
+) -> AsyncIterator[Harness]:
     """A serving server, stopped at the end."""
-    server = Server(front_door, options or quick_options())
+    server = Server(front_door, options or quick_options(), call_observers=call_observers)
     ports = await server.start()
     server.set_serving()
     public = open_channel(ports.public)

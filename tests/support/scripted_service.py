@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import Options
 from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.server.interceptors.call_record import CallObserver
 from photon_grpc.telemetry.metrics import Metrics
 from tests.support.builders import model_info
 from tests.support.grpc_harness import Harness, quick_options, running_server
@@ -24,7 +25,11 @@ _VOCAB_SIZE = 512
 
 @asynccontextmanager
 async def scripted_service(
-    folder: Path, options: Options | None = None, *, step_s: float = 0.0
+    folder: Path,
+    options: Options | None = None,
+    *,
+    step_s: float = 0.0,
+    call_observers: Sequence[CallObserver] = (),
 ) -> AsyncIterator[Harness]:
     """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer."""
     options = options or quick_options()
@@ -45,7 +50,7 @@ async def scripted_service(
         await engine.start()
         generator.activate(tokenizer, ChatRenderer(tokenizer))
         try:
-            async with running_server(generator, options) as harness:
+            async with running_server(generator, options, call_observers) as harness:
                 yield harness
         finally:
             await engine.stop()

@@ -17,18 +17,19 @@ import grpc
 
 from photon_grpc.v1 import control_pb2, control_pb2_grpc
 
-_READY = re.compile(r"serving \S+ at (\S+) \(admin (\S+)\)")
+_READY = re.compile(r"serving \S+ at (\S+) \(admin ([^\s,)]+)(?:, metrics ([^\s,)]+))?\)")
 _START_S = 60.0
 _STOP_S = 20.0
 
 
 @dataclass
 class ServerProcess:
-    """Addresses of a running server, and its process."""
+    """Addresses of a running server, and its process. `metrics` is None for a server without."""
 
     process: subprocess.Popen[str]
     address: str
     admin: str
+    metrics: str | None
     log: Path
 
     def load(self) -> control_pb2.GetLoadResponse:
@@ -56,8 +57,13 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(folder: Path, log: Path, **settings: object) -> Iterator[ServerProcess]:
-    """`photon-grpc serve` on free loopback ports; `settings` are `section__key=value`."""
+def server_process(
+    folder: Path, log: Path, *, stderr: int = subprocess.STDOUT, **settings: object
+) -> Iterator[ServerProcess]:
+    """`photon-grpc serve` on free loopback ports; `settings` are `section__key=value`.
+
+    `log` gets what it writes, but for `stderr` where that is a descriptor.
+    """
     values = {
         "server.port": 0,
         "server.admin_port": 0,
@@ -69,7 +75,7 @@ def server_process(folder: Path, log: Path, **settings: object) -> Iterator[Serv
     for key, value in values.items():
         arguments += ["--set", f"{key}={value}"]
     with log.open("w") as sink:
-        process = subprocess.Popen(arguments, stdout=sink, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(arguments, stdout=sink, stderr=stderr, text=True)
     try:
         yield ServerProcess(process, *_wait_until_ready(process, log), log)
     finally:
@@ -78,11 +84,11 @@ def server_process(folder: Path, log: Path, **settings: object) -> Iterator[Serv
         process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
+def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str, str | None]:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
         if match := _READY.search(log.read_text()):
-            return match[1], match[2]
+            return match[1], match[2], match[3]
         time.sleep(0.05)
     raise AssertionError(f"the server did not start: {log.read_text()[-4000:]}")
 

@@ -16,7 +16,8 @@ import grpc
 import structlog
 
 from photon_grpc.server.deserialize import Behavior
-from photon_grpc.server.status import REQUEST_ID_KEY, is_foreseen, to_status
+from photon_grpc.server.status import REQUEST_ID_KEY, is_foreseen, reason_of, to_status
+from photon_grpc.telemetry.call_record import current_call
 
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = structlog.get_logger(__name__)
@@ -57,6 +58,9 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
             raise  # a status that is already sent
         except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
             request_id = request_id_of(context)
+            record = current_call.get()
+            if record is not None:
+                record.reason = reason_of(error)
             if not is_foreseen(error):
                 _log.error("call failed", method=method, request_id=request_id, exc_info=error)
             await context.abort_with_status(to_status(error, request_id))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +17,7 @@ import pytest
 import structlog
 
 from photon_grpc.options import TelemetryOptions
-from photon_grpc.telemetry.logging import configure_logging
+from photon_grpc.telemetry.logging import configure_logging, flush_logs, num_dropped_records
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +25,8 @@ def restore_logging() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
@@ -34,6 +40,7 @@ def configure(**options: str) -> io.StringIO:
 
 
 def records(stream: io.StringIO) -> list[dict[str, Any]]:
+    assert flush_logs()
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
@@ -87,6 +94,7 @@ def test_auto_is_json_off_a_terminal_and_words_on_one() -> None:
     terminal = Terminal()
     configure_logging(TelemetryOptions(), terminal)
     structlog.get_logger().info("hello", port=7)
+    assert flush_logs()
     assert "hello" in terminal.getvalue()
     assert not terminal.getvalue().startswith("{")
 
@@ -119,10 +127,14 @@ def test_a_reader_that_has_gone_away_does_not_hurt(capsys: pytest.CaptureFixture
 
     configure_logging(TelemetryOptions(log_format="json"), BrokenPipe())
     structlog.get_logger().info("into the void")
+    assert flush_logs()
+    assert num_dropped_records() == 1
     closed = io.StringIO()
     configure_logging(TelemetryOptions(log_format="json"), closed)
     closed.close()
     structlog.get_logger().info("into the void")
+    assert flush_logs()
+    assert num_dropped_records() == 1
     assert capsys.readouterr().err == ""
 
 
@@ -139,5 +151,75 @@ def test_tracebacks_do_not_show_local_variables(log_format: str) -> None:
         fail(prompt_text)
     except RuntimeError:
         structlog.get_logger("x").exception("step failed")
+    assert flush_logs()
     assert "14 characters are too many" in stream.getvalue()
     assert "whispered" not in stream.getvalue()
+
+
+def test_a_reader_that_does_not_read_costs_records_and_no_time() -> None:
+    """More than queue and pipe hold go nowhere; the count and, once it reads on, a record say how many."""
+    reading, writing = os.pipe()
+    num_records = 20_000
+    with os.fdopen(reading) as reader, os.fdopen(writing, "w") as writer:
+        configure_logging(TelemetryOptions(log_format="json"), writer)
+        log = structlog.get_logger()
+        for number in range(num_records):
+            log.info("line", number=number)
+        assert not flush_logs(0.05)
+        dropped = num_dropped_records()
+        assert 0 < dropped < num_records
+        read: list[dict[str, Any]] = []
+        while "num_dropped" not in (record := json.loads(reader.readline())):
+            read.append(record)
+        assert (record["event"], record["level"]) == ("log records dropped", "warning")
+        # The first ones are there, in order and none twice.
+        assert [record["number"] for record in read] == list(range(len(read)))
+        thread = threading.Thread(target=reader.read)
+        thread.start()
+        assert flush_logs(20)
+        logging.getLogger().handlers[-1].close()
+        writer.close()
+        thread.join(20)
+
+
+def test_a_record_that_cannot_be_put_into_words_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = configure(log_format="json")
+    # Past the other handlers of a test run, which would raise.
+    (ours,) = [h for h in logging.getLogger().handlers if type(h).__module__.startswith("photon_grpc")]
+    ours.handle(logging.LogRecord("theirs", logging.WARNING, "", 0, "%d apples", ("many",), None))
+    logging.getLogger("theirs").warning("fine")
+    assert [record["event"] for record in records(stream) if "num_dropped" not in record] == ["fine"]
+    assert num_dropped_records() == 1
+    assert capsys.readouterr().err == ""
+
+
+_BLOCKED_AT_EXIT = """
+import structlog
+from photon_grpc.options import TelemetryOptions
+from photon_grpc.telemetry.logging import configure_logging
+configure_logging(TelemetryOptions(log_format="json"))
+for number in range(20_000):
+    structlog.get_logger().info("line", number=number)
+print("left", flush=True)
+"""
+
+
+def test_a_process_leaves_though_nobody_reads_its_log() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BLOCKED_AT_EXIT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "left\n"
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_was_logged_last_is_written_before_a_process_ends() -> None:
+    program = _BLOCKED_AT_EXIT.replace("20_000", "50")
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert [json.loads(line)["number"] for line in ended.stderr.splitlines()] == list(range(50))

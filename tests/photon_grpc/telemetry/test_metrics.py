@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.errors import ListenError
+from photon_grpc.telemetry.call_record import CallRecord, GenerationRecord
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
 from photon_grpc.types import FinishReason, Timings, Usage
+from tests.support.fake_front_door import EFFECTIVE
 
 STATS = EngineStats(
     running=3,
@@ -103,6 +105,12 @@ def test_finished_requests_are_counted_by_reason() -> None:
     assert read["photon_time_to_first_token_seconds_bucket{le=0.5}"] == 2
     assert read["photon_e2e_request_latency_seconds_sum"] == pytest.approx(3.0)
     assert read["photon_request_queue_time_seconds_count"] == 2
+    assert read["photon_request_prefill_time_seconds_sum"] == pytest.approx(0.2)
+    assert read["photon_request_decode_time_seconds_sum"] == pytest.approx(2.0)
+    assert read["photon_request_prompt_tokens_sum"] == 8
+    assert read["photon_request_prompt_tokens_bucket{le=4.0}"] == 2
+    assert read["photon_request_generation_tokens_sum"] == 18
+    assert read["photon_request_generation_tokens_bucket{le=8.0}"] == 0
 
 
 def test_a_request_without_output_has_no_first_token() -> None:
@@ -111,6 +119,7 @@ def test_a_request_without_output_has_no_first_token() -> None:
     metrics.observe_finished([FinishReason.TIME_LIMIT], Usage(4, 0, 0), timings)
     read = scrape(metrics)
     assert read["photon_time_to_first_token_seconds_count"] == 0
+    assert read["photon_request_decode_time_seconds_count"] == 0
     assert read["photon_e2e_request_latency_seconds_count"] == 1
 
 
@@ -123,6 +132,93 @@ def test_a_merged_delta_counts_each_of_its_tokens() -> None:
     assert read["photon_inter_token_latency_seconds_sum"] == pytest.approx(0.403)
     assert read["photon_inter_token_latency_seconds_bucket{le=0.004}"] == 1
     assert read["photon_inter_token_latency_seconds_bucket{le=0.1}"] == 5
+
+
+def test_each_step_is_counted_with_its_tokens_and_its_seconds() -> None:
+    metrics = Metrics("1")
+    metrics.observe_iteration(300, 0.03)
+    metrics.observe_iteration(8, 0.001)
+    read = scrape(metrics)
+    assert read["photon_iteration_tokens_total_count"] == 2
+    assert read["photon_iteration_tokens_total_sum"] == 308
+    assert read["photon_iteration_tokens_total_bucket{le=8.0}"] == 1
+    assert read["photon_step_seconds_sum"] == pytest.approx(0.031)
+    assert read["photon_step_seconds_bucket{le=0.001}"] == 1
+
+
+def call(code: str, reason: str = "", generation: GenerationRecord | None = None) -> CallRecord:
+    return CallRecord(
+        "photon.v1.InferenceService/Generate",
+        0.0,
+        seconds=0.5,
+        code=code,
+        reason=reason,
+        generation=generation,
+    )
+
+
+def generating(*, has_first_token: bool = True) -> GenerationRecord:
+    return GenerationRecord(
+        0.0, "", "tiny", is_chat=False, effective=EFFECTIVE, has_first_token=has_first_token
+    )
+
+
+def test_calls_are_counted_by_method_and_status() -> None:
+    metrics = Metrics("1")
+    metrics.observe_call(call("OK", generation=generating()))
+    metrics.observe_call(call("OK", generation=generating()))
+    metrics.observe_call(call("INVALID_ARGUMENT", "INVALID_FIELD"))
+    read = scrape(metrics)
+    labels = "{code=%s}{method=photon.v1.InferenceService/Generate}"
+    assert read["photon_rpc_seconds_count" + labels % "OK"] == 2
+    assert read["photon_rpc_seconds_sum" + labels % "OK"] == 1.0
+    assert read["photon_rpc_seconds_count" + labels % "INVALID_ARGUMENT"] == 1
+    assert not any(
+        read[name] for name in read if name.startswith(("photon_shed_total", "photon_cancelled_total"))
+    )
+
+
+def test_what_was_refused_is_shed_and_what_was_cut_off_is_cancelled() -> None:
+    metrics = Metrics("1")
+    assert scrape(metrics)["photon_shed_total{reason=overloaded}"] == 0
+    metrics.observe_call(call("UNAVAILABLE", "OVERLOADED"))
+    metrics.observe_call(call("UNAVAILABLE", "DRAINING"))
+    metrics.observe_call(call("UNAVAILABLE", "DRAINING", generating()))
+    metrics.observe_call(call("CANCELLED", generation=generating()))
+    metrics.observe_call(call("CANCELLED", generation=generating(has_first_token=False)))
+    metrics.observe_call(call("ABORTED", "ABORTED_BY_OPERATOR", generating()))
+    metrics.observe_call(call("ABORTED", "CLIENT_STALLED", generating()))
+    metrics.observe_call(call("DEADLINE_EXCEEDED", "QUEUE_TIMEOUT", generating(has_first_token=False)))
+    # The fault of one request: nobody ended it.
+    metrics.observe_call(call("INTERNAL", "REQUEST_FAULT", generating()))
+    read = scrape(metrics)
+    assert {k: v for k, v in read.items() if k.startswith("photon_shed_total") and v} == {
+        "photon_shed_total{reason=overloaded}": 1,
+        "photon_shed_total{reason=draining}": 1,
+    }
+    assert {k: v for k, v in read.items() if k.startswith("photon_cancelled_total") and v} == {
+        "photon_cancelled_total{by=client}{state=generating}": 1,
+        "photon_cancelled_total{by=client}{state=waiting}": 1,
+        "photon_cancelled_total{by=operator}{state=generating}": 1,
+        "photon_cancelled_total{by=server}{state=generating}": 2,
+        "photon_cancelled_total{by=deadline}{state=waiting}": 1,
+    }
+    assert read["photon_slow_consumer_aborts_total"] == 1
+
+
+def test_what_is_watched_is_read_at_each_scrape() -> None:
+    metrics = Metrics("1")
+    figures = {"age": 1.5, "unread": 3, "lag": 0.25}
+    metrics.watch_engine(lambda: figures["age"], lambda: int(figures["unread"]))
+    metrics.watch_loop(lambda: figures["lag"])
+    metrics.set_cache_config(num_blocks=40, block_size=16, prefix_caching=True)
+    read = scrape(metrics)
+    assert read["photon_engine_heartbeat_age_seconds"] == 1.5
+    assert read["photon_stream_queue_depth"] == 3
+    assert read["photon_event_loop_lag_seconds"] == 0.25
+    assert read["photon_cache_config_info{block_size=16}{enable_prefix_caching=True}{num_blocks=40}"] == 1
+    figures["age"] = 60.0
+    assert scrape(metrics)["photon_engine_heartbeat_age_seconds"] == 60.0
 
 
 def test_two_registries_do_not_share() -> None:
