@@ -82,6 +82,10 @@ class EngineCore:
         """End everything."""
         self.scheduler.abort_all(failure, self._clock())
 
+    def flush_cache(self) -> int:
+        """Make every cached prefix unfindable; the number of blocks that nobody holds and that had one."""
+        return self.scheduler.kv.pool.forget_all()
+
     def step(self) -> StepOutputs:
         """Plan and launch one step; collect the oldest once the runner has enough under way.
 

@@ -17,10 +17,12 @@ from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.host import Deliver, RunnerFactory
 from photon_grpc.engine.messages import (
     Abort,
+    CacheFlushed,
     EngineMessage,
     EngineReady,
     EngineStopped,
     FailureKind,
+    FlushCache,
     LoadProgress,
     Shutdown,
     Submit,
@@ -85,6 +87,8 @@ def _serve(core: EngineCore, inbox: Inbox, deliver: Deliver) -> None:
                     core.submit(message)
                 case Abort():
                     core.abort(message)
+                case FlushCache(ticket):
+                    deliver(CacheFlushed(ticket, core.flush_cache()))
                 case Shutdown():
                     core.abort_all(FailureKind.DRAINING)
                     deliver(core.flush())
