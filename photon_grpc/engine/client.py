@@ -280,6 +280,8 @@ class AsyncEngine:
         self._last_ticket = 0
         self._flushes: dict[int, asyncio.Future[int]] = {}
         self._heartbeat = 0.0
+        # Since when there is work, where no step has been made since.
+        self._work_since = 0.0
         self._dead = False
         self._draining = False
 
@@ -312,6 +314,13 @@ class AsyncEngine:
     def heartbeat(self) -> float:
         """Monotonic moment of the latest step."""
         return self._heartbeat
+
+    def check_heartbeat(self, limit_s: float) -> None:
+        """Give the engine up if there is work and it has been silent for `limit_s`, whatever became of it."""
+        silent_s = time.monotonic() - max(self._heartbeat, self._work_since)
+        if self._num_live and not self._dead and silent_s > limit_s:
+            _log.error("engine_silent", seconds=round(silent_s, 1), live=self._num_live)
+            self._engine_stopped(EngineDeadError())
 
     @property
     def num_live_requests(self) -> int:
@@ -350,6 +359,8 @@ class AsyncEngine:
         stream = RequestStream(self, key, request_id, request.sampling.n)
         self._streams[key] = stream
         self._keys[request_id] = key
+        if not self._num_live:
+            self._work_since = time.monotonic()
         self._num_live += request.sampling.n
         self._host.post(Submit(key, request))
         return stream
@@ -388,7 +399,8 @@ class AsyncEngine:
             self._check_alive()
         self._last_ticket += 1
         ticket = self._last_ticket
-        answer = self._flushes[ticket] = loop.create_future()
+        answer: asyncio.Future[int] = loop.create_future()
+        self._flushes[ticket] = answer
         self._host.post(FlushCache(ticket))
         try:
             return await answer
@@ -436,6 +448,8 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._deliver, message)
 
     def _deliver(self, message: LoopMessage) -> None:
+        if self._dead:
+            return  # an engine that was given up, and that comes back after all
         match message:
             case StepOutputs():
                 self._deliver_step(message)

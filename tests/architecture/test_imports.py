@@ -66,8 +66,8 @@ ROOMS: dict[str, Room] = {
     "client": room("v1", "grpc grpc_health grpc_status google"),
     "bench": room("client"),
     "app": room(
-        "__version__ engine.client engine.host engine.messages engine.process engine.thread errors frontend "
-        "runner_factory server.server telemetry types",
+        "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
+        "errors frontend runner_factory server.server telemetry types",
         "structlog uvloop",
     ),
     "runner_factory": room("engine.host runner.base runner.factory telemetry.logging"),
