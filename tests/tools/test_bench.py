@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from photon_grpc.v1 import inference_pb2
-from tools.bench import host
+from tests.support.tiny_model import tiny_model_folder
+from tools.bench import engine, host
 from tools.bench.figures import CallRecord, Distribution, Objective, summarize
 from tools.bench.load import Load, poisson_arrivals, request_bytes, split
 from tools.bench.server_handle import CpuTimes
@@ -201,3 +203,10 @@ def test_the_host_benchmark_keeps_a_full_batch_decoding(prefix_caching: bool) ->
         parts = [row.median_us[name] for name in ("schedule", "update", "message")]
         assert all(0 < part < row.median_us["total"] * 1.5 for part in parts)
         assert row.p99_us["total"] >= row.median_us["total"] > 0
+
+
+def test_the_engine_benchmark_has_equal_tokens_on_both_sides(tmp_path: Path) -> None:
+    model = str(tiny_model_folder(tmp_path))
+    plan = engine.EnginePlan(model, "auto", batches=(1, 3), prompt_tokens=9, new_tokens=5, repeats=1)
+    rows = engine.run(plan, lambda text: None)
+    assert [(row.batch, row.same_rows) for row in rows] == [(1, (1, 1)), (3, (3, 3))]

@@ -28,7 +28,8 @@ from photon_grpc.app import model_folder
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import EngineRequest, Submit
 from photon_grpc.options import EngineOptions, KVCacheOptions, ModelOptions, Options, SchedulerOptions
-from photon_grpc.runner.factory import build_runner, resolve_dtype
+from photon_grpc.runner.backend import resolve_dtype
+from photon_grpc.runner.factory import build_runner
 from photon_grpc.types import EffectiveSampling, Finish
 
 __all__ = ["EnginePlan", "EngineRow", "draw", "print_table", "run"]
@@ -151,7 +152,7 @@ def photon(plan: EnginePlan, folder: Path) -> Side:
     """Our engine core and model runner, driven on this thread. Raises StartupError."""
     batch = max(plan.batches)
     options = Options(
-        model=ModelOptions(path=plan.model, dtype=plan.dtype),
+        model=ModelOptions(path=plan.model, dtype=plan.dtype, backend="cpu"),
         # Prompts never repeat, so nothing would be found; the other side hashes nothing either.
         cache=KVCacheOptions(kv_cache_memory_bytes=_KV_BYTES, prefix_caching=False),
         scheduler=SchedulerOptions(max_num_seqs=max(batch, 64)),
@@ -219,7 +220,7 @@ class _FirstToken(transformers.StoppingCriteria):  # type: ignore[misc]  # trans
 def hugging_face(plan: EnginePlan, folder: Path) -> Side:
     """`AutoModelForCausalLM.generate` with its usual settings, greedy."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=resolve_dtype(plan.dtype), local_files_only=True
+        folder, dtype=resolve_dtype(plan.dtype, "cpu"), local_files_only=True
     ).eval()
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 

@@ -36,12 +36,12 @@ class CpuTimes:
 
     @property
     def others(self) -> float:
-        """What neither the event loop nor the engine thread used."""
+        """What neither the event loop nor the engine used."""
         return self.process - self.event_loop - self.engine
 
     @property
     def front_end(self) -> float:
-        """Everything but the engine thread."""
+        """Everything but the engine."""
         return self.process - self.engine
 
     def __sub__(self, earlier: CpuTimes) -> CpuTimes:
