@@ -7,6 +7,7 @@ them, and taken down in the opposite one.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from photon_grpc.engine.host import Progress
 from photon_grpc.engine.messages import EngineReady
 from photon_grpc.engine.process import EngineProcess
 from photon_grpc.engine.thread import EngineThread
+from photon_grpc.engine.watchdog import LATE_S, STDERR, longest_step_s
 from photon_grpc.errors import ConfigError, ModelLoadError, PhotonError
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
@@ -40,6 +42,11 @@ from photon_grpc.telemetry.otlp import OtlpExport
 _log = structlog.get_logger(__name__)
 
 _ENGINE_STOP_S = 10.0
+# One that is dead has nothing to finish; its thread or process may hang.
+_DEAD_ENGINE_STOP_S = 2.0
+# From the engine's death to the end of the process at the latest, even if it hangs on the way.
+_LEAVE_S = 20.0
+_GUARD_INTERVAL_S = 1.0
 _DEMO_MODEL = Path(__file__).parent / "demo_model"
 # What a driver of NVIDIA's shows to a process that may use a GPU; the second is that of WSL.
 _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -107,7 +114,10 @@ class InferenceStack:
             on_iteration=metrics.observe_iteration,
             on_stopped=on_stopped,
             on_progress=progress,
-            make_host=EngineProcess if self._has_own_process else EngineThread,
+            make_host=partial(
+                EngineProcess if self._has_own_process else EngineThread,
+                step_timeout_s=options.engine.step_timeout_s,
+            ),
         )
         metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
         self._metrics = metrics
@@ -136,9 +146,9 @@ class InferenceStack:
         load = partial(Tokenizer.load, self._folder, spare_torch=self._has_own_process)
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, load)
 
-    async def stop(self) -> bool:
-        """End every request and the engine; False if it had to be given up."""
-        stopped = await self.engine.stop(_ENGINE_STOP_S)
+    async def stop(self, timeout_s: float = _ENGINE_STOP_S) -> bool:
+        """End every request and the engine; False if it had to be given up after `timeout_s`."""
+        stopped = await self.engine.stop(timeout_s)
         self._text_pool.shutdown(wait=False, cancel_futures=True)
         return stopped
 
@@ -178,6 +188,7 @@ async def serve(
     metrics.watch_log(num_dropped_records)
     lag.start()
     exposition: MetricsServer | None = None
+    guard: asyncio.Task[None] | None = None
     _on_signals(leave, server)
     ports = await server.start()
     try:
@@ -193,23 +204,49 @@ async def serve(
                 port=ports.public,
                 kv_tokens=engine.num_blocks * engine.block_size,
             )
+            guard = asyncio.create_task(_guard(stack.engine, options.engine.step_timeout_s))
             if ready is not None:
                 ready(RunningService(ports, exposition.port if exposition else None, engine))
             await leave.wait()
         if died:
             _log.error("engine died, leaving", error=str(died[0]))
+            _end_within(_LEAVE_S)
             await server.stop()
         else:
             await server.drain()
     finally:
+        if guard is not None:
+            guard.cancel()
+        _end_within(_LEAVE_S)
         await server.stop()
-        stopped = await stack.stop()
+        stopped = await stack.stop(_DEAD_ENGINE_STOP_S if died else _ENGINE_STOP_S)
+        faulthandler.cancel_dump_traceback_later()
         if exposition is not None:
             exposition.close()
         lag.stop()
         if otlp is not None:
             await asyncio.get_running_loop().run_in_executor(None, otlp.close)
     return 1 if died or not stopped else 0
+
+
+async def _guard(engine: AsyncEngine, step_timeout_s: float) -> None:
+    """Hold engine and event loop to their word for as long as the service runs.
+
+    An engine that says nothing for longer than a full step may take is dead, also if its own watchdog
+    cannot say so: its process may be frozen. A loop that does not come round ends the process.
+    """
+    if not step_timeout_s:
+        return
+    limit_s = longest_step_s(step_timeout_s) + LATE_S
+    while True:
+        _end_within(limit_s)
+        await asyncio.sleep(_GUARD_INTERVAL_S)
+        engine.check_heartbeat(limit_s)
+
+
+def _end_within(seconds: float) -> None:
+    """Write every stack and end the process with 1 after `seconds`; in place of what was set before."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
 
 async def _start_or_leave(
@@ -249,4 +286,7 @@ def run(
 ) -> int:
     """`serve` on a new uvloop event loop; the exit code. Raises StartupError."""
     code: int = uvloop.run(serve(options, ready=ready, progress=progress))
+    if code:
+        # The interpreter's own end can hang too, on a device that does.
+        _end_within(_LEAVE_S)
     return code

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from photon_grpc import __version__
 from photon_grpc.bench import LoadReport, percentile, run_load
-from photon_grpc.client import CallError, Client, Ending, Request, Tokens
+from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tokens
 from photon_grpc.config import Override, load_options, parse_assignment
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
@@ -82,6 +82,9 @@ ModelFlag = Annotated[
 AddressFlag = Annotated[
     str | None,
     typer.Option("--address", "-a", metavar="HOST:PORT", help="Call the server there.", show_default=False),
+]
+AdminAddressFlag = Annotated[
+    str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server's admin listener.")
 ]
 DtypeFlag = Annotated[
     str | None,
@@ -531,6 +534,63 @@ def health(
     print(f"{address} serves {served.model} (photon-grpc {served.version})")
 
 
+@app.command(rich_help_panel="Operate")
+def drain(
+    address: AdminAddressFlag = "127.0.0.1:50053",
+    grace_s: Annotated[
+        float | None,
+        typer.Option(
+            "--grace",
+            min=0.0,
+            help="End calls still in flight this many seconds after new ones are refused.",
+            show_default=False,
+        ),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take a drain back.")] = False,
+) -> None:
+    """Take a server out of service without ending it: not ready, then, after a while, refusing new calls."""
+    if undo and grace_s is not None:
+        raise typer.BadParameter("has no meaning with --undo", param_hint="--grace")
+    with ControlClient(address) as client:
+        in_flight = client.undo_drain() if undo else client.drain(grace_s)
+    print(f"{address} {'takes calls' if undo else 'drains'}, {in_flight} in flight")
+
+
+@app.command(rich_help_panel="Operate")
+def watch(
+    address: AdminAddressFlag = "127.0.0.1:50053",
+    interval_s: Annotated[
+        float | None,
+        typer.Option(
+            "--interval", min=0.1, help="Also print the load every so many seconds.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Print a server's state and load now and at every change, one line each, until it leaves."""
+    with ControlClient(address) as client, closing(client.watch(interval_s)) as states:
+        try:
+            for state in states:
+                _write(_state_line(state) + "\n")
+        except KeyboardInterrupt:
+            return
+
+
+@app.command(name="flush-cache", rich_help_panel="Operate")
+def flush_cache(
+    address: AdminAddressFlag = "127.0.0.1:50053",
+    wait_idle: Annotated[
+        bool, typer.Option("--wait-idle", help="First wait until no request lives.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.001, help="Seconds to wait for that.")
+    ] = 300.0,
+) -> None:
+    """Make a server forget every cached prefix."""
+    with ControlClient(address) as client:
+        blocks_freed = client.flush_cache(wait_idle=wait_idle, timeout_s=timeout_s)
+    print(f"{blocks_freed} blocks freed")
+
+
 @app.command(rich_help_panel="Inspect")
 def version() -> None:
     """Print the version."""
@@ -659,6 +719,12 @@ def _print_ending(ending: Ending) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _state_line(state: ServerState) -> str:
+    detail = f" ({state.detail})" if state.detail else ""
+    load = " ".join(f"{name}={value:.6g}" for name, value in state.load.items())
+    return f"{state.instance_id[:8]} {state.revision} {state.state}{detail} {load}".rstrip()
 
 
 def _print_failure(error: CallError | PhotonError) -> None:

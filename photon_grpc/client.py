@@ -17,15 +17,24 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from photon_grpc.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
+from photon_grpc.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 
 __all__ = [
     "CallError",
     "Client",
+    "ControlClient",
     "Ending",
     "Measurement",
     "Request",
     "ServedModel",
+    "ServerState",
     "Tokens",
     "measure",
     "open_channel",
@@ -104,6 +113,17 @@ class ServedModel:
     model: str
     version: str
     max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """One snapshot of WatchState. `load` has its figures by name, without those that are not known."""
+
+    instance_id: str
+    revision: int
+    state: str
+    detail: str
+    load: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +234,67 @@ class Client:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+class ControlClient:
+    """One plaintext channel to one admin listener. Use it as a context manager."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, options=_channel_options())
+        self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._channel.close()
+
+    def drain(self, grace_s: float | None = None) -> int:
+        """Begin a drain; the number of calls in flight. Raises CallError."""
+        request = control_pb2.DrainRequest()
+        if grace_s is not None:
+            request.grace.FromNanoseconds(round(grace_s * 1e9))
+        return self._drain(request)
+
+    def undo_drain(self) -> int:
+        """Take a drain back; the number of calls in flight. Raises CallError."""
+        return self._drain(control_pb2.DrainRequest(undo=True))
+
+    def _drain(self, request: control_pb2.DrainRequest) -> int:
+        try:
+            return int(self._control.Drain(request).in_flight)
+        except grpc.RpcError as error:
+            raise _call_error(error) from None
+
+    def flush_cache(self, *, wait_idle: bool = False, timeout_s: float | None = None) -> int:
+        """Forget every cached prefix; the number of blocks that kept one. Raises CallError."""
+        request = control_pb2.FlushCacheRequest(wait_idle=wait_idle)
+        try:
+            return int(self._control.FlushCache(request, timeout=timeout_s).blocks_freed)
+        except grpc.RpcError as error:
+            raise _call_error(error) from None
+
+    def watch(self, interval_s: float | None = None) -> Generator[ServerState]:
+        """The state at once, on every change and every `interval_s`, until the server leaves.
+
+        Raises CallError. Closing the iterator cancels the call.
+        """
+        request = control_pb2.WatchStateRequest()
+        if interval_s is not None:
+            request.load_interval.FromNanoseconds(round(interval_s * 1e9))
+        call = self._control.WatchState(request)
+        try:
+            for response in call:
+                yield _server_state(response)
+        except grpc.RpcError as error:
+            raise _call_error(error) from None
+        finally:
+            call.cancel()
+
+
 def open_channel(address: str) -> Any:
     """A plaintext `grpc.aio` channel for `measure`; an async context manager, bound to the running loop."""
     return grpc.aio.insecure_channel(address, options=_channel_options())
@@ -281,6 +362,20 @@ def _ending(reason: str, summary: inference_pb2.Summary) -> Ending:
         first_token_s=timings.first_token.ToTimedelta().total_seconds(),
         decode_s=timings.decode.ToTimedelta().total_seconds(),
         total_s=timings.total.ToTimedelta().total_seconds(),
+    )
+
+
+def _server_state(response: control_pb2.WatchStateResponse) -> ServerState:
+    load: dict[str, float] = {}
+    for field, value in response.load.ListFields():
+        known = value.ToTimedelta().total_seconds() if field.message_type is not None else value
+        load[field.name] = known
+    return ServerState(
+        instance_id=response.instance_id,
+        revision=response.revision,
+        state=control_pb2.WatchStateResponse.State.Name(response.state).removeprefix("STATE_"),
+        detail=response.detail,
+        load=load,
     )
 
 

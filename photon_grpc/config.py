@@ -60,6 +60,7 @@ RANGES: Mapping[str, Any] = {
     "scheduler.max_num_batched_tokens": _AT_LEAST_ZERO,
     "scheduler.priority_boost_s": _AT_LEAST_ZERO,
     "engine.num_threads": _AT_LEAST_ZERO,
+    "engine.step_timeout_s": _AT_LEAST_ZERO,
     "server.port": Field(ge=0, le=65535),
     "server.admin_port": _OPTIONAL_PORT,
     "server.probe_port": _OPTIONAL_PORT,

@@ -54,6 +54,9 @@ class SchedulerOptions:
 class EngineOptions:
     num_threads: int = _opt(0, "torch CPU threads; 0: one per physical core but one")
     warmup: bool = _opt(True, "generate a token before the server says SERVING")
+    step_timeout_s: float = _opt(
+        30.0, "a step that takes longer ends the engine; a full step may take 4 times as long; 0: no limit"
+    )
     process: str = _opt("auto", "own or shared with the event loop; auto is own where a GPU may be used")
 
 

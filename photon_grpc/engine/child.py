@@ -1,9 +1,10 @@
 """The engine's own process from inside: `main` is what `process.py` starts.
 
 One thread, the main one, does everything: it builds the runner, takes messages from the channel between
-steps and writes each step's outputs back. The process belongs to its parent, who alone decides when it
-ends: the signals that a terminal or a supervisor sends to the whole group are the parent's to act on,
-and when the parent is gone, for whatever reason, so is this process and all that it holds of a device.
+steps and writes each step's outputs back; a second one only watches that steps return. The process belongs
+to its parent, who alone decides when it ends: the signals that a terminal or a supervisor sends to the
+whole group are the parent's to act on, and when the parent is gone, for whatever reason, so is this process
+and all that it holds of a device.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class EngineSetup:
     runner_factory: RunnerFactory
     scheduler_options: SchedulerOptions
     cache_options: KVCacheOptions
+    step_timeout_s: float = 0.0
 
 
 def main(fd: int, parent: int) -> None:
@@ -44,7 +46,16 @@ def main(fd: int, parent: int) -> None:
     os.set_inheritable(fd, False)
     inbox = _ChannelInbox(Channel(socket.socket(fileno=fd)))
     setup = inbox.take_setup()
-    run_engine(setup.runner_factory, setup.scheduler_options, setup.cache_options, inbox, inbox.deliver)
+    run_engine(
+        setup.runner_factory,
+        setup.scheduler_options,
+        setup.cache_options,
+        inbox,
+        inbox.deliver,
+        step_timeout_s=setup.step_timeout_s,
+        # The channel belongs to the thread that hangs; the parent learns of the end by its closing.
+        exit_process=_leave,
+    )
     inbox.close()
 
 
@@ -115,5 +126,5 @@ def _die_with(parent: int) -> None:
 
 
 def _leave() -> NoReturn:
-    """The parent has gone: nobody is left to tell, and memory and device go back with the process."""
+    """End at once, when the parent has gone or the step hangs: memory and device go back with the process."""
     os._exit(1)

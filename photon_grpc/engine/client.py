@@ -16,14 +16,17 @@ from typing import Self
 import structlog
 
 from photon_grpc.engine.host import HostFactory, Progress, RunnerFactory
+from photon_grpc.engine.load import EngineLoad, Throughput, load_of
 from photon_grpc.engine.messages import (
     Abort,
     AbortReason,
+    CacheFlushed,
     EngineReady,
     EngineRequest,
     EngineStats,
     EngineStopped,
     FailureKind,
+    FlushCache,
     LoadProgress,
     LoopMessage,
     SequenceOutput,
@@ -279,7 +282,12 @@ class AsyncEngine:
         self._pace = _Pace(self._host.writing_share)
         self._unwoken: dict[int, RequestStream] = {}
         self._stats = EngineStats()
+        self._throughput = Throughput(time.monotonic())
+        self._idle_waiters: list[asyncio.Future[None]] = []
+        self._last_ticket = 0
+        self._flushes: dict[int, asyncio.Future[int]] = {}
         self._heartbeat = 0.0
+        # Since when there is work, where no step has been made since.
         self._dead = False
         self._draining = False
 
@@ -303,6 +311,11 @@ class AsyncEngine:
         """The latest snapshot."""
         return self._stats
 
+    def load(self, now: float) -> EngineLoad:
+        """The latest snapshot and what it comes to at `now` (monotonic seconds)."""
+        rates = self._throughput.rates(now) if self._info is not None else None
+        return load_of(self._stats, rates, self._max_num_seqs)
+
     @property
     def heartbeat(self) -> float:
         """Monotonic moment of the latest step, or of the first request after idleness if that is later."""
@@ -320,6 +333,13 @@ class AsyncEngine:
         # The copy is one operation of the interpreter, the sum is not: this is read on other threads.
         return sum(stream.num_pending_tokens for stream in tuple(self._streams.values()))
 
+    def check_heartbeat(self, limit_s: float) -> None:
+        """Give the engine up if there is work and it has been silent for `limit_s`, whatever became of it."""
+        silent_s = self.heartbeat_age()
+        if not self._dead and silent_s > limit_s:
+            _log.error("engine_silent", seconds=round(silent_s, 1), live=self._num_live)
+            self._engine_stopped(EngineDeadError())
+
     @property
     def num_live_requests(self) -> int:
         """Submitted requests whose streams are not closed."""
@@ -327,13 +347,16 @@ class AsyncEngine:
 
     def check_admission(self) -> None:
         """Raise what `submit` would raise whatever the request is; cheap, for use before text work."""
+        self._check_alive()
+        self._check_room(1)
+
+    def _check_alive(self) -> None:
         if self._dead:
             raise EngineDeadError
         if self._draining:
             raise EngineDrainingError
         if self._info is None:
             raise EngineStartingError
-        self._check_room(1)
 
     def _check_room(self, num_completions: int) -> None:
         # An idle engine takes any request: one that is larger than the queue could never come otherwise.
@@ -379,6 +402,29 @@ class AsyncEngine:
             self.post(Abort(key, reason=reason))
         return len(self._streams)
 
+    async def flush_cache(self, *, wait_idle: bool) -> int:
+        """Forget every cached prefix; the number of blocks that nobody holds and that kept one.
+
+        With `wait_idle` waits until no request lives, for as long as the caller cares to. Raises
+        EngineStartingError, EngineDrainingError or EngineDeadError.
+        """
+        self._check_alive()
+        loop = asyncio.get_running_loop()
+        while wait_idle and self._num_live:
+            waiter = loop.create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+            self._check_alive()
+        self._last_ticket += 1
+        ticket = self._last_ticket
+        answer: asyncio.Future[int] = loop.create_future()
+        self._flushes[ticket] = answer
+        self._host.post(FlushCache(ticket))
+        try:
+            return await answer
+        finally:
+            del self._flushes[ticket]
+
     def drain(self) -> None:
         """Refuse new requests from now on; live ones go on."""
         self._draining = True
@@ -420,6 +466,8 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._deliver, message)
 
     def _deliver(self, message: LoopMessage) -> None:
+        if self._dead:
+            return  # an engine that was given up, and that comes back after all
         match message:
             case StepOutputs():
                 self._deliver_step(message)
@@ -429,12 +477,17 @@ class AsyncEngine:
             case EngineReady():
                 self._info = message
                 self._max_num_seqs = self._max_num_seqs or message.model.max_num_seqs
+                self._throughput = Throughput(time.monotonic())
                 # Nothing has run yet, and the size of the pool is already true.
                 self._stats = EngineStats(kv_blocks_total=message.num_blocks, block_size=message.block_size)
                 self._on_step(self._stats)
                 assert self._ready is not None
                 if not self._ready.done():
                     self._ready.set_result(message)
+            case CacheFlushed(ticket, blocks_freed):
+                answer = self._flushes.get(ticket)
+                if answer is not None and not answer.done():
+                    answer.set_result(blocks_freed)
             case EngineStopped(error):
                 self._engine_stopped(error)
 
@@ -447,9 +500,10 @@ class AsyncEngine:
         pace, streams = self._pace, self._streams
         pace.step(message.time, len(streams))
         unwoken = self._unwoken
+        num_ended = 0
         for output in message.news:
             if output.is_last:
-                self._num_live -= 1
+                num_ended += 1
             stream = streams.get(output.key)
             if stream is None:
                 continue
@@ -468,9 +522,18 @@ class AsyncEngine:
                 stream.wake()
             else:
                 unwoken[key] = stream
+        self._num_live -= num_ended
+        self._throughput.observe(message.time, message.stats.generation_tokens, num_ended)
+        if num_ended and not self._num_live:
+            self._wake_idle_waiters()
         # Also those whose tokens came in an earlier step: a sequence may pause after any token.
         for key in pace.due(unwoken):
             unwoken.pop(key).wake()
+
+    def _wake_idle_waiters(self) -> None:
+        waiters, self._idle_waiters = self._idle_waiters, []
+        for waiter in waiters:
+            _wake(waiter)
 
     def _engine_stopped(self, error: PhotonError | None) -> None:
         assert self._ready is not None
@@ -481,5 +544,9 @@ class AsyncEngine:
         for stream in list(self._streams.values()):
             stream.fail(FailureKind.DRAINING if error is None else FailureKind.ENGINE_DEAD)
         self._num_live = 0
+        self._wake_idle_waiters()
+        for answer in self._flushes.values():
+            if not answer.done():
+                answer.set_exception(EngineDrainingError() if error is None else EngineDeadError())
         self._stopped.set()
         self._on_stopped(error)

@@ -22,7 +22,7 @@ from photon_grpc.engine.messages import (
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
-from photon_grpc.scheduler.output import SamplerSpec
+from photon_grpc.scheduler.output import SamplerSpec, SchedulerOutput
 from photon_grpc.scheduler.prefix_cache import scope_root
 from photon_grpc.scheduler.request import Request
 from photon_grpc.scheduler.scheduler import Scheduler
@@ -49,22 +49,33 @@ class EngineCore:
         clock: Callable[[], float],
     ) -> None:
         self.runner = runner
+        self._max_num_batched_tokens = (
+            scheduler_options.max_num_batched_tokens or runner.model.max_num_batched_tokens
+        )
         self.scheduler = Scheduler(
             KVCacheManager(runner.num_blocks, runner.block_size, prefix_caching=cache_options.prefix_caching),
             max_num_seqs=scheduler_options.max_num_seqs or runner.model.max_num_seqs,
-            max_num_batched_tokens=(
-                scheduler_options.max_num_batched_tokens or runner.model.max_num_batched_tokens
-            ),
+            max_num_batched_tokens=self._max_num_batched_tokens,
             priority_boost_s=scheduler_options.priority_boost_s,
         )
         self._clock = clock
-        self._in_flight: deque[int] = deque()
+        self._in_flight: deque[SchedulerOutput] = deque()
         self._last_seq_id = 0
 
     @property
     def has_work(self) -> bool:
         """False when stepping would change nothing."""
         return self.scheduler.has_unfinished or bool(self._in_flight)
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens of the largest step."""
+        return self._max_num_batched_tokens
+
+    @property
+    def num_tokens_under_way(self) -> int:
+        """Tokens of the steps that are not collected. May be read on any thread."""
+        return sum(planned.num_tokens for planned in tuple(self._in_flight))
 
     def submit(self, message: Submit) -> None:
         """Turn a request into its `n` sequences."""
@@ -82,6 +93,10 @@ class EngineCore:
         """End everything."""
         self.scheduler.abort_all(failure, self._clock())
 
+    def flush_cache(self) -> int:
+        """Make every cached prefix unfindable; the number of blocks that nobody holds and that had one."""
+        return self.scheduler.kv.pool.forget_all()
+
     def step(self) -> StepOutputs:
         """Plan and launch one step; collect the oldest once the runner has enough under way.
 
@@ -91,13 +106,13 @@ class EngineCore:
         started = self._clock()
         planned = self.scheduler.schedule(started)
         if not planned.is_empty:
+            self._in_flight.append(planned)
             self.runner.launch(planned)
-            self._in_flight.append(planned.step)
         told: tuple[Sequence[SequenceOutput], PlainTokens] = ((), _NO_TOKENS)
         if self._in_flight and (planned.is_empty or len(self._in_flight) >= self.runner.max_in_flight):
             collected = self.runner.collect()
             expected = self._in_flight.popleft()
-            assert collected.step == expected, "the runner returned another step than the oldest"
+            assert collected.step == expected.step, "the runner returned another step than the oldest"
             told = self.scheduler.update(collected, self._clock())
         return self._tell(*told, num_tokens=planned.num_tokens, started=started)
 

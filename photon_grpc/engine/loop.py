@@ -17,14 +17,17 @@ from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.host import Deliver, RunnerFactory
 from photon_grpc.engine.messages import (
     Abort,
+    CacheFlushed,
     EngineMessage,
     EngineReady,
     EngineStopped,
     FailureKind,
+    FlushCache,
     LoadProgress,
     Shutdown,
     Submit,
 )
+from photon_grpc.engine.watchdog import StepWatchdog
 from photon_grpc.errors import EngineDeadError, PhotonError
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
@@ -46,20 +49,36 @@ def run_engine(
     inbox: Inbox,
     deliver: Deliver,
     *,
+    step_timeout_s: float = 0.0,
+    exit_process: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Build the runner and run an EngineCore until Shutdown or a fault; EngineStopped is the last delivery.
 
-    `deliver` must not block. `clock` is monotonic seconds: the one that the deadlines of requests are
-    given on.
+    `deliver` must not block. A step that hangs, by `step_timeout_s` and engine/watchdog.py, leads to
+    `exit_process` where the process is the engine's; else EngineStopped is delivered on another thread,
+    and whatever follows, should the step ever return, is to be ignored. `clock` is monotonic seconds: the
+    one that the deadlines of requests are given on.
     """
+
+    def give_up() -> None:
+        deliver(EngineStopped(EngineDeadError()))
+
     error: PhotonError | None = None
     runner: Runner | None = None
     try:
         runner = runner_factory(lambda done, total: deliver(LoadProgress(done, total)))
         deliver(EngineReady(runner.model, runner.num_blocks, runner.block_size))
         core = EngineCore(runner, scheduler_options, cache_options, clock=clock)
-        _serve(core, inbox, deliver)
+        watchdog = StepWatchdog(
+            step_timeout_s,
+            core.max_num_batched_tokens,
+            lambda: core.num_tokens_under_way,
+            exit_process or give_up,
+            owns_process=exit_process is not None,
+        )
+        with watchdog:
+            _serve(core, inbox, deliver, watchdog)
     except PhotonError as raised:
         error = raised
     except BaseException:  # noqa: BLE001 - the one fatal path; logged, told to every stream
@@ -77,7 +96,7 @@ def run_engine(
             deliver(EngineStopped(error))
 
 
-def _serve(core: EngineCore, inbox: Inbox, deliver: Deliver) -> None:
+def _serve(core: EngineCore, inbox: Inbox, deliver: Deliver, watchdog: StepWatchdog) -> None:
     while True:
         for message in inbox.take(wait=not core.has_work):
             match message:
@@ -85,8 +104,13 @@ def _serve(core: EngineCore, inbox: Inbox, deliver: Deliver) -> None:
                     core.submit(message)
                 case Abort():
                     core.abort(message)
+                case FlushCache(ticket):
+                    deliver(CacheFlushed(ticket, core.flush_cache()))
                 case Shutdown():
                     core.abort_all(FailureKind.DRAINING)
                     deliver(core.flush())
                     return
-        deliver(core.step())
+        watchdog.step_begins()
+        outputs = core.step()
+        watchdog.step_ended()
+        deliver(outputs)

@@ -26,6 +26,7 @@ from photon_grpc.types import EffectiveSampling, FinishReason, ModelInfo
 __all__ = [
     "Abort",
     "AbortReason",
+    "CacheFlushed",
     "Deadlines",
     "EngineMessage",
     "EngineReady",
@@ -33,6 +34,7 @@ __all__ = [
     "EngineStats",
     "EngineStopped",
     "FailureKind",
+    "FlushCache",
     "LoadProgress",
     "LoopMessage",
     "PlainTokens",
@@ -101,7 +103,14 @@ class Shutdown:
     """End every request with DRAINING, and then the engine."""
 
 
-EngineMessage = Submit | Abort | Shutdown
+@dataclass(frozen=True, slots=True)
+class FlushCache:
+    """Forget every cached prefix. Answered with a CacheFlushed of the same `ticket`."""
+
+    ticket: int
+
+
+EngineMessage = Submit | Abort | Shutdown | FlushCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,4 +161,12 @@ class EngineStopped:
     error: PhotonError | None
 
 
-LoopMessage = LoadProgress | EngineReady | StepOutputs | EngineStopped
+@dataclass(frozen=True, slots=True)
+class CacheFlushed:
+    """No prefix is known any more; `blocks_freed` blocks that nobody holds had kept one."""
+
+    ticket: int
+    blocks_freed: int
+
+
+LoopMessage = LoadProgress | EngineReady | StepOutputs | CacheFlushed | EngineStopped

@@ -43,8 +43,10 @@ class EngineProcess:
         scheduler_options: SchedulerOptions,
         cache_options: KVCacheOptions,
         deliver: Deliver,
+        *,
+        step_timeout_s: float = 0.0,
     ) -> None:
-        self._setup = EngineSetup(runner_factory, scheduler_options, cache_options)
+        self._setup = EngineSetup(runner_factory, scheduler_options, cache_options, step_timeout_s)
         self._deliver = deliver
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process: subprocess.Popen[bytes] | None = None

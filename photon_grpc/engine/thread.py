@@ -13,7 +13,11 @@ from photon_grpc.options import KVCacheOptions, SchedulerOptions
 
 
 class EngineThread:
-    """Implements `engine.host.EngineHost`. `deliver` is called on this thread and must not block."""
+    """Implements `engine.host.EngineHost`. `deliver` is called on this thread and must not block.
+
+    A step that hangs by `step_timeout_s` is given up: EngineStopped comes on the watchdog's thread, and this
+    one is left behind.
+    """
 
     # While the loop holds the interpreter lock no step is planned.
     writing_share = 0.5
@@ -24,11 +28,14 @@ class EngineThread:
         scheduler_options: SchedulerOptions,
         cache_options: KVCacheOptions,
         deliver: Deliver,
+        *,
+        step_timeout_s: float = 0.0,
     ) -> None:
         self._inbox = _QueueInbox()
         self._thread = threading.Thread(
             target=run_engine,
             args=(runner_factory, scheduler_options, cache_options, self._inbox, deliver),
+            kwargs={"step_timeout_s": step_timeout_s},
             name="photon-engine",
             daemon=True,
         )

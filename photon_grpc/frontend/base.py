@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.frontend.events import Event, GenerationResult, Tokenized
 from photon_grpc.types import ChatInput, GenerationRequest, ModelInfo
@@ -72,6 +73,12 @@ class FrontDoor(Protocol):
 
     def stats(self) -> EngineStats:
         """The engine's latest snapshot."""
+
+    def load(self) -> EngineLoad:
+        """The latest snapshot, and what it comes to."""
+
+    async def flush_cache(self, *, wait_idle: bool) -> int:
+        """Forget every cached prefix, with `wait_idle` once no request lives; the blocks that gave room."""
 
     def abort(self, request_id: str) -> int:
         """End a live request for an operator; the number ended. Raises RequestNotFoundError."""

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
+from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats, SequenceOutput, SequenceTimings
 from photon_grpc.engine.validation import CheckedRequest, Validator
 from photon_grpc.errors import EngineStartingError
@@ -101,6 +102,15 @@ class Generator:
     def stats(self) -> EngineStats:
         """The engine's latest snapshot."""
         return self._engine.stats
+
+    def load(self) -> EngineLoad:
+        """The latest snapshot, and what it comes to."""
+        return self._engine.load(self._clock())
+
+    async def flush_cache(self, *, wait_idle: bool) -> int:
+        """Forget every cached prefix, with `wait_idle` once no request lives; the number of blocks that
+        nobody holds and that kept one. Raises EngineStartingError, EngineDrainingError or EngineDeadError."""
+        return await self._engine.flush_cache(wait_idle=wait_idle)
 
     def abort(self, request_id: str) -> int:
         """End a live request for an operator. Raises RequestNotFoundError."""

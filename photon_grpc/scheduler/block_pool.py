@@ -81,6 +81,13 @@ class BlockPool:
             del self._cached[block_hash]
             self._hashes[block_id] = None
 
+    def forget_all(self) -> int:
+        """Make every block unfindable; the number of free ones among them. Live blocks stay live."""
+        known = list(self._cached.values())
+        for block_id in known:
+            self.forget(block_id)
+        return sum(self._ref_counts[block_id] == 0 for block_id in known)
+
     def find(self, block_hash: bytes) -> int | None:
         """The block with this content, live or free."""
         return self._cached.get(block_hash)

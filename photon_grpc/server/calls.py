@@ -109,6 +109,10 @@ class Calls:
         """Take no more calls, and answer each with an error of its own."""
         self._refusal = make_error
 
+    def accept(self) -> None:
+        """Take calls again."""
+        self._refusal = None
+
     def end_all(self, make_error: Callable[[], PhotonError]) -> None:
         """End every live call with an error of its own."""
         for call in tuple(self._live):

@@ -15,7 +15,7 @@ from typing import Any, cast
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 
-from photon_grpc.engine.messages import EngineStats
+from photon_grpc.engine.load import EngineLoad
 from photon_grpc.errors import FieldViolation, InvalidRequestError, UnsupportedFeatureError
 from photon_grpc.frontend import events
 from photon_grpc.options import LimitOptions
@@ -50,6 +50,8 @@ _ROLES = {
 # The bounds that google/protobuf/duration.proto sets: about ten thousand years.
 _MAX_DURATION_SECONDS = 315_576_000_000
 _MAX_NANOS = 999_999_999
+# Closer together than this, snapshots tell nothing new and cost the loop that serves.
+MIN_LOAD_INTERVAL_S = 0.1
 
 
 class _Decoder:
@@ -79,7 +81,7 @@ class _Decoder:
         if not message.HasField(name):
             return None
         value: Duration = getattr(message, name)
-        field = f"{path}.{name}"
+        field = f"{path}.{name}" if path else name
         if abs(value.seconds) > _MAX_DURATION_SECONDS or abs(value.nanos) > _MAX_NANOS:
             self.refuse(field, "is no valid Duration")
         elif value.seconds * value.nanos < 0:
@@ -482,8 +484,32 @@ def encode_model_info(model: ModelInfo, limits: LimitOptions) -> model_pb2.GetMo
     )
 
 
-def encode_load(stats: EngineStats) -> control_pb2.GetLoadResponse:
-    """What the engine counts; rates and estimates that it does not keep stay absent."""
+def decode_drain(message: control_pb2.DrainRequest, limits: LimitOptions) -> tuple[float | None, bool]:
+    """`(seconds of grace, undo)`. Raises InvalidRequestError."""
+    decoder = _Decoder(limits)
+    grace_s = decoder.duration(message, "grace", "")
+    if grace_s is not None and grace_s > limits.max_deadline_s:
+        decoder.refuse("grace", f"is more than {limits.max_deadline_s:g} s")
+    if message.undo and message.HasField("grace"):
+        decoder.refuse("grace", "has no meaning with undo")
+    decoder.finish()
+    return grace_s, message.undo
+
+
+def decode_watch_state(message: control_pb2.WatchStateRequest, limits: LimitOptions) -> float | None:
+    """Seconds between snapshots that no change brings; None for no such. Raises InvalidRequestError."""
+    decoder = _Decoder(limits)
+    interval_s = decoder.duration(message, "load_interval", "")
+    if interval_s is not None and not MIN_LOAD_INTERVAL_S <= interval_s <= limits.max_deadline_s:
+        bounds = f"{MIN_LOAD_INTERVAL_S:g} to {limits.max_deadline_s:g} s"
+        decoder.refuse("load_interval", f"is not in {bounds}")
+    decoder.finish()
+    return interval_s
+
+
+def encode_load(load: EngineLoad) -> control_pb2.GetLoadResponse:
+    """What the engine counts; a rate or an estimate that is not known stays absent."""
+    stats = load.stats
     response = control_pb2.GetLoadResponse(
         running=stats.running,
         queued=stats.waiting,
@@ -495,6 +521,10 @@ def encode_load(stats: EngineStats) -> control_pb2.GetLoadResponse:
         response.kv_utilization = stats.kv_blocks_used / stats.kv_blocks_total
     if stats.prefix_queries > 0:
         response.prefix_hit_rate = stats.prefix_hits / stats.prefix_queries
+    if load.output_tokens_per_second is not None:
+        response.output_tokens_per_second = load.output_tokens_per_second
+    if load.estimated_queue_wait_s is not None:
+        response.estimated_queue_wait.CopyFrom(encode_duration(load.estimated_queue_wait_s))
     return response
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,17 +14,17 @@ from photon_grpc.server import convert
 from photon_grpc.v1 import model_pb2
 
 # Rises with each addition to proto/photon/v1; clients below the minimum cannot be served.
-SCHEMA_REVISION = 1
+SCHEMA_REVISION = 2
 MINIMUM_CLIENT_REVISION = 1
 
 
 class ModelServicer:
     """The methods of photon.v1.ModelService. One instance is one engine lifetime."""
 
-    def __init__(self, front_door: FrontDoor, options: Options) -> None:
+    def __init__(self, front_door: FrontDoor, options: Options, instance_id: str) -> None:
         self._front_door = front_door
         self._options = options
-        self._instance_id = uuid.uuid4().hex
+        self._instance_id = instance_id
         self._start_time = Timestamp()
         self._start_time.GetCurrentTime()
 

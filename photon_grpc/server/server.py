@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2
 
-from photon_grpc.errors import ConfigError, EngineDeadError, EngineDrainingError, ListenError, PhotonError
+from photon_grpc.errors import ConfigError, ListenError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions, Options, ServerOptions
 from photon_grpc.server.calls import Calls
@@ -28,6 +28,7 @@ from photon_grpc.server.inference import InferenceServicer
 from photon_grpc.server.interceptors.call_log import log_call
 from photon_grpc.server.interceptors.call_record import CallObserver, CallRecordInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
+from photon_grpc.server.lifecycle import Lifecycle
 from photon_grpc.server.model_info import ModelServicer
 from photon_grpc.server.reflection import add_reflection
 from photon_grpc.v1 import control_pb2, inference_pb2, model_pb2
@@ -136,12 +137,12 @@ class Server:
         self._call_observers = (*call_observers, log_call)
         self._calls = Calls(options.limits)
         self._health = HealthServicer()
+        self._lifecycle = Lifecycle(self._calls, self._health, options.server.drain_propagation_s)
         self._inference = InferenceServicer(front_door, self._calls, options.limits)
-        self._model = ModelServicer(front_door, options)
-        self._control = ControlServicer(front_door)
+        self._model = ModelServicer(front_door, options, self._lifecycle.instance_id)
+        self._control = ControlServicer(front_door, self._lifecycle, self._calls, options.limits)
         self._listeners: list[grpc.aio.Server] = []
         self._hurried = asyncio.Event()
-        self._leaving: Callable[[], PhotonError] = EngineDrainingError
 
     @property
     def num_live_calls(self) -> int:
@@ -166,17 +167,15 @@ class Server:
 
     def set_serving(self) -> None:
         """The model is loaded and warm."""
-        self._health.set_ready(True)
+        self._lifecycle.set_loaded(True)
 
     def set_not_serving(self) -> None:
         """Not ready, but alive."""
-        self._health.set_ready(False)
+        self._lifecycle.set_loaded(False)
 
     def set_dead(self) -> None:
         """The engine is dead: neither ready nor alive, and that is what calls ended from now on hear."""
-        self._leaving = EngineDeadError
-        self._health.set_ready(False)
-        self._health.set_live(False)
+        self._lifecycle.set_dead()
 
     def hurry(self) -> None:
         """Cut every wait of a drain short, now and from now on."""
@@ -187,29 +186,25 @@ class Server:
 
         NOT_SERVING, then calls go on being accepted while load balancers notice, then new ones are
         refused and the live ones waited for; what is left ends as draining. At the end nothing
-        listens.
+        listens. A drain that an operator began goes on from where it is.
         """
-        server = self._options.server
-        self.set_not_serving()
-        _log.info("drain: not serving", live_calls=len(self._calls))
-        await self._wait(self._hurried.wait(), server.drain_propagation_s)
-        self._calls.refuse(self._leaving)
-        _log.info("drain: refusing calls", live_calls=len(self._calls))
-        await self._wait(self._calls.wait_idle(), server.drain_max_s)
+        await self._wait(self._hurried.wait(), self._lifecycle.leave())
+        self._lifecycle.refuse()
+        await self._wait(self._calls.wait_idle(), self._options.server.drain_max_s)
         if len(self._calls):
             _log.warning("drain: ending calls", live_calls=len(self._calls))
         await self.stop()
 
     async def stop(self) -> None:
         """End what is live, end every Watch, close the listeners. Takes seconds; may be called twice."""
-        self._calls.refuse(self._leaving)
-        self._calls.end_all(self._leaving)
+        self._calls.refuse(self._lifecycle.farewell)
+        self._calls.end_all(self._lifecycle.farewell)
         try:
             async with asyncio.timeout(_END_GRACE_S):
                 await self._calls.wait_idle()
         except TimeoutError:
             _log.warning("stop: calls did not end", live_calls=len(self._calls))
-        self._health.leave()
+        self._lifecycle.set_left()
         await self._stop_listeners(_STOP_GRACE_S)
 
     async def _wait(self, condition: Coroutine[Any, Any, Any], limit_s: float) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cphoton_grpc/v1/control.proto\x12\tphoton.v1\x1a\x1egoogle/protobuf/duration.proto\"u\n\x0c\x41\x62ortRequest\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12%\n\x03\x61ll\x18\x02 \x01(\x0b\x32\x16.photon.v1.AllRequestsH\x00\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\tB\x08\n\x06target\"\r\n\x0b\x41llRequests\"\xaa\x01\n\rAbortResponse\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .photon.v1.AbortResponse.Outcome\x12\x0f\n\x07\x61\x62orted\x18\x02 \x01(\r\"U\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_ABORTED\x10\x01\x12\x1c\n\x18OUTCOME_ALREADY_FINISHED\x10\x02\"\x10\n\x0eGetLoadRequest\"\xd4\x03\n\x0fGetLoadResponse\x12\x14\n\x07running\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06queued\x18\x02 \x01(\rH\x01\x88\x01\x01\x12#\n\x16queued_uncached_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0eused_kv_blocks\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1c\n\x0ftotal_kv_blocks\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1b\n\x0ekv_utilization\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1c\n\x0fprefix_hit_rate\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12%\n\x18output_tokens_per_second\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x37\n\x14\x65stimated_queue_wait\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\n\n\x08_runningB\t\n\x07_queuedB\x19\n\x17_queued_uncached_tokensB\x11\n\x0f_used_kv_blocksB\x12\n\x10_total_kv_blocksB\x11\n\x0f_kv_utilizationB\x12\n\x10_prefix_hit_rateB\x1b\n\x19_output_tokens_per_second2\x8e\x01\n\x0e\x43ontrolService\x12:\n\x05\x41\x62ort\x12\x17.photon.v1.AbortRequest\x1a\x18.photon.v1.AbortResponse\x12@\n\x07GetLoad\x12\x19.photon.v1.GetLoadRequest\x1a\x1a.photon.v1.GetLoadResponseB-\n\tphoton.v1P\x01Z\x12photon/v1;photonv1\xaa\x02\tPhoton.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cphoton_grpc/v1/control.proto\x12\tphoton.v1\x1a\x1egoogle/protobuf/duration.proto\"u\n\x0c\x41\x62ortRequest\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12%\n\x03\x61ll\x18\x02 \x01(\x0b\x32\x16.photon.v1.AllRequestsH\x00\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\tB\x08\n\x06target\"\r\n\x0b\x41llRequests\"\xaa\x01\n\rAbortResponse\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .photon.v1.AbortResponse.Outcome\x12\x0f\n\x07\x61\x62orted\x18\x02 \x01(\r\"U\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_ABORTED\x10\x01\x12\x1c\n\x18OUTCOME_ALREADY_FINISHED\x10\x02\"T\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\x04undo\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x07\n\x05_undo\"\"\n\rDrainResponse\x12\x11\n\tin_flight\x18\x01 \x01(\r\"\x10\n\x0eGetLoadRequest\"\xd4\x03\n\x0fGetLoadResponse\x12\x14\n\x07running\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06queued\x18\x02 \x01(\rH\x01\x88\x01\x01\x12#\n\x16queued_uncached_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0eused_kv_blocks\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1c\n\x0ftotal_kv_blocks\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1b\n\x0ekv_utilization\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1c\n\x0fprefix_hit_rate\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12%\n\x18output_tokens_per_second\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x37\n\x14\x65stimated_queue_wait\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\n\n\x08_runningB\t\n\x07_queuedB\x19\n\x17_queued_uncached_tokensB\x11\n\x0f_used_kv_blocksB\x12\n\x10_total_kv_blocksB\x11\n\x0f_kv_utilizationB\x12\n\x10_prefix_hit_rateB\x1b\n\x19_output_tokens_per_second\"E\n\x11WatchStateRequest\x12\x30\n\rload_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa8\x02\n\x12WatchStateResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x32\n\x05state\x18\x03 \x01(\x0e\x32#.photon.v1.WatchStateResponse.State\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12(\n\x04load\x18\x05 \x01(\x0b\x32\x1a.photon.v1.GetLoadResponse\"}\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DEGRADED\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"&\n\x11\x46lushCacheRequest\x12\x11\n\twait_idle\x18\x01 \x01(\x08\"*\n\x12\x46lushCacheResponse\x12\x14\n\x0c\x62locks_freed\x18\x01 \x01(\x04\x32\xe2\x02\n\x0e\x43ontrolService\x12:\n\x05\x41\x62ort\x12\x17.photon.v1.AbortRequest\x1a\x18.photon.v1.AbortResponse\x12:\n\x05\x44rain\x12\x17.photon.v1.DrainRequest\x1a\x18.photon.v1.DrainResponse\x12@\n\x07GetLoad\x12\x19.photon.v1.GetLoadRequest\x1a\x1a.photon.v1.GetLoadResponse\x12K\n\nWatchState\x12\x1c.photon.v1.WatchStateRequest\x1a\x1d.photon.v1.WatchStateResponse0\x01\x12I\n\nFlushCache\x12\x1c.photon.v1.FlushCacheRequest\x1a\x1d.photon.v1.FlushCacheResponseB-\n\tphoton.v1P\x01Z\x12photon/v1;photonv1\xaa\x02\tPhoton.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,10 +41,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ABORTRESPONSE']._serialized_end=380
   _globals['_ABORTRESPONSE_OUTCOME']._serialized_start=295
   _globals['_ABORTRESPONSE_OUTCOME']._serialized_end=380
-  _globals['_GETLOADREQUEST']._serialized_start=382
-  _globals['_GETLOADREQUEST']._serialized_end=398
-  _globals['_GETLOADRESPONSE']._serialized_start=401
-  _globals['_GETLOADRESPONSE']._serialized_end=869
-  _globals['_CONTROLSERVICE']._serialized_start=872
-  _globals['_CONTROLSERVICE']._serialized_end=1014
+  _globals['_DRAINREQUEST']._serialized_start=382
+  _globals['_DRAINREQUEST']._serialized_end=466
+  _globals['_DRAINRESPONSE']._serialized_start=468
+  _globals['_DRAINRESPONSE']._serialized_end=502
+  _globals['_GETLOADREQUEST']._serialized_start=504
+  _globals['_GETLOADREQUEST']._serialized_end=520
+  _globals['_GETLOADRESPONSE']._serialized_start=523
+  _globals['_GETLOADRESPONSE']._serialized_end=991
+  _globals['_WATCHSTATEREQUEST']._serialized_start=993
+  _globals['_WATCHSTATEREQUEST']._serialized_end=1062
+  _globals['_WATCHSTATERESPONSE']._serialized_start=1065
+  _globals['_WATCHSTATERESPONSE']._serialized_end=1361
+  _globals['_WATCHSTATERESPONSE_STATE']._serialized_start=1236
+  _globals['_WATCHSTATERESPONSE_STATE']._serialized_end=1361
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=1363
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=1401
+  _globals['_FLUSHCACHERESPONSE']._serialized_start=1403
+  _globals['_FLUSHCACHERESPONSE']._serialized_end=1445
+  _globals['_CONTROLSERVICE']._serialized_start=1448
+  _globals['_CONTROLSERVICE']._serialized_end=1802
 # @@protoc_insertion_point(module_scope)

@@ -40,10 +40,25 @@ class ControlServiceStub:
                 request_serializer=photon__grpc_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=photon__grpc_dot_v1_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/photon.v1.ControlService/Drain',
+                request_serializer=photon__grpc_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=photon__grpc_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/photon.v1.ControlService/GetLoad',
                 request_serializer=photon__grpc_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=photon__grpc_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.WatchState = channel.unary_stream(
+                '/photon.v1.ControlService/WatchState',
+                request_serializer=photon__grpc_dot_v1_dot_control__pb2.WatchStateRequest.SerializeToString,
+                response_deserializer=photon__grpc_dot_v1_dot_control__pb2.WatchStateResponse.FromString,
+                _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/photon.v1.ControlService/FlushCache',
+                request_serializer=photon__grpc_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=photon__grpc_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
 
 
@@ -57,7 +72,25 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLoad(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchState(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FlushCache(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,10 +104,25 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     request_deserializer=photon__grpc_dot_v1_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=photon__grpc_dot_v1_dot_control__pb2.AbortResponse.SerializeToString,
             ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=photon__grpc_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=photon__grpc_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
                     request_deserializer=photon__grpc_dot_v1_dot_control__pb2.GetLoadRequest.FromString,
                     response_serializer=photon__grpc_dot_v1_dot_control__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'WatchState': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchState,
+                    request_deserializer=photon__grpc_dot_v1_dot_control__pb2.WatchStateRequest.FromString,
+                    response_serializer=photon__grpc_dot_v1_dot_control__pb2.WatchStateResponse.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=photon__grpc_dot_v1_dot_control__pb2.FlushCacheRequest.FromString,
+                    response_serializer=photon__grpc_dot_v1_dot_control__pb2.FlushCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -116,6 +164,33 @@ class ControlService:
             _registered_method=True)
 
     @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/photon.v1.ControlService/Drain',
+            photon__grpc_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            photon__grpc_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetLoad(request,
             target,
             options=(),
@@ -132,6 +207,60 @@ class ControlService:
             '/photon.v1.ControlService/GetLoad',
             photon__grpc_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
             photon__grpc_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/photon.v1.ControlService/WatchState',
+            photon__grpc_dot_v1_dot_control__pb2.WatchStateRequest.SerializeToString,
+            photon__grpc_dot_v1_dot_control__pb2.WatchStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/photon.v1.ControlService/FlushCache',
+            photon__grpc_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
+            photon__grpc_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

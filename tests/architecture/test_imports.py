@@ -55,19 +55,19 @@ ROOMS: dict[str, Room] = {
     "runner.cuda_backend": room("kernels models ops errors types", "torch structlog"),
     "engine": room("scheduler runner.base errors types", "structlog"),
     "frontend": room(
-        "engine.client engine.messages engine.validation telemetry errors types",
+        "engine.client engine.load engine.messages engine.validation telemetry errors types",
         "tokenizers transformers jinja2 structlog",
     ),
     "telemetry": room("errors types", "structlog opentelemetry prometheus_client"),
     "server": room(
-        "__version__ frontend.base frontend.events engine.messages telemetry v1 errors types",
+        "__version__ frontend.base frontend.events engine.load engine.messages telemetry v1 errors types",
         "grpc grpc_health grpc_reflection grpc_status google structlog",
     ),
     "client": room("v1", "grpc grpc_health grpc_status google"),
     "bench": room("client"),
     "app": room(
-        "__version__ engine.client engine.host engine.messages engine.process engine.thread errors frontend "
-        "runner_factory server.server telemetry types",
+        "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
+        "errors frontend runner_factory server.server telemetry types",
         "structlog uvloop",
     ),
     "runner_factory": room("engine.host runner.base runner.factory telemetry.logging"),

@@ -24,7 +24,10 @@ from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import Harness, running_server
 from tests.support.tiny_model import tiny_model_folder
 
-COMMANDS = ("serve", "generate", "chat", "tokenize", "info", "bench", "health", "version")
+COMMANDS = (
+    *("serve", "generate", "chat", "tokenize", "info", "bench", "health"),
+    *("drain", "watch", "flush-cache", "version"),
+)
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,33 @@ class TestAgainstAServer:
         assert result.code == 1
         assert "3 calls failed; the first:" in result.err
         assert "OVERLOADED" in result.err
+
+    async def test_drain_and_back(self, server: Harness) -> None:
+        admin = f"127.0.0.1:{server.ports.admin}"
+        assert (await run("drain", "-a", admin)).out == f"{admin} drains, 0 in flight\n"
+        assert (await run("health", "-a", server.target)).code == 1
+        assert (await run("drain", "-a", admin, "--undo")).out == f"{admin} takes calls, 0 in flight\n"
+        assert (await run("health", "-a", server.target)).code == 0
+        assert (await run("drain", "-a", admin, "--undo", "--grace", "1")).code == 2
+        result = await run("drain", "-a", admin, "--grace", "1e6")
+        assert result.code == 1
+        assert "grace: is more than" in result.err
+
+    async def test_watch_prints_every_change_and_ends_with_the_server(self, server: Harness) -> None:
+        process = await start("watch", "-a", f"127.0.0.1:{server.ports.admin}")
+        assert process.stdout is not None
+        line = (await process.stdout.readline()).decode()
+        assert re.match(r"[0-9a-f]{8} 2 READY running=2 queued=3 ", line)
+        await server.server.drain()
+        rest = (await process.stdout.read()).decode().splitlines()
+        assert rest[0].split()[1:3] == ["3", "DRAINING"]
+        assert await process.wait() == 0
+
+    async def test_flush_cache(self, server: Harness, door: FakeFrontDoor) -> None:
+        admin = f"127.0.0.1:{server.ports.admin}"
+        assert (await run("flush-cache", "-a", admin)).out == "7 blocks freed\n"
+        assert (await run("flush-cache", "-a", admin, "--wait-idle")).code == 0
+        assert door.calls == [("flush_cache", False), ("flush_cache", True)]
 
     async def test_health(self, server: Harness) -> None:
         result = await run("health", "--address", server.target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -10,6 +12,7 @@ from photon_grpc.engine.host import Progress
 from photon_grpc.errors import PhotonError
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.scheduler.output import SchedulerOutput
 from photon_grpc.types import ModelInfo
 from tests.support.builders import model_info
 
@@ -34,6 +37,39 @@ class Scripted:
             step_s=self.step_s,
             crash_at_step=self.crash_at_step,
             check_cache=False,
+        )
+
+
+class HangingRunner(ScriptedRunner):
+    """Never comes back from step `hang_at_step`, as a device that hangs.
+
+    With `holds_interpreter` no other thread of the process runs any more either.
+    """
+
+    def __init__(self, model: ModelInfo, *, hang_at_step: int, holds_interpreter: bool = False) -> None:
+        super().__init__(model, check_cache=False)
+        self._hang_at_step = hang_at_step
+        self._holds_interpreter = holds_interpreter
+
+    def launch(self, output: SchedulerOutput) -> None:
+        if output.step >= self._hang_at_step:
+            if self._holds_interpreter:
+                # A PyDLL, unlike a CDLL, keeps the lock while it is called.
+                ctypes.PyDLL(None).sleep(3600)
+            threading.Event().wait()
+        super().launch(output)
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """A HangingRunner."""
+
+    hang_at_step: int
+    holds_interpreter: bool = False
+
+    def __call__(self, progress: Progress) -> Runner:
+        return HangingRunner(
+            model_info(), hang_at_step=self.hang_at_step, holds_interpreter=self.holds_interpreter
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.errors import EngineStartingError, RequestNotFoundError
 from photon_grpc.frontend.events import (
@@ -143,6 +144,8 @@ class FakeFrontDoor:
         self.deadlines: list[float | None] = []
         self.calls: list[tuple[str, object]] = []
         self.live_ids: set[str] = set()
+        self.output_tokens_per_second: float | None = None
+        self.estimated_queue_wait_s: float | None = None
         self.engine_stats = EngineStats(
             running=2,
             waiting=3,
@@ -217,6 +220,13 @@ class FakeFrontDoor:
 
     def stats(self) -> EngineStats:
         return self.engine_stats
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(self.engine_stats, self.output_tokens_per_second, self.estimated_queue_wait_s)
+
+    async def flush_cache(self, *, wait_idle: bool) -> int:
+        self.calls.append(("flush_cache", wait_idle))
+        return 7
 
     def abort(self, request_id: str) -> int:
         if request_id not in self.live_ids:

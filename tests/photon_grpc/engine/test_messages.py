@@ -13,12 +13,14 @@ from photon_grpc.engine import messages
 from photon_grpc.engine.messages import (
     Abort,
     AbortReason,
+    CacheFlushed,
     Deadlines,
     EngineMessage,
     EngineReady,
     EngineStats,
     EngineStopped,
     FailureKind,
+    FlushCache,
     LoadProgress,
     LoopMessage,
     PlainTokens,
@@ -60,6 +62,8 @@ EXAMPLES: list[EngineMessage | LoopMessage] = [
         5.0,
         PlainTokens((3, 4), (0, 1), (70, 80)),
     ),
+    FlushCache(3),
+    CacheFlushed(3, 70),
     EngineStopped(None),
 ]
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
 
-from photon_grpc.v1 import control_pb2, control_pb2_grpc
-from tests.support.fake_front_door import FakeFrontDoor
-from tests.support.grpc_harness import RichError, rich_error, running_server
+from photon_grpc.engine.messages import EngineStats
+from photon_grpc.options import SchedulerOptions
+from photon_grpc.v1 import control_pb2, control_pb2_grpc, model_pb2
+from photon_grpc.v1 import inference_pb2 as pb
+from tests.support.fake_front_door import FakeFrontDoor, Script
+from tests.support.grpc_harness import Harness, RichError, quick_options, rich_error, running_server
+from tests.support.scripted_service import scripted_service
 
 Outcome = control_pb2.AbortResponse.Outcome
+State = control_pb2.WatchStateResponse.State
 
 
 async def refusal(request: control_pb2.AbortRequest) -> RichError:
@@ -80,3 +93,248 @@ async def test_the_admin_listener_has_no_inference() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+# --- load and cache, over the whole service with the scripted runner --------------------------------
+
+
+def stream_request(max_tokens: int, prompt_tokens: int = 40) -> pb.StreamGenerateRequest:
+    spec = pb.GenerationSpec(token_ids=pb.TokenIds(ids=[5 + i % 90 for i in range(prompt_tokens)]))
+    spec.stop.max_tokens, spec.stop.ignore_eos = max_tokens, True
+    return pb.StreamGenerateRequest(spec=spec)
+
+
+async def read_all(call: Any) -> list[Any]:
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
+async def test_rates_and_waits_are_those_of_the_engine(tmp_path: Path) -> None:
+    options = replace(quick_options(), scheduler=SchedulerOptions(max_num_seqs=2))
+    async with scripted_service(tmp_path, options, step_s=0.002) as harness:
+        idle = await harness.control.GetLoad(control_pb2.GetLoadRequest())
+        assert idle.output_tokens_per_second == 0
+        assert idle.estimated_queue_wait.ToNanoseconds() == 0
+        begin = time.monotonic()
+        for _ in range(3):
+            await asyncio.gather(
+                *(read_all(harness.inference.StreamGenerate(stream_request(50))) for _ in range(2))
+            )
+        calls = [harness.inference.StreamGenerate(stream_request(4000)) for _ in range(5)]
+        load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
+        while load.queued < 3:
+            load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
+        # 300 tokens and six ends since `begin`, and what the two that run have brought.
+        assert load.output_tokens_per_second > 0.9 * 300 / (time.monotonic() - begin + 5)
+        assert load.running == 2
+        wait_s = load.estimated_queue_wait.ToTimedelta().total_seconds()
+        assert 0 < wait_s < 4 / 6 * (time.monotonic() - begin + 5)
+        for call in calls:
+            call.cancel()
+
+
+async def test_flush_cache(tmp_path: Path) -> None:
+    async with scripted_service(tmp_path) as harness:
+        await read_all(harness.inference.StreamGenerate(stream_request(8)))
+        *_, again = await read_all(harness.inference.StreamGenerate(stream_request(8)))
+        assert again.summary.usage.cached_prompt_tokens == 32
+        # 40 + 8 tokens, the last of which is never computed: two full blocks of 16.
+        flushed = await harness.control.FlushCache(control_pb2.FlushCacheRequest())
+        assert flushed.blocks_freed == 2
+        assert (await harness.control.FlushCache(control_pb2.FlushCacheRequest())).blocks_freed == 0
+        *_, after = await read_all(harness.inference.StreamGenerate(stream_request(8)))
+        assert after.summary.usage.cached_prompt_tokens == 0
+
+
+async def test_flush_cache_may_wait_until_idle(tmp_path: Path) -> None:
+    async with scripted_service(tmp_path, step_s=0.002) as harness:
+        call = harness.inference.StreamGenerate(stream_request(3000))
+        await call.read()
+        flush = harness.control.FlushCache(control_pb2.FlushCacheRequest(wait_idle=True))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.control.FlushCache(control_pb2.FlushCacheRequest(wait_idle=True), timeout=0.1)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert not flush.done()
+        # Live blocks keep their tokens, though nobody finds them any more.
+        assert (await harness.control.FlushCache(control_pb2.FlushCacheRequest())).blocks_freed == 0
+        call.cancel()
+        assert (await flush).blocks_freed >= 0
+        load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
+        assert (load.running, load.used_kv_blocks) == (0, 0)
+
+
+# --- drain ------------------------------------------------------------------------------------------
+
+
+async def generate(harness: Harness) -> grpc.StatusCode:
+    call = harness.inference.Generate(pb.GenerateRequest(spec=pb.GenerationSpec(text="x")))
+    return await call.code()
+
+
+async def drain(harness: Harness, **fields: Any) -> int:
+    return (await harness.control.Drain(control_pb2.DrainRequest(**fields))).in_flight
+
+
+async def health_of(harness: Harness, service: str = "") -> int:
+    return (await harness.health.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def test_drain_refuses_after_the_propagation_and_can_be_undone() -> None:
+    front_door = FakeFrontDoor(Script(num_deltas=None, interval_s=0.01))
+    async with running_server(front_door, quick_options({"drain_propagation_s": 0.3})) as harness:
+        call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=pb.GenerationSpec(text="x")))
+        await call.read()
+        assert await drain(harness) == 1
+        assert await health_of(harness) == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await health_of(harness, "photon.liveness") == health_pb2.HealthCheckResponse.SERVING
+        front_door.script = Script()
+        assert await generate(harness) is grpc.StatusCode.OK
+        async with asyncio.timeout(10):
+            while await generate(harness) is grpc.StatusCode.OK:
+                pass
+        refused = harness.inference.Generate(pb.GenerateRequest(spec=pb.GenerationSpec(text="x")))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await refused
+        assert rich_error(caught.value).reason == "DRAINING"
+        # The call in flight goes on: without a grace nothing is ended.
+        assert (await call.read()).WhichOneof("event") == "delta"
+        assert await drain(harness, undo=True) == 1
+        assert await health_of(harness) == health_pb2.HealthCheckResponse.SERVING
+        assert await generate(harness) is grpc.StatusCode.OK
+        assert (await call.read()).WhichOneof("event") == "delta"
+        call.cancel()
+
+
+async def test_undo_within_the_propagation_leaves_no_refusal_behind() -> None:
+    async with running_server(FakeFrontDoor(), quick_options({"drain_propagation_s": 0.1})) as harness:
+        await drain(harness)
+        await drain(harness, undo=True)
+        await drain(harness, undo=True)
+        await asyncio.sleep(0.3)
+        assert await generate(harness) is grpc.StatusCode.OK
+
+
+async def test_a_grace_ends_what_is_still_in_flight() -> None:
+    front_door = FakeFrontDoor(Script(num_deltas=None, interval_s=0.01))
+    async with running_server(front_door) as harness:
+        call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=pb.GenerationSpec(text="x")))
+        await call.read()
+        await drain(harness)
+        await drain(harness, grace=Duration(nanos=50_000_000))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(call)
+        assert rich_error(caught.value).reason == "DRAINING"
+        assert await drain(harness, undo=True) == 0
+
+
+async def test_a_drain_is_not_undone_once_the_server_leaves() -> None:
+    front_door = FakeFrontDoor(Script(num_deltas=None, interval_s=0.01))
+    async with running_server(front_door, quick_options({"drain_propagation_s": 30.0})) as harness:
+        call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=pb.GenerationSpec(text="x")))
+        await call.read()
+        await drain(harness)
+        leaving = asyncio.create_task(harness.server.drain())
+        await asyncio.sleep(0.05)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drain(harness, undo=True)
+        assert rich_error(caught.value).reason == "DRAINING"
+        harness.server.hurry()
+        await leaving
+        with pytest.raises(grpc.aio.AioRpcError, match="draining"):
+            await read_all(call)
+
+
+async def test_a_model_that_becomes_ready_in_a_drain_is_not_announced() -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        harness.server.set_not_serving()
+        await drain(harness)
+        harness.server.set_serving()
+        assert await health_of(harness) == health_pb2.HealthCheckResponse.NOT_SERVING
+        await drain(harness, undo=True)
+        assert await health_of(harness) == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        control_pb2.DrainRequest(grace=Duration(seconds=-1)),
+        control_pb2.DrainRequest(grace=Duration(seconds=100_000)),
+        control_pb2.DrainRequest(grace=Duration(seconds=1), undo=True),
+    ],
+)
+async def test_a_drain_that_makes_no_sense(request_: control_pb2.DrainRequest) -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.control.Drain(request_)
+        assert rich_error(caught.value).fields == ["grace"]
+        assert await health_of(harness) == health_pb2.HealthCheckResponse.SERVING
+
+
+# --- watching ---------------------------------------------------------------------------------------
+
+
+async def test_watch_state_tells_every_change_and_ends_with_the_server() -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        call = harness.control.WatchState(control_pb2.WatchStateRequest())
+        first = await call.read()
+        info = await harness.models.GetServerInfo(model_pb2.GetServerInfoRequest())
+        assert first.instance_id == info.instance_id
+        assert first.state == State.STATE_READY
+        assert (first.load.running, first.load.queued) == (2, 3)
+        await drain(harness)
+        second = await call.read()
+        await drain(harness, undo=True)
+        third = await call.read()
+        assert [second.state, third.state] == [State.STATE_DRAINING, State.STATE_READY]
+        assert [second.revision, third.revision] == [first.revision + 1, first.revision + 2]
+        assert second.detail
+        # A snapshot is whole: a watcher that comes late has missed nothing.
+        late = await harness.control.WatchState(control_pb2.WatchStateRequest()).read()
+        assert late == third
+        start = time.monotonic()
+        stopping = asyncio.create_task(harness.server.drain())
+        rest = await read_all(call)
+        await stopping
+        assert {message.state for message in rest} == {State.STATE_DRAINING}
+        assert time.monotonic() - start < 1.9, "an open watch held the stop for its grace"
+        assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_watch_state_tells_of_a_start_and_of_a_death() -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        harness.server.set_not_serving()
+        call = harness.control.WatchState(control_pb2.WatchStateRequest())
+        states = [(await call.read()).state]
+        harness.server.set_serving()
+        states.append((await call.read()).state)
+        harness.server.set_dead()
+        last = await call.read()
+        assert [*states, last.state] == [State.STATE_STARTING, State.STATE_READY, State.STATE_FAILED]
+        assert last.detail == "the engine has stopped"
+
+
+async def test_watch_state_repeats_the_load_at_its_interval() -> None:
+    front_door = FakeFrontDoor()
+    async with running_server(front_door) as harness:
+        request = control_pb2.WatchStateRequest(load_interval=Duration(nanos=100_000_000))
+        call = harness.control.WatchState(request)
+        first = await call.read()
+        front_door.engine_stats = EngineStats(running=9)
+        front_door.output_tokens_per_second = 12.5
+        front_door.estimated_queue_wait_s = 0.25
+        second = await call.read()
+        assert second.revision == first.revision
+        assert second.load.running == 9
+        assert second.load.output_tokens_per_second == 12.5
+        assert second.load.estimated_queue_wait.ToMilliseconds() == 250
+        assert not first.load.HasField("estimated_queue_wait")
+
+
+@pytest.mark.parametrize("interval", [Duration(), Duration(nanos=1), Duration(seconds=100_000)])
+async def test_an_interval_that_makes_no_sense(interval: Duration) -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(harness.control.WatchState(control_pb2.WatchStateRequest(load_interval=interval)))
+        assert rich_error(caught.value).fields == ["load_interval"]
