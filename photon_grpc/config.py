@@ -92,6 +92,7 @@ RANGES: Mapping[str, Any] = {
     "limits.max_chunk_tokens": _POSITIVE,
     "limits.max_chunk_delay_s": _POSITIVE,
     "limits.max_queued_requests": _POSITIVE,
+    "limits.max_queued_tokens": _POSITIVE,
     "limits.default_deadline_s": _POSITIVE,
     "limits.max_deadline_s": _POSITIVE,
     "limits.slow_consumer_timeout_s": _POSITIVE,

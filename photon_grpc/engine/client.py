@@ -306,18 +306,33 @@ class AsyncEngine:
         """Submitted requests whose streams are not closed."""
         return len(self._streams)
 
+    @property
+    def num_live_completions(self) -> int:
+        """Submitted completions whose ends the engine has not told."""
+        return self._num_live
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions that run at the same time; 0 before the engine has said so."""
+        return self._max_num_seqs
+
     def check_admission(self) -> None:
-        """Raise what `submit` would raise whatever the request is; cheap, for use before text work."""
+        """Raise what `submit` would raise whatever the request is."""
+        self.check_state()
+        self._check_room(1)
+
+    def check_state(self) -> None:
+        """Raise EngineDeadError, EngineDrainingError or EngineStartingError unless requests are taken."""
         if self._dead:
             raise EngineDeadError
         if self._draining:
             raise EngineDrainingError
         if self._info is None:
             raise EngineStartingError
-        self._check_room(1)
 
     def _check_room(self, num_completions: int) -> None:
-        # An idle engine takes any request: one that is larger than the queue could never come otherwise.
+        # What bounds the inbox; `frontend.admission` refuses earlier, and knows when to come back. An idle
+        # engine takes any request: one that is larger than the queue could never come otherwise.
         if self._num_live and self._num_live + num_completions > self._max_num_seqs + self._max_queued:
             raise OverloadedError("the queue is full", retry_after_s=1.0)
 

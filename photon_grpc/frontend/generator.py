@@ -20,6 +20,7 @@ from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
 from photon_grpc.engine.messages import EngineStats, SequenceOutput, SequenceTimings
 from photon_grpc.engine.validation import CheckedRequest, Validator
 from photon_grpc.errors import EngineStartingError
+from photon_grpc.frontend.admission import Admission, Ticket
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.detokenizer import Detokenizer
 from photon_grpc.frontend.events import (
@@ -86,6 +87,7 @@ class Generator:
         self._field_root = field_root
         self._clock = clock
         self._text: TextModel | None = None
+        self._admission = Admission(engine, limits, clock=clock)
 
     def activate(self, tokenizer: Tokenizer, chat: ChatRenderer) -> None:
         """Begin to answer; called when the engine is ready."""
@@ -118,11 +120,23 @@ class Generator:
     async def _submit(
         self, request: GenerationRequest, deadline: float | None, policy: ChunkPolicy
     ) -> TextStream:
-        text = self._admit()
+        text = self._require_taking()
+        self._admission.check()
         checked = await self._prepare(text, request, deadline)
         request_id = request.request_id or uuid.uuid4().hex
-        stream = self._engine.submit(request_id, checked.engine_request)
-        return TextStream(stream, text.tokenizer, request, checked, policy, self._metrics, self._clock)
+        ticket = self._enter(checked)
+        try:
+            stream = self._engine.submit(request_id, checked.engine_request)
+        except BaseException:
+            ticket.close()
+            raise
+        return TextStream(
+            stream, ticket, text.tokenizer, request, checked, policy, self._metrics, self._clock
+        )
+
+    def _enter(self, checked: CheckedRequest) -> Ticket:
+        request = checked.engine_request
+        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n)
 
     async def generate(
         self,
@@ -140,7 +154,7 @@ class Generator:
             return await _collect(stream)
 
     async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
-        checked = await self._prepare(self._admit(), request, deadline)
+        checked = await self._prepare(self._require_taking(), request, deadline)
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -210,8 +224,8 @@ class Generator:
             return text.tokenizer.encode(prompt, add_special_tokens=special)
         return await self._in_text_pool(lambda: text.tokenizer.encode(prompt, add_special_tokens=special))
 
-    def _admit(self) -> TextModel:
-        self._engine.check_admission()
+    def _require_taking(self) -> TextModel:
+        self._engine.check_state()
         return self._require_text()
 
     def _require_text(self) -> TextModel:
@@ -242,6 +256,7 @@ class TextStream:
     def __init__(
         self,
         stream: RequestStream,
+        ticket: Ticket,
         tokenizer: Tokenizer,
         request: GenerationRequest,
         checked: CheckedRequest,
@@ -251,6 +266,7 @@ class TextStream:
     ) -> None:
         self.request_id = stream.request_id
         self._stream = stream
+        self._ticket = ticket
         self._request = request
         self._checked = checked
         self._policy = policy
@@ -282,7 +298,7 @@ class TextStream:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stream.close()
+        self._close()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -309,6 +325,7 @@ class TextStream:
             if output.failure is not None:
                 raise error_of(output.failure)
         if not self._started:
+            self._ticket.start()
             self._held.extend(outputs)
             if not self._try_start():
                 return
@@ -317,11 +334,16 @@ class TextStream:
             self._advance(index, self._states[index], own)
         if not self._num_unfinished:
             self._done = True
-            self._stream.close()
+            self._close()
             summary = self._summary()
             reasons = [state.finish.reason for state in self._states if state.finish is not None]
             self._metrics.observe_finished(reasons, summary.usage, summary.timings)
             self._events.append(summary)
+
+    def _close(self) -> None:
+        self._ticket.num_output_tokens = sum(state.num_tokens for state in self._states)
+        self._ticket.close()
+        self._stream.close()
 
     def _try_start(self) -> bool:
         """Make the Started event, unless prompt log-probabilities are still on their way with index 0."""

@@ -33,6 +33,7 @@ _MAX_VIOLATION_BYTES = 2048
 
 _MIN_RETRY_MS = 50
 _MAX_RETRY_MS = 5000
+_RETRY_SPREAD = 0.25
 
 Details = Callable[[errors.PhotonError], Iterator[Message]]
 
@@ -84,10 +85,13 @@ def _after(milliseconds: int) -> Callable[[errors.PhotonError], int]:
 
 
 def _when_there_is_room(error: errors.PhotonError) -> int:
-    """The estimated wait, spread by a quarter so that the refused do not all come back at once."""
+    """The estimated wait, spread by a quarter so that the refused do not all come back at once.
+
+    Cut before it is spread, or a long queue would send all of them back in the same moment.
+    """
     assert isinstance(error, errors.CapacityError)
-    spread = error.retry_after_s * 1000 * random.uniform(0.75, 1.25)
-    return round(min(max(spread, _MIN_RETRY_MS), _MAX_RETRY_MS))
+    wait = min(error.retry_after_s * 1000, _MAX_RETRY_MS / (1 + _RETRY_SPREAD))
+    return max(round(wait * random.uniform(1 - _RETRY_SPREAD, 1 + _RETRY_SPREAD)), _MIN_RETRY_MS)
 
 
 @dataclass(frozen=True, slots=True)

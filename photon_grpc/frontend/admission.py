@@ -1,0 +1,202 @@
+"""Whether a generation may join the queue, and how long that queue is in seconds.
+
+The queue itself is the scheduler's; here are its bounds and what is measured of it. A call that is
+refused here has cost a few comparisons, and nothing of it has reached the engine. Only generations are
+counted: health checks and questions about the model never meet a full queue. Event loop only; the clock is
+passed in, so that everything can be tried in virtual time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from photon_grpc.engine.messages import EngineStats
+from photon_grpc.errors import OverloadedError
+from photon_grpc.options import LimitOptions
+
+__all__ = ["Admission", "EngineLoad", "Throughput", "Ticket"]
+
+# Shorter spans hold too few steps to say anything.
+_MIN_SPAN_S = 0.1
+# What lies this far back counts a third.
+_MEMORY_S = 5.0
+_SMOOTHING = 0.1
+# Nothing has been measured yet: long enough to be measured meanwhile.
+_UNKNOWN_WAIT_S = 1.0
+_MAX_WAIT_S = 3600.0
+
+
+class EngineLoad(Protocol):
+    """The part of the engine's client that admission looks at; `engine.client.AsyncEngine` has it."""
+
+    @property
+    def num_live_completions(self) -> int:
+        """Submitted completions that have not ended."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions that run at the same time."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+
+
+class Throughput:
+    """Tokens per second of a busy engine, prompts and outputs together.
+
+    An engine with free places says nothing of what it could do, so only spans that begin and end with
+    sequences waiting count. The mean is weighted by time: how often somebody looks does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._rate: float | None = None
+        self._since: tuple[float, int] | None = None
+
+    @property
+    def per_second(self) -> float | None:
+        """None before the engine has been busy for long enough."""
+        return self._rate
+
+    def observe(self, now: float, num_tokens: int, *, is_busy: bool) -> None:
+        """`num_tokens` have been computed in all by `now` (monotonic seconds)."""
+        if not is_busy:
+            self._since = None
+        elif self._since is None:
+            self._since = (now, num_tokens)
+        elif (span := now - self._since[0]) >= _MIN_SPAN_S:
+            latest = (num_tokens - self._since[1]) / span
+            share = 1.0 if self._rate is None else -math.expm1(-span / _MEMORY_S)
+            self._rate = latest if self._rate is None else self._rate + share * (latest - self._rate)
+            self._since = (now, num_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One admitted request until its stream is left; use inside `with`, or `close` it."""
+
+    _admission: Admission
+    num_completions: int
+    prompt_tokens: int
+    num_output_tokens: int = 0
+    """All completions together; set by whoever reads the outputs."""
+    is_queued: bool = True
+    _is_closed: bool = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """The first token has come; the request is no longer in the queue."""
+        if self.is_queued:
+            self.is_queued = False
+            self._admission.dequeued(self)
+
+    def close(self) -> None:
+        """Give the place back. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.start()
+            self._admission.left(self)
+
+
+class Admission:
+    """The bounds of the queue and the estimate of what waiting in it takes."""
+
+    def __init__(self, engine: EngineLoad, limits: LimitOptions, *, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._clock = clock
+        self._throughput = Throughput()
+        # Of admitted requests whose first token has not come.
+        self._queued_tokens = 0
+        self._queued_completions = 0
+        self._output_tokens: float | None = None
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of admitted requests whose first token has not come."""
+        return self._queued_tokens
+
+    def check(self) -> None:
+        """Refuse what no request could pass now; cheap, for use before text work.
+
+        Raises OverloadedError.
+        """
+        self._measure()
+        self._check_room(1, 0)
+
+    def enter(self, prompt_tokens: int, num_completions: int) -> Ticket:
+        """Take a request of `num_completions` with a prompt of `prompt_tokens` each.
+
+        Raises OverloadedError when the queue has no room for it; it then holds nothing.
+        """
+        self._measure()
+        self._check_room(num_completions, prompt_tokens * num_completions)
+        ticket = Ticket(self, num_completions, prompt_tokens)
+        self._queued_tokens += prompt_tokens * num_completions
+        self._queued_completions += num_completions
+        return ticket
+
+    def estimated_wait(self) -> float | None:
+        """Seconds until a request that came now would get a place; None when nothing is known yet.
+
+        Places become free as fast as work is done, so a request waits for as much work as stands before
+        it: as many completions, of the size of the queued prompts and of what outputs have been lately.
+        """
+        engine = self._engine
+        num_waiting = max(engine.num_live_completions - engine.max_num_seqs, engine.stats.waiting)
+        if engine.num_live_completions < engine.max_num_seqs and not engine.stats.waiting:
+            return 0.0
+        rate = self._throughput.per_second
+        if rate is None:
+            return None
+        prompt = self._queued_tokens / self._queued_completions if self._queued_completions else 0.0
+        work = (num_waiting + 1) * (prompt + (self._output_tokens or 0.0))
+        return min(work / rate, _MAX_WAIT_S) if rate > 0 else _MAX_WAIT_S
+
+    def _measure(self) -> None:
+        stats = self._engine.stats
+        self._throughput.observe(
+            self._clock(), stats.prompt_tokens + stats.generation_tokens, is_busy=stats.waiting > 0
+        )
+
+    def _check_room(self, num_completions: int, num_tokens: int) -> None:
+        # An empty engine or queue takes any request: one that is larger than the bound could never come
+        # otherwise.
+        engine, limits = self._engine, self._limits
+        num_live = engine.num_live_completions
+        if num_live and num_live + num_completions > engine.max_num_seqs + limits.max_queued_requests:
+            raise self._overloaded("the queue is full")
+        if self._queued_tokens and self._queued_tokens + num_tokens > limits.max_queued_tokens:
+            raise self._overloaded("the queue holds as many prompt tokens as it may")
+
+    def _overloaded(self, message: str) -> OverloadedError:
+        wait = self.estimated_wait()
+        return OverloadedError(message, retry_after_s=_UNKNOWN_WAIT_S if wait is None else wait)
+
+    # --- from tickets ---------------------------------------------------------------------------
+
+    def dequeued(self, ticket: Ticket) -> None:
+        """`ticket` no longer waits; called by the ticket, once."""
+        self._queued_tokens -= ticket.prompt_tokens * ticket.num_completions
+        self._queued_completions -= ticket.num_completions
+
+    def left(self, ticket: Ticket) -> None:
+        """`ticket` is closed; called by the ticket, once."""
+        if ticket.num_output_tokens:
+            latest = ticket.num_output_tokens / ticket.num_completions
+            before = latest if self._output_tokens is None else self._output_tokens
+            self._output_tokens = before + _SMOOTHING * (latest - before)
