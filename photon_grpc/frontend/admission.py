@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from photon_grpc.engine.messages import EngineStats
-from photon_grpc.errors import OverloadedError
+from photon_grpc.engine.messages import Deadlines, EngineStats
+from photon_grpc.errors import DeadlineTooShortError, DeadlineUnreachableError, OverloadedError
 from photon_grpc.options import LimitOptions
 
-__all__ = ["Admission", "EngineLoad", "Throughput", "Ticket"]
+__all__ = ["Admission", "EngineLoad", "Fastest", "Throughput", "Ticket"]
 
 # Shorter spans hold too few steps to say anything.
 _MIN_SPAN_S = 0.1
@@ -28,6 +28,9 @@ _SMOOTHING = 0.1
 # Nothing has been measured yet: long enough to be measured meanwhile.
 _UNKNOWN_WAIT_S = 1.0
 _MAX_WAIT_S = 3600.0
+# Fewer may all have come at a bad moment.
+_MIN_OBSERVATIONS = 5
+_NO_DEADLINES = Deadlines()
 
 
 class EngineLoad(Protocol):
@@ -75,6 +78,34 @@ class Throughput:
             self._since = (now, num_tokens)
 
 
+class Fastest:
+    """The least time that prompts have taken from their first step to their first token, by length.
+
+    What no idle server could do is refused for good, so the estimate is a bound from below: the fastest of
+    at least five prompts of about this length, or of any shorter ones; nothing is drawn out to lengths
+    that were not seen.
+    """
+
+    def __init__(self) -> None:
+        # By the length's number of bits: how many, and the least seconds.
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A prompt of `num_tokens` took `seconds`."""
+        count, least = self._seen.get(num_tokens.bit_length(), (0, math.inf))
+        self._seen[num_tokens.bit_length()] = (count + 1, min(least, seconds))
+
+    def seconds(self, num_tokens: int) -> float:
+        """A prompt of `num_tokens` takes at least this; 0 when nothing is known."""
+        bits = num_tokens.bit_length()
+        known = (
+            least
+            for length, (count, least) in self._seen.items()
+            if length <= bits and count >= _MIN_OBSERVATIONS
+        )
+        return max(known, default=0.0)
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One admitted request until its stream is left; use inside `with`, or `close` it."""
@@ -98,11 +129,11 @@ class Ticket:
     ) -> None:
         self.close()
 
-    def start(self) -> None:
-        """The first token has come; the request is no longer in the queue."""
+    def start(self, prefill_s: float | None = None) -> None:
+        """No longer in the queue: the first token came `prefill_s` after the first step, or never will."""
         if self.is_queued:
             self.is_queued = False
-            self._admission.dequeued(self)
+            self._admission.dequeued(self, prefill_s)
 
     def close(self) -> None:
         """Give the place back. Idempotent."""
@@ -120,6 +151,7 @@ class Admission:
         self._limits = limits
         self._clock = clock
         self._throughput = Throughput()
+        self._fastest = Fastest()
         # Of admitted requests whose first token has not come.
         self._queued_tokens = 0
         self._queued_completions = 0
@@ -138,13 +170,18 @@ class Admission:
         self._measure()
         self._check_room(1, 0)
 
-    def enter(self, prompt_tokens: int, num_completions: int) -> Ticket:
+    def enter(
+        self, prompt_tokens: int, num_completions: int = 1, deadlines: Deadlines = _NO_DEADLINES
+    ) -> Ticket:
         """Take a request of `num_completions` with a prompt of `prompt_tokens` each.
 
-        Raises OverloadedError when the queue has no room for it; it then holds nothing.
+        Raises OverloadedError when the queue has no room for it, DeadlineUnreachableError when it would
+        wait there for too long, DeadlineTooShortError when no queue could be short enough; it then holds
+        nothing.
         """
         self._measure()
         self._check_room(num_completions, prompt_tokens * num_completions)
+        self._check_deadlines(prompt_tokens, deadlines)
         ticket = Ticket(self, num_completions, prompt_tokens)
         self._queued_tokens += prompt_tokens * num_completions
         self._queued_completions += num_completions
@@ -183,14 +220,30 @@ class Admission:
         if self._queued_tokens and self._queued_tokens + num_tokens > limits.max_queued_tokens:
             raise self._overloaded("the queue holds as many prompt tokens as it may")
 
+    def _check_deadlines(self, prompt_tokens: int, clocks: Deadlines) -> None:
+        now = self._clock()
+        to_start = _time_left(now, clocks.start_by)
+        to_first_token = _time_left(now, clocks.first_token_by, clocks.end_by)
+        if min(to_start, to_first_token) <= 0:
+            return  # the engine tells which clock it was that has run out already
+        alone = self._fastest.seconds(prompt_tokens)
+        if alone > to_first_token:
+            raise DeadlineTooShortError(alone)
+        wait = self.estimated_wait()
+        if wait is not None and (wait > to_start or wait + alone > to_first_token):
+            raise DeadlineUnreachableError(wait)
+
     def _overloaded(self, message: str) -> OverloadedError:
         wait = self.estimated_wait()
         return OverloadedError(message, retry_after_s=_UNKNOWN_WAIT_S if wait is None else wait)
 
     # --- from tickets ---------------------------------------------------------------------------
 
-    def dequeued(self, ticket: Ticket) -> None:
+    def dequeued(self, ticket: Ticket, prefill_s: float | None) -> None:
         """`ticket` no longer waits; called by the ticket, once."""
+        # While others wait a prompt shares its steps with them.
+        if prefill_s is not None and not self._engine.stats.waiting:
+            self._fastest.observe(ticket.prompt_tokens, prefill_s)
         self._queued_tokens -= ticket.prompt_tokens * ticket.num_completions
         self._queued_completions -= ticket.num_completions
 
@@ -200,3 +253,8 @@ class Admission:
             latest = ticket.num_output_tokens / ticket.num_completions
             before = latest if self._output_tokens is None else self._output_tokens
             self._output_tokens = before + _SMOOTHING * (latest - before)
+
+
+def _time_left(now: float, *moments: float | None) -> float:
+    """Seconds until the first of `moments`; infinite when there is none."""
+    return min((moment for moment in moments if moment is not None), default=math.inf) - now

@@ -136,7 +136,7 @@ class Generator:
 
     def _enter(self, checked: CheckedRequest) -> Ticket:
         request = checked.engine_request
-        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n)
+        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n, request.deadlines)
 
     async def generate(
         self,
@@ -325,7 +325,7 @@ class TextStream:
             if output.failure is not None:
                 raise error_of(output.failure)
         if not self._started:
-            self._ticket.start()
+            self._ticket.start(_prefill_s(outputs[0].timings))
             self._held.extend(outputs)
             if not self._try_start():
                 return
@@ -467,6 +467,13 @@ def _by_index(outputs: list[SequenceOutput]) -> Iterable[tuple[int, list[Sequenc
     for output in outputs:
         grouped.setdefault(output.index, []).append(output)
     return grouped.items()
+
+
+def _prefill_s(timings: SequenceTimings | None) -> float | None:
+    """From the first step to the first token; None without one."""
+    if timings is None or timings.started is None or timings.first_token is None:
+        return None
+    return timings.first_token - timings.started
 
 
 def _prompt_info(

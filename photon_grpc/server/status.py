@@ -76,6 +76,16 @@ def _context_length(error: errors.PhotonError) -> dict[str, str]:
     return {"tokens": str(error.num_tokens), "limit": str(error.limit)}
 
 
+def _wait(error: errors.PhotonError) -> dict[str, str]:
+    assert isinstance(error, errors.DeadlineUnreachableError)
+    return {"wait_ms": str(round(error.retry_after_s * 1000))}
+
+
+def _estimate(error: errors.PhotonError) -> dict[str, str]:
+    assert isinstance(error, errors.DeadlineTooShortError)
+    return {"estimate_ms": str(round(error.estimate_s * 1000))}
+
+
 def _never(error: errors.PhotonError) -> int | None:
     return None
 
@@ -122,12 +132,18 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.RequestNotFoundError: Row(_Code.NOT_FOUND, "REQUEST_NOT_FOUND", _resource),
     errors.DuplicateRequestError: Row(_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST", _resource),
     errors.OverloadedError: Row(_Code.UNAVAILABLE, "OVERLOADED", pushback=_when_there_is_room),
+    errors.DeadlineUnreachableError: Row(
+        _Code.UNAVAILABLE, "DEADLINE_UNREACHABLE", metadata=_wait, pushback=_after(_MIN_RETRY_MS)
+    ),
     errors.EngineStartingError: Row(_Code.UNAVAILABLE, "STARTING", pushback=_after(1000)),
     errors.EngineDrainingError: Row(_Code.UNAVAILABLE, "DRAINING", pushback=_after(100)),
     errors.EngineDeadError: Row(_Code.UNAVAILABLE, "ENGINE_DEAD", pushback=_after(100)),
     errors.QueueTimeoutError: Row(_Code.DEADLINE_EXCEEDED, "QUEUE_TIMEOUT"),
     errors.FirstTokenTimeoutError: Row(_Code.DEADLINE_EXCEEDED, "FIRST_TOKEN_TIMEOUT"),
     errors.MaxDurationError: Row(_Code.DEADLINE_EXCEEDED, "MAX_DURATION"),
+    errors.DeadlineTooShortError: Row(
+        _Code.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT", metadata=_estimate, pushback=_after(-1)
+    ),
     errors.SlowConsumerError: Row(_Code.ABORTED, "CLIENT_STALLED"),
     errors.OperatorAbortError: Row(_Code.ABORTED, "ABORTED_BY_OPERATOR"),
     errors.RequestFaultError: Row(_Code.INTERNAL, "REQUEST_FAULT", pushback=_after(-1)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from grpc_health.v1 import health_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon_grpc.engine.messages import EngineStats
-from photon_grpc.errors import OverloadedError
-from photon_grpc.frontend.admission import Admission, Throughput
+from photon_grpc.engine.messages import Deadlines, EngineStats
+from photon_grpc.errors import DeadlineTooShortError, DeadlineUnreachableError, OverloadedError
+from photon_grpc.frontend.admission import Admission, Fastest, Throughput
 from photon_grpc.options import LimitOptions, SchedulerOptions
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.builders import FakeClock
@@ -48,10 +49,9 @@ class Desk:
         self.look()
 
     def look(self) -> None:
-        try:
+        # What is measured does not depend on the answer.
+        with contextlib.suppress(OverloadedError):
             self.admission.check()
-        except OverloadedError:
-            pass  # what is measured does not depend on the answer
 
 
 def desk(**limits: int) -> Desk:
@@ -88,9 +88,8 @@ def test_prompt_tokens_are_bounded_until_the_first_token() -> None:
 
 def test_an_empty_queue_takes_a_request_larger_than_its_bounds() -> None:
     it = desk(max_queued_requests=1, max_queued_tokens=10)
-    with it.admission.enter(1000, 8):
-        with pytest.raises(OverloadedError):
-            it.admission.enter(1, 1)
+    with it.admission.enter(1000, 8), pytest.raises(OverloadedError):
+        it.admission.enter(1, 1)
     it.admission.enter(1000, 8)
 
 
@@ -174,6 +173,82 @@ def test_the_rate_lies_between_the_slowest_and_the_fastest_busy_span(
         assert throughput.per_second is None
 
 
+# --- deadlines ------------------------------------------------------------------------------------
+
+
+def busy_desk() -> Desk:
+    """Ten wait, for 5.5 s: as above."""
+    it = desk()
+    old = it.admission.enter(60)
+    old.num_output_tokens = 40
+    old.close()
+    for _ in range(10):
+        it.admission.enter(60)
+    it.engine.num_live_completions = 14
+    for _ in range(20):
+        it.work(0.5, 100)
+    return it
+
+
+@pytest.mark.parametrize("clock", ["start_by", "first_token_by", "end_by"])
+def test_what_the_queue_is_too_long_for_is_refused_with_the_wait(clock: str) -> None:
+    it = busy_desk()
+    before = it.admission.queued_tokens
+    with pytest.raises(DeadlineUnreachableError) as refused:
+        it.admission.enter(60, 1, Deadlines(**{clock: it.clock() + 5.4}))
+    assert refused.value.retry_after_s == pytest.approx(5.5)
+    assert it.admission.queued_tokens == before
+    it.admission.enter(60, 1, Deadlines(**{clock: it.clock() + 5.6}))
+
+
+def test_a_soft_end_is_no_deadline() -> None:
+    it = busy_desk()
+    it.admission.enter(60, 1, Deadlines(finish_by=it.clock() + 0.1))
+
+
+def test_what_no_idle_server_could_do_is_told_apart() -> None:
+    it = desk()
+    for prefill_s in (0.9, 0.7, 0.5, 0.8):
+        it.admission.enter(1000).start(prefill_s)
+    # Four observations may be bad luck.
+    it.admission.enter(1000, 1, Deadlines(end_by=it.clock() + 0.1)).close()
+    it.admission.enter(1000).start(0.6)
+    for clock in ("first_token_by", "end_by"):
+        with pytest.raises(DeadlineTooShortError) as refused:
+            it.admission.enter(1000, 1, Deadlines(**{clock: it.clock() + 0.4}))
+        assert refused.value.estimate_s == 0.5
+    it.admission.enter(1000, 1, Deadlines(end_by=it.clock() + 0.6)).close()
+    # A longer prompt takes at least as long; nothing is known of a shorter one.
+    with pytest.raises(DeadlineTooShortError):
+        it.admission.enter(3000, 1, Deadlines(end_by=it.clock() + 0.4))
+    it.admission.enter(500, 1, Deadlines(end_by=it.clock() + 0.1)).close()
+
+
+def test_prompts_that_shared_their_steps_with_a_queue_say_nothing_of_an_idle_server() -> None:
+    it = desk()
+    it.engine.stats = EngineStats(waiting=3)
+    for _ in range(10):
+        it.admission.enter(1000).start(5.0)
+    it.engine.stats = EngineStats()
+    it.admission.enter(1000, 1, Deadlines(end_by=it.clock() + 0.1))
+
+
+samples = st.lists(st.tuples(st.integers(1, 1 << 17), st.floats(1e-4, 100.0)), max_size=60)
+
+
+@given(samples, st.integers(1, 1 << 17))
+def test_the_bound_is_no_longer_than_a_prompt_up_to_twice_as_long_has_taken(
+    samples: list[tuple[int, float]], length: int
+) -> None:
+    fastest = Fastest()
+    for num_tokens, seconds in samples:
+        fastest.observe(num_tokens, seconds)
+    bound = fastest.seconds(length)
+    # Whatever is claimed has been seen, of a prompt that is not longer than the next power of two.
+    assert bound == 0.0 or any(t < 2 * length and s == bound for t, s in samples)
+    assert fastest.seconds(2 * length) >= bound
+
+
 # --- over a real service --------------------------------------------------------------------------
 
 
@@ -234,3 +309,45 @@ async def test_a_client_of_a_full_server_hears_when_to_come_back(
         # Every place is given back.
         again = [harness.inference.StreamGenerate(_request(4)) for _ in range(4)]
         assert await asyncio.gather(*map(_read, again)) == [4] * 4
+
+
+async def test_a_client_whose_deadline_cannot_be_met_hears_so_at_once(tmp_path: Path) -> None:
+    options = replace(quick_options(), scheduler=SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=256))
+    async with scripted_service(tmp_path, options, step_s=0.01) as harness:
+        for _ in range(5):
+            assert await _read(harness.inference.StreamGenerate(_request(40))) == 40
+        calls = [harness.inference.StreamGenerate(_request(400)) for _ in range(6)]
+        reads = [asyncio.ensure_future(_read(call)) for call in calls]
+        await until(lambda: harness.server.num_live_calls == 6)
+        # A look starts the measurement, the next one reads it.
+        for _ in range(2):
+            await _call_and_leave(harness)
+            await asyncio.sleep(0.3)
+        error = await _refusal(harness, _request(4), timeout=0.5)
+        assert error.code is grpc.StatusCode.UNAVAILABLE
+        assert error.reason == "DEADLINE_UNREACHABLE"
+        assert error.trailers["grpc-retry-pushback-ms"] == "50"
+        assert int(error.info.metadata["wait_ms"]) > 500
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
+        await until(lambda: harness.server.num_live_calls == 0)
+        # An idle server needs a step of ten milliseconds.
+        error = await _refusal(harness, _too_hasty(), timeout=5.0)
+        assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert error.reason == "DEADLINE_TOO_SHORT"
+        assert error.trailers["grpc-retry-pushback-ms"] == "-1"
+        assert int(error.info.metadata["estimate_ms"]) >= 5
+
+
+async def _call_and_leave(harness: Harness) -> None:
+    """A call that waits in the queue for a moment."""
+    call = harness.inference.StreamGenerate(_request(4))
+    await asyncio.sleep(0.05)
+    call.cancel()
+
+
+def _too_hasty() -> pb.StreamGenerateRequest:
+    request = _request(4)
+    request.spec.scheduling.first_token_budget.FromMicroseconds(1000)
+    return request

@@ -67,6 +67,8 @@ ROWS = [
     (errors.ModelNotFoundError("m"), "NOT_FOUND", "MODEL_NOT_FOUND", {"ResourceInfo"}, None),
     (errors.RequestNotFoundError("r"), "NOT_FOUND", "REQUEST_NOT_FOUND", {"ResourceInfo"}, None),
     (errors.DuplicateRequestError("r"), "ALREADY_EXISTS", "DUPLICATE_REQUEST", {"ResourceInfo"}, None),
+    (errors.DeadlineUnreachableError(3.5), "UNAVAILABLE", "DEADLINE_UNREACHABLE", {"RetryInfo"}, "50"),
+    (errors.DeadlineTooShortError(0.25), "DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT", set(), "-1"),
     (errors.EngineStartingError(), "UNAVAILABLE", "STARTING", {"RetryInfo"}, "1000"),
     (errors.EngineDrainingError(), "UNAVAILABLE", "DRAINING", {"RetryInfo"}, "100"),
     (errors.EngineDeadError(), "UNAVAILABLE", "ENGINE_DEAD", {"RetryInfo"}, "100"),
@@ -123,6 +125,12 @@ def test_a_subclass_inherits_its_parents_row() -> None:
         pass
 
     assert unpack(NewQueueTimeout())[1]["ErrorInfo"].reason == "QUEUE_TIMEOUT"
+
+
+def test_a_deadline_that_cannot_be_met_comes_with_the_estimate() -> None:
+    unreachable, too_short = errors.DeadlineUnreachableError(3.5), errors.DeadlineTooShortError(0.25)
+    assert dict(unpack(unreachable)[1]["ErrorInfo"].metadata) == {"wait_ms": "3500"}
+    assert dict(unpack(too_short)[1]["ErrorInfo"].metadata) == {"estimate_ms": "250"}
 
 
 def test_overload_tells_when_to_come_back_spread_and_bounded() -> None:
