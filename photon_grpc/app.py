@@ -104,7 +104,12 @@ class InferenceStack:
             make_host=EngineProcess if self._has_own_process else EngineThread,
         )
         self.generator = Generator(
-            self.engine, options.limits, self._text_pool, metrics=metrics, field_root=field_root
+            self.engine,
+            options.limits,
+            self._text_pool,
+            metrics=metrics,
+            tenants=options.tenants,
+            field_root=field_root,
         )
 
     async def start(self) -> EngineReady:

@@ -96,6 +96,11 @@ RANGES: Mapping[str, Any] = {
     "limits.default_deadline_s": _POSITIVE,
     "limits.max_deadline_s": _POSITIVE,
     "limits.slow_consumer_timeout_s": _POSITIVE,
+    "tenants.max_concurrent_requests": _AT_LEAST_ZERO,
+    "tenants.requests_per_s": _AT_LEAST_ZERO,
+    "tenants.request_burst": _POSITIVE,
+    "tenants.tokens_per_s": _AT_LEAST_ZERO,
+    "tenants.token_burst": _POSITIVE,
 }
 
 

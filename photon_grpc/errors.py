@@ -14,6 +14,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
       CapacityError
         OverloadedError           UNAVAILABLE
         DeadlineUnreachableError  UNAVAILABLE
+        QuotaExceededError        RESOURCE_EXHAUSTED
       LifecycleError
         EngineStartingError       UNAVAILABLE
         EngineDrainingError       UNAVAILABLE
@@ -163,6 +164,14 @@ class DeadlineUnreachableError(CapacityError):
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__("the queue is too long for the request's deadline", retry_after_s)
+
+
+class QuotaExceededError(CapacityError):
+    """The tenant has used up what it may; infinite `retry_after_s`: no wait helps this request."""
+
+    def __init__(self, limit: str, retry_after_s: float) -> None:
+        super().__init__(f"the tenant's quota of {limit} is used up", retry_after_s)
+        self.limit = limit
 
 
 class LifecycleError(PhotonError):

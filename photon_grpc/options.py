@@ -110,6 +110,17 @@ class LimitOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantOptions:
+    """What each tenant may use; `frontend/tenants.py` keeps the books. 0 is no limit."""
+
+    max_concurrent_requests: int = _opt(0, "generations of one tenant at the same time; 0: any number")
+    requests_per_s: float = _opt(0.0, "generations of one tenant per second; 0: any number")
+    request_burst: int = _opt(100, "generations that a tenant who was idle may begin at once")
+    tokens_per_s: float = _opt(0.0, "prompt and output tokens of one tenant per second; 0: any number")
+    token_burst: int = _opt(1 << 20, "tokens that an idle tenant may use at once; no request gets more")
+
+
+@dataclass(frozen=True, slots=True)
 class TelemetryOptions:
     log_level: str = _opt("info", "debug, info, warning or error")
     log_format: str = _opt("auto", "json, console or auto (console on a terminal)")
@@ -125,6 +136,7 @@ class Options:
     engine: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
+    tenants: TenantOptions = field(default_factory=TenantOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)
 
 

@@ -12,12 +12,13 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
 from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
-from photon_grpc.engine.messages import EngineStats, SequenceOutput, SequenceTimings
+from photon_grpc.engine.messages import EngineRequest, EngineStats, SequenceOutput, SequenceTimings
 from photon_grpc.engine.validation import CheckedRequest, Validator
 from photon_grpc.errors import EngineStartingError
 from photon_grpc.frontend.admission import Admission, Ticket
@@ -35,8 +36,9 @@ from photon_grpc.frontend.events import (
     Tokenized,
 )
 from photon_grpc.frontend.stop_strings import StopMatcher
+from photon_grpc.frontend.tenants import Lease, Tenants
 from photon_grpc.frontend.tokenizer import Tokenizer
-from photon_grpc.options import LimitOptions
+from photon_grpc.options import LimitOptions, TenantOptions
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import (
     ChatInput,
@@ -77,6 +79,7 @@ class Generator:
         text_pool: Executor,
         *,
         metrics: Metrics,
+        tenants: TenantOptions | None = None,
         field_root: str = "spec.",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,6 +91,7 @@ class Generator:
         self._clock = clock
         self._text: TextModel | None = None
         self._admission = Admission(engine, limits, clock=clock)
+        self._tenants = Tenants(tenants or TenantOptions(), clock=clock)
 
     def activate(self, tokenizer: Tokenizer, chat: ChatRenderer) -> None:
         """Begin to answer; called when the engine is ready."""
@@ -113,29 +117,32 @@ class Generator:
 
     # --- generation -----------------------------------------------------------------------------
 
-    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> TextStream:
+    async def open(
+        self, request: GenerationRequest, *, deadline: float | None = None, tenant: str = ""
+    ) -> TextStream:
         """Check, tokenise and submit a request. Raises errors of `errors.py` only."""
-        return await self._submit(request, deadline, request.chunk_policy)
+        return await self._submit(request, deadline, tenant, request.chunk_policy)
 
     async def _submit(
-        self, request: GenerationRequest, deadline: float | None, policy: ChunkPolicy
+        self, request: GenerationRequest, deadline: float | None, tenant: str, policy: ChunkPolicy
     ) -> TextStream:
         text = self._require_taking()
-        self._admission.check()
-        checked = await self._prepare(text, request, deadline)
-        request_id = request.request_id or uuid.uuid4().hex
-        ticket = self._enter(checked)
-        try:
-            stream = self._engine.submit(request_id, checked.engine_request)
-        except BaseException:
-            ticket.close()
-            raise
-        return TextStream(
-            stream, ticket, text.tokenizer, request, checked, policy, self._metrics, self._clock
-        )
+        with ExitStack() as places:
+            lease = places.enter_context(self._tenants.enter(tenant))
+            self._admission.check()
+            checked = await self._prepare(text, request, deadline)
+            lease.reserve(_most_tokens(checked.engine_request))
+            ticket = places.enter_context(self._enter(checked.engine_request))
+            request_id = request.request_id or uuid.uuid4().hex
+            stream = places.enter_context(self._engine.submit(request_id, checked.engine_request))
+            held = _Places(ticket, lease)
+            opened = TextStream(
+                stream, held, text.tokenizer, request, checked, policy, self._metrics, self._clock
+            )
+            places.pop_all()
+        return opened
 
-    def _enter(self, checked: CheckedRequest) -> Ticket:
-        request = checked.engine_request
+    def _enter(self, request: EngineRequest) -> Ticket:
         return self._admission.enter(len(request.prompt_token_ids), request.sampling.n, request.deadlines)
 
     async def generate(
@@ -143,6 +150,7 @@ class Generator:
         request: GenerationRequest,
         *,
         deadline: float | None = None,
+        tenant: str = "",
         validate_only: bool = False,
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
@@ -150,7 +158,7 @@ class Generator:
             return await self._validate(request, deadline)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
-        with await self._submit(request, deadline, policy) as stream:
+        with await self._submit(request, deadline, tenant, policy) as stream:
             return await _collect(stream)
 
     async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
@@ -237,6 +245,21 @@ class Generator:
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, work)
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What an admitted request holds until its stream is left."""
+
+    ticket: Ticket
+    lease: Lease
+
+    def close(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Give everything back, and tell what was used. Idempotent."""
+        self.ticket.num_output_tokens = output_tokens
+        self.lease.used_tokens = prompt_tokens + output_tokens
+        self.ticket.close()
+        self.lease.close()
+
+
 @dataclass(slots=True)
 class _CompletionState:
     """One completion on its way from ids to text."""
@@ -256,7 +279,7 @@ class TextStream:
     def __init__(
         self,
         stream: RequestStream,
-        ticket: Ticket,
+        places: _Places,
         tokenizer: Tokenizer,
         request: GenerationRequest,
         checked: CheckedRequest,
@@ -266,7 +289,7 @@ class TextStream:
     ) -> None:
         self.request_id = stream.request_id
         self._stream = stream
-        self._ticket = ticket
+        self._places = places
         self._request = request
         self._checked = checked
         self._policy = policy
@@ -325,7 +348,7 @@ class TextStream:
             if output.failure is not None:
                 raise error_of(output.failure)
         if not self._started:
-            self._ticket.start(_prefill_s(outputs[0].timings))
+            self._places.ticket.start(_prefill_s(outputs[0].timings))
             self._held.extend(outputs)
             if not self._try_start():
                 return
@@ -341,8 +364,8 @@ class TextStream:
             self._events.append(summary)
 
     def _close(self) -> None:
-        self._ticket.num_output_tokens = sum(state.num_tokens for state in self._states)
-        self._ticket.close()
+        request = self._checked.engine_request
+        self._places.close(len(request.prompt_token_ids), sum(state.num_tokens for state in self._states))
         self._stream.close()
 
     def _try_start(self) -> bool:
@@ -467,6 +490,11 @@ def _by_index(outputs: list[SequenceOutput]) -> Iterable[tuple[int, list[Sequenc
     for output in outputs:
         grouped.setdefault(output.index, []).append(output)
     return grouped.items()
+
+
+def _most_tokens(request: EngineRequest) -> int:
+    """All that the request can use: one prompt, and `max_tokens` of each completion."""
+    return len(request.prompt_token_ids) + request.sampling.n * request.max_tokens
 
 
 def _prefill_s(timings: SequenceTimings | None) -> float | None:

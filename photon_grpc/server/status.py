@@ -7,6 +7,7 @@ is not a PhotonError becomes INTERNAL with fixed text. Pure functions, any threa
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ def _resource(error: errors.PhotonError) -> Iterator[Message]:
     )
 
 
+def _quota(error: errors.PhotonError) -> Iterator[Message]:
+    assert isinstance(error, errors.QuotaExceededError)
+    message = error_details_pb2.QuotaFailure()
+    message.violations.add(subject="tenant", description=error.message)
+    yield message
+
+
 def _no_metadata(error: errors.PhotonError) -> dict[str, str]:
     return {}
 
@@ -92,6 +100,12 @@ def _never(error: errors.PhotonError) -> int | None:
 
 def _after(milliseconds: int) -> Callable[[errors.PhotonError], int]:
     return lambda error: milliseconds
+
+
+def _until_refill(error: errors.PhotonError) -> int:
+    """The time until the tenant's bucket holds enough again; -1 if it never will."""
+    assert isinstance(error, errors.QuotaExceededError)
+    return -1 if math.isinf(error.retry_after_s) else max(1, math.ceil(error.retry_after_s * 1000))
 
 
 def _when_there_is_room(error: errors.PhotonError) -> int:
@@ -134,6 +148,9 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.OverloadedError: Row(_Code.UNAVAILABLE, "OVERLOADED", pushback=_when_there_is_room),
     errors.DeadlineUnreachableError: Row(
         _Code.UNAVAILABLE, "DEADLINE_UNREACHABLE", metadata=_wait, pushback=_after(_MIN_RETRY_MS)
+    ),
+    errors.QuotaExceededError: Row(
+        _Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", _quota, pushback=_until_refill
     ),
     errors.EngineStartingError: Row(_Code.UNAVAILABLE, "STARTING", pushback=_after(1000)),
     errors.EngineDrainingError: Row(_Code.UNAVAILABLE, "DRAINING", pushback=_after(100)),
