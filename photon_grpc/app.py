@@ -123,7 +123,12 @@ class InferenceStack:
         self._metrics = metrics
         self._cache_options = options.cache
         self.generator = Generator(
-            self.engine, options.limits, self._text_pool, metrics=metrics, field_root=field_root
+            self.engine,
+            options.limits,
+            self._text_pool,
+            metrics=metrics,
+            tenants=options.tenants,
+            field_root=field_root,
         )
 
     async def start(self) -> EngineReady:

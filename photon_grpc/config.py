@@ -93,9 +93,15 @@ RANGES: Mapping[str, Any] = {
     "limits.max_chunk_tokens": _POSITIVE,
     "limits.max_chunk_delay_s": _POSITIVE,
     "limits.max_queued_requests": _POSITIVE,
+    "limits.max_queued_tokens": _POSITIVE,
     "limits.default_deadline_s": _POSITIVE,
     "limits.max_deadline_s": _POSITIVE,
     "limits.slow_consumer_timeout_s": _POSITIVE,
+    "tenants.max_concurrent_requests": _AT_LEAST_ZERO,
+    "tenants.requests_per_s": _AT_LEAST_ZERO,
+    "tenants.request_burst": _POSITIVE,
+    "tenants.tokens_per_s": _AT_LEAST_ZERO,
+    "tenants.token_burst": _POSITIVE,
 }
 
 

@@ -13,6 +13,8 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         DuplicateRequestError     ALREADY_EXISTS
       CapacityError
         OverloadedError           UNAVAILABLE
+        DeadlineUnreachableError  UNAVAILABLE
+        QuotaExceededError        RESOURCE_EXHAUSTED
       LifecycleError
         EngineStartingError       UNAVAILABLE
         EngineDrainingError       UNAVAILABLE
@@ -21,6 +23,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         QueueTimeoutError         DEADLINE_EXCEEDED
         FirstTokenTimeoutError    DEADLINE_EXCEEDED
         MaxDurationError          DEADLINE_EXCEEDED
+        DeadlineTooShortError     DEADLINE_EXCEEDED
       StreamError
         SlowConsumerError         ABORTED
         OperatorAbortError        ABORTED
@@ -156,6 +159,21 @@ class OverloadedError(CapacityError):
     """The queue is full."""
 
 
+class DeadlineUnreachableError(CapacityError):
+    """The queue is too long for the request's clocks; another replica may make it."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("the queue is too long for the request's deadline", retry_after_s)
+
+
+class QuotaExceededError(CapacityError):
+    """The tenant has used up what it may; infinite `retry_after_s`: no wait helps this request."""
+
+    def __init__(self, limit: str, retry_after_s: float) -> None:
+        super().__init__(f"the tenant's quota of {limit} is used up", retry_after_s)
+        self.limit = limit
+
+
 class LifecycleError(PhotonError):
     """The server is not in a state to take requests; another replica may be."""
 
@@ -204,6 +222,14 @@ class MaxDurationError(DurationError):
 
     def __init__(self) -> None:
         super().__init__("the request reached its deadline or the server's maximum duration")
+
+
+class DeadlineTooShortError(DurationError):
+    """Even alone on the server the request would not have a token in time. `estimate_s` is what it takes."""
+
+    def __init__(self, estimate_s: float) -> None:
+        super().__init__("the deadline is shorter than the prompt takes on an idle server")
+        self.estimate_s = estimate_s
 
 
 class StreamError(PhotonError):

@@ -7,6 +7,7 @@ front door as the gRPC service and the same engine thread, so results are those 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,7 +121,9 @@ class LLM:
         if options.engine.process == "auto":
             # A program that computes beside us has its own use for torch, and no event loop to spare for.
             options = replace(options, engine=replace(options.engine, process="shared"))
-        self._options = replace(options, model=replace(options.model, path=model))
+        # A program waits for itself: how many it has waiting is bounded, not how much.
+        limits = replace(options.limits, max_queued_tokens=sys.maxsize)
+        self._options = replace(options, model=replace(options.model, path=model), limits=limits)
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="photon-llm", daemon=True)
@@ -168,9 +171,9 @@ class LLM:
         return self._call(self._generate([params.request(prompt) for prompt in several]))
 
     async def _generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
-        # As many as the engine admits at once; the rest of a long list waits here.
+        # A batch, and as many to follow; the rest of a long list waits here, where no clock runs.
         running = self._options.scheduler.max_num_seqs or self._stack.engine.info.model.max_num_seqs
-        admitted = running + self._options.limits.max_queued_requests
+        admitted = running + min(running, self._options.limits.max_queued_requests)
         num_completions = max((request.sampling.n or 1 for request in requests), default=1)
         places = asyncio.Semaphore(max(1, admitted // num_completions))
 

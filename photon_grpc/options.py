@@ -106,9 +106,21 @@ class LimitOptions:
     max_chunk_tokens: int = _opt(256, "chunk_policy.max_tokens")
     max_chunk_delay_s: float = _opt(1.0, "chunk_policy.max_delay")
     max_queued_requests: int = _opt(1024, "completions waiting for a place in the batch")
+    max_queued_tokens: int = _opt(1 << 20, "prompt tokens of requests whose first token has not come")
     default_deadline_s: float = _opt(300.0, "deadline of a call that brings none")
     max_deadline_s: float = _opt(900.0, "longest that any call may run")
     slow_consumer_timeout_s: float = _opt(30.0, "a single write pending for longer ends the call")
+
+
+@dataclass(frozen=True, slots=True)
+class TenantOptions:
+    """What each tenant may use; `frontend/tenants.py` keeps the books. 0 is no limit."""
+
+    max_concurrent_requests: int = _opt(0, "generations of one tenant at the same time; 0: any number")
+    requests_per_s: float = _opt(0.0, "generations of one tenant per second; 0: any number")
+    request_burst: int = _opt(100, "generations that a tenant who was idle may begin at once")
+    tokens_per_s: float = _opt(0.0, "prompt and output tokens of one tenant per second; 0: any number")
+    token_burst: int = _opt(1 << 20, "tokens that an idle tenant may use at once; no request gets more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +142,7 @@ class Options:
     engine: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
+    tenants: TenantOptions = field(default_factory=TenantOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)
 
 

@@ -345,12 +345,23 @@ class AsyncEngine:
         """Submitted requests whose streams are not closed."""
         return len(self._streams)
 
+    @property
+    def num_live_completions(self) -> int:
+        """Submitted completions whose ends the engine has not told."""
+        return self._num_live
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions that run at the same time; 0 before the engine has said so."""
+        return self._max_num_seqs
+
     def check_admission(self) -> None:
-        """Raise what `submit` would raise whatever the request is; cheap, for use before text work."""
-        self._check_alive()
+        """Raise what `submit` would raise whatever the request is."""
+        self.check_state()
         self._check_room(1)
 
-    def _check_alive(self) -> None:
+    def check_state(self) -> None:
+        """Raise EngineDeadError, EngineDrainingError or EngineStartingError unless requests are taken."""
         if self._dead:
             raise EngineDeadError
         if self._draining:
@@ -359,7 +370,8 @@ class AsyncEngine:
             raise EngineStartingError
 
     def _check_room(self, num_completions: int) -> None:
-        # An idle engine takes any request: one that is larger than the queue could never come otherwise.
+        # What bounds the inbox; `frontend.admission` refuses earlier, and knows when to come back. An idle
+        # engine takes any request: one that is larger than the queue could never come otherwise.
         if self._num_live and self._num_live + num_completions > self._max_num_seqs + self._max_queued:
             raise OverloadedError("the queue is full", retry_after_s=1.0)
 
@@ -408,13 +420,13 @@ class AsyncEngine:
         With `wait_idle` waits until no request lives, for as long as the caller cares to. Raises
         EngineStartingError, EngineDrainingError or EngineDeadError.
         """
-        self._check_alive()
+        self.check_state()
         loop = asyncio.get_running_loop()
         while wait_idle and self._num_live:
             waiter = loop.create_future()
             self._idle_waiters.append(waiter)
             await waiter
-            self._check_alive()
+            self.check_state()
         self._last_ticket += 1
         ticket = self._last_ticket
         answer: asyncio.Future[int] = loop.create_future()

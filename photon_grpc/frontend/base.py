@@ -38,14 +38,17 @@ class GenerationStream(Protocol):
 class FrontDoor(Protocol):
     """Submits requests and answers questions about text. Lives on the event loop.
 
-    `deadline` is a moment of `time.monotonic()`. Every method raises errors of `errors.py` only.
+    `deadline` is a moment of `time.monotonic()`; `tenant` whose quota a generation counts against, as the
+    transport has made sure. Every method raises errors of `errors.py` only.
     """
 
     @property
     def model(self) -> ModelInfo:
         """The served model. Raises EngineStartingError before it is known."""
 
-    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> GenerationStream:
+    async def open(
+        self, request: GenerationRequest, *, deadline: float | None = None, tenant: str = ""
+    ) -> GenerationStream:
         """Check, tokenise and submit `request`. Errors before the first token are raised here or by
         the first iteration."""
 
@@ -54,6 +57,7 @@ class FrontDoor(Protocol):
         request: GenerationRequest,
         *,
         deadline: float | None = None,
+        tenant: str = "",
         validate_only: bool = False,
     ) -> GenerationResult:
         """Run `request` to its end; with `validate_only` check and count tokens, and stop there."""

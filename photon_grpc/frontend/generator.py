@@ -12,15 +12,17 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
 from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
 from photon_grpc.engine.load import EngineLoad
-from photon_grpc.engine.messages import EngineStats, SequenceOutput, SequenceTimings
+from photon_grpc.engine.messages import EngineRequest, EngineStats, SequenceOutput, SequenceTimings
 from photon_grpc.engine.validation import CheckedRequest, Validator
 from photon_grpc.errors import EngineStartingError
+from photon_grpc.frontend.admission import Admission, Ticket
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.detokenizer import Detokenizer
 from photon_grpc.frontend.events import (
@@ -35,8 +37,9 @@ from photon_grpc.frontend.events import (
     Tokenized,
 )
 from photon_grpc.frontend.stop_strings import StopMatcher
+from photon_grpc.frontend.tenants import Lease, Tenants
 from photon_grpc.frontend.tokenizer import Tokenizer
-from photon_grpc.options import LimitOptions
+from photon_grpc.options import LimitOptions, TenantOptions
 from photon_grpc.telemetry.call_record import GenerationRecord, current_call
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import (
@@ -78,6 +81,7 @@ class Generator:
         text_pool: Executor,
         *,
         metrics: Metrics,
+        tenants: TenantOptions | None = None,
         field_root: str = "spec.",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,6 +92,8 @@ class Generator:
         self._field_root = field_root
         self._clock = clock
         self._text: TextModel | None = None
+        self._admission = Admission(engine, limits, clock=clock)
+        self._tenants = Tenants(tenants or TenantOptions(), clock=clock)
 
     def activate(self, tokenizer: Tokenizer, chat: ChatRenderer) -> None:
         """Begin to answer; called when the engine is ready."""
@@ -122,36 +128,41 @@ class Generator:
 
     # --- generation -----------------------------------------------------------------------------
 
-    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> TextStream:
+    async def open(
+        self, request: GenerationRequest, *, deadline: float | None = None, tenant: str = ""
+    ) -> TextStream:
         """Check, tokenise and submit a request. Raises errors of `errors.py` only."""
-        return await self._submit(request, deadline, request.chunk_policy)
+        return await self._submit(request, deadline, tenant, request.chunk_policy)
 
     async def _submit(
-        self, request: GenerationRequest, deadline: float | None, policy: ChunkPolicy
+        self, request: GenerationRequest, deadline: float | None, tenant: str, policy: ChunkPolicy
     ) -> TextStream:
-        text = self._admit()
-        checked = await self._prepare(text, request, deadline)
-        request_id = request.request_id or uuid.uuid4().hex
-        stream = self._engine.submit(request_id, checked.engine_request)
-        record = GenerationRecord(
-            arrival=checked.engine_request.arrival_time,
-            requested_model=request.model,
-            model=text.model.name,
-            is_chat=isinstance(request.prompt, ChatInput),
-            effective=checked.effective,
-        )
-        call = current_call.get()
-        if call is not None:
-            call.generation = record
-        return TextStream(
-            stream, text.tokenizer, request, checked, policy, record, self._metrics, self._clock
-        )
+        text = self._require_taking()
+        with ExitStack() as places:
+            lease = places.enter_context(self._tenants.enter(tenant))
+            self._admission.check()
+            checked = await self._prepare(text, request, deadline)
+            lease.reserve(_most_tokens(checked.engine_request))
+            ticket = places.enter_context(self._enter(checked.engine_request))
+            request_id = request.request_id or uuid.uuid4().hex
+            stream = places.enter_context(self._engine.submit(request_id, checked.engine_request))
+            record = _open_record(text, request, checked)
+            held = _Places(ticket, lease)
+            opened = TextStream(
+                stream, held, text.tokenizer, request, checked, policy, record, self._metrics, self._clock
+            )
+            places.pop_all()
+        return opened
+
+    def _enter(self, request: EngineRequest) -> Ticket:
+        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n, request.deadlines)
 
     async def generate(
         self,
         request: GenerationRequest,
         *,
         deadline: float | None = None,
+        tenant: str = "",
         validate_only: bool = False,
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
@@ -159,11 +170,11 @@ class Generator:
             return await self._validate(request, deadline)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
-        with await self._submit(request, deadline, policy) as stream:
+        with await self._submit(request, deadline, tenant, policy) as stream:
             return await _collect(stream)
 
     async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
-        checked = await self._prepare(self._admit(), request, deadline)
+        checked = await self._prepare(self._require_taking(), request, deadline)
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -233,8 +244,8 @@ class Generator:
             return text.tokenizer.encode(prompt, add_special_tokens=special)
         return await self._in_text_pool(lambda: text.tokenizer.encode(prompt, add_special_tokens=special))
 
-    def _admit(self) -> TextModel:
-        self._engine.check_admission()
+    def _require_taking(self) -> TextModel:
+        self._engine.check_state()
         return self._require_text()
 
     def _require_text(self) -> TextModel:
@@ -244,6 +255,21 @@ class Generator:
 
     async def _in_text_pool(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, work)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What an admitted request holds until its stream is left."""
+
+    ticket: Ticket
+    lease: Lease
+
+    def close(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Give everything back, and tell what was used. Idempotent."""
+        self.ticket.num_output_tokens = output_tokens
+        self.lease.used_tokens = prompt_tokens + output_tokens
+        self.ticket.close()
+        self.lease.close()
 
 
 @dataclass(slots=True)
@@ -265,6 +291,7 @@ class TextStream:
     def __init__(
         self,
         stream: RequestStream,
+        places: _Places,
         tokenizer: Tokenizer,
         request: GenerationRequest,
         checked: CheckedRequest,
@@ -275,6 +302,7 @@ class TextStream:
     ) -> None:
         self.request_id = stream.request_id
         self._stream = stream
+        self._places = places
         self._request = request
         self._checked = checked
         self._policy = policy
@@ -307,7 +335,7 @@ class TextStream:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stream.close()
+        self._close()
         if not self._done:
             self._note(self._summary())
 
@@ -336,6 +364,7 @@ class TextStream:
             if output.failure is not None:
                 raise error_of(output.failure)
         if not self._started:
+            self._places.ticket.start(_prefill_s(outputs[0].timings))
             self._held.extend(outputs)
             if not self._try_start():
                 return
@@ -344,7 +373,7 @@ class TextStream:
             self._advance(index, self._states[index], own)
         if not self._num_unfinished:
             self._done = True
-            self._stream.close()
+            self._close()
             summary = self._summary()
             self._note(summary)
             self._metrics.observe_finished(self._record.finish_reasons, summary.usage, summary.timings)
@@ -356,6 +385,11 @@ class TextStream:
         self._record.finish_reasons = tuple(
             state.finish.reason for state in self._states if state.finish is not None
         )
+
+    def _close(self) -> None:
+        request = self._checked.engine_request
+        self._places.close(len(request.prompt_token_ids), sum(state.num_tokens for state in self._states))
+        self._stream.close()
 
     def _try_start(self) -> bool:
         """Make the Started event, unless prompt log-probabilities are still on their way with index 0."""
@@ -480,6 +514,33 @@ def _by_index(outputs: list[SequenceOutput]) -> Iterable[tuple[int, list[Sequenc
     for output in outputs:
         grouped.setdefault(output.index, []).append(output)
     return grouped.items()
+
+
+def _open_record(text: TextModel, request: GenerationRequest, checked: CheckedRequest) -> GenerationRecord:
+    """Put into the call's record, where there is a call, that the engine has taken its request."""
+    record = GenerationRecord(
+        arrival=checked.engine_request.arrival_time,
+        requested_model=request.model,
+        model=text.model.name,
+        is_chat=isinstance(request.prompt, ChatInput),
+        effective=checked.effective,
+    )
+    call = current_call.get()
+    if call is not None:
+        call.generation = record
+    return record
+
+
+def _most_tokens(request: EngineRequest) -> int:
+    """All that the request can use: one prompt, and `max_tokens` of each completion."""
+    return len(request.prompt_token_ids) + request.sampling.n * request.max_tokens
+
+
+def _prefill_s(timings: SequenceTimings | None) -> float | None:
+    """From the first step to the first token; None without one."""
+    if timings is None or timings.started is None or timings.first_token is None:
+        return None
+    return timings.first_token - timings.started
 
 
 def _prompt_info(

@@ -7,6 +7,7 @@ is not a PhotonError becomes INTERNAL with fixed text. Pure functions, any threa
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _MAX_VIOLATION_BYTES = 2048
 
 _MIN_RETRY_MS = 50
 _MAX_RETRY_MS = 5000
+_RETRY_SPREAD = 0.25
 
 Details = Callable[[errors.PhotonError], Iterator[Message]]
 
@@ -66,6 +68,13 @@ def _resource(error: errors.PhotonError) -> Iterator[Message]:
     )
 
 
+def _quota(error: errors.PhotonError) -> Iterator[Message]:
+    assert isinstance(error, errors.QuotaExceededError)
+    message = error_details_pb2.QuotaFailure()
+    message.violations.add(subject="tenant", description=error.message)
+    yield message
+
+
 def _no_metadata(error: errors.PhotonError) -> dict[str, str]:
     return {}
 
@@ -73,6 +82,16 @@ def _no_metadata(error: errors.PhotonError) -> dict[str, str]:
 def _context_length(error: errors.PhotonError) -> dict[str, str]:
     assert isinstance(error, errors.ContextLengthError)
     return {"tokens": str(error.num_tokens), "limit": str(error.limit)}
+
+
+def _wait(error: errors.PhotonError) -> dict[str, str]:
+    assert isinstance(error, errors.DeadlineUnreachableError)
+    return {"wait_ms": str(round(error.retry_after_s * 1000))}
+
+
+def _estimate(error: errors.PhotonError) -> dict[str, str]:
+    assert isinstance(error, errors.DeadlineTooShortError)
+    return {"estimate_ms": str(round(error.estimate_s * 1000))}
 
 
 def _never(error: errors.PhotonError) -> int | None:
@@ -83,11 +102,20 @@ def _after(milliseconds: int) -> Callable[[errors.PhotonError], int]:
     return lambda error: milliseconds
 
 
+def _until_refill(error: errors.PhotonError) -> int:
+    """The time until the tenant's bucket holds enough again; -1 if it never will."""
+    assert isinstance(error, errors.QuotaExceededError)
+    return -1 if math.isinf(error.retry_after_s) else max(1, math.ceil(error.retry_after_s * 1000))
+
+
 def _when_there_is_room(error: errors.PhotonError) -> int:
-    """The estimated wait, spread by a quarter so that the refused do not all come back at once."""
+    """The estimated wait, spread by a quarter so that the refused do not all come back at once.
+
+    Cut before it is spread, or a long queue would send all of them back in the same moment.
+    """
     assert isinstance(error, errors.CapacityError)
-    spread = error.retry_after_s * 1000 * random.uniform(0.75, 1.25)
-    return round(min(max(spread, _MIN_RETRY_MS), _MAX_RETRY_MS))
+    wait = min(error.retry_after_s * 1000, _MAX_RETRY_MS / (1 + _RETRY_SPREAD))
+    return max(round(wait * random.uniform(1 - _RETRY_SPREAD, 1 + _RETRY_SPREAD)), _MIN_RETRY_MS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +146,21 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.RequestNotFoundError: Row(_Code.NOT_FOUND, "REQUEST_NOT_FOUND", _resource),
     errors.DuplicateRequestError: Row(_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST", _resource),
     errors.OverloadedError: Row(_Code.UNAVAILABLE, "OVERLOADED", pushback=_when_there_is_room),
+    errors.DeadlineUnreachableError: Row(
+        _Code.UNAVAILABLE, "DEADLINE_UNREACHABLE", metadata=_wait, pushback=_after(_MIN_RETRY_MS)
+    ),
+    errors.QuotaExceededError: Row(
+        _Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", _quota, pushback=_until_refill
+    ),
     errors.EngineStartingError: Row(_Code.UNAVAILABLE, "STARTING", pushback=_after(1000)),
     errors.EngineDrainingError: Row(_Code.UNAVAILABLE, "DRAINING", pushback=_after(100)),
     errors.EngineDeadError: Row(_Code.UNAVAILABLE, "ENGINE_DEAD", pushback=_after(100)),
     errors.QueueTimeoutError: Row(_Code.DEADLINE_EXCEEDED, "QUEUE_TIMEOUT"),
     errors.FirstTokenTimeoutError: Row(_Code.DEADLINE_EXCEEDED, "FIRST_TOKEN_TIMEOUT"),
     errors.MaxDurationError: Row(_Code.DEADLINE_EXCEEDED, "MAX_DURATION"),
+    errors.DeadlineTooShortError: Row(
+        _Code.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT", metadata=_estimate, pushback=_after(-1)
+    ),
     errors.SlowConsumerError: Row(_Code.ABORTED, "CLIENT_STALLED"),
     errors.OperatorAbortError: Row(_Code.ABORTED, "ABORTED_BY_OPERATOR"),
     errors.RequestFaultError: Row(_Code.INTERNAL, "REQUEST_FAULT", pushback=_after(-1)),

@@ -21,6 +21,7 @@ ARGUMENTS: dict[str, object] = {
     "limit": 8,
     "name": "nobody",
     "retry_after_s": 1.5,
+    "estimate_s": 0.5,
     "source": "rope.cu",
     "arch": "sm_90a",
     "macros": {"HEAD_DIM": 64},

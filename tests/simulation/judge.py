@@ -110,7 +110,11 @@ class Judge:
     def submitted(self, key: int, call: Call) -> list[Completion]:
         """The engine's client took a call, under this key."""
         self._num_submitted += 1
-        served_at = call.at - call.priority * self._scenario.priority_boost_s
+        boost_s = self._scenario.priority_boost_s
+        # Half a step of priority, or less with a clock that ends the call badly before.
+        clocks = (call.start_within, call.first_token_within, call.end_within)
+        due_at = min((call.at + boost_s / 2, *(call.at + within for within in clocks if within is not None)))
+        served_at = max(due_at, call.at) - call.priority * boost_s
         found = []
         for index in range(call.n):
             completion = Completion(call, index, (served_at, self._num_submitted, index))

@@ -189,6 +189,13 @@ def priority_is_ignored(patch: Patch) -> None:
     patch.setattr(scheduler, "rank", lambda request, boost_s: (request.arrival_time, request.seq_id))
 
 
+def slack_is_ignored(patch: Patch) -> None:
+    def without_clocks(request: Request, boost_s: float) -> Rank:
+        return (request.arrival_time - request.priority * boost_s, request.seq_id)
+
+    patch.setattr(scheduler, "rank", without_clocks)
+
+
 def the_youngest_go_first(patch: Patch) -> None:
     def youngest(request: Request, boost_s: float) -> Rank:
         return (-request.arrival_time, -request.seq_id)
@@ -274,6 +281,7 @@ BUGS = [
     a_clock_is_ignored("finish_by"),
     the_queue_time_includes_the_first_token,
     priority_is_ignored,
+    slack_is_ignored,
     the_youngest_go_first,
     nobody_enters_a_running_batch,
     tokens_under_way_do_not_count_towards_max_tokens,

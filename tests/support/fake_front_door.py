@@ -171,14 +171,21 @@ class FakeFrontDoor:
         if self.script.error is not None and self.script.error_at == 0:
             raise self.script.error
 
-    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> FakeStream:
+    async def open(
+        self, request: GenerationRequest, *, deadline: float | None = None, tenant: str = ""
+    ) -> FakeStream:
         self._record(request, deadline)
         stream = FakeStream(request, self.script)
         self.streams.append(stream)
         return stream
 
     async def generate(
-        self, request: GenerationRequest, *, deadline: float | None = None, validate_only: bool = False
+        self,
+        request: GenerationRequest,
+        *,
+        deadline: float | None = None,
+        tenant: str = "",
+        validate_only: bool = False,
     ) -> GenerationResult:
         self._record(request, deadline)
         self.calls.append(("generate", validate_only))

@@ -26,6 +26,7 @@ _DETAIL_CLASSES = (
     error_details_pb2.BadRequest,
     error_details_pb2.ResourceInfo,
     error_details_pb2.RetryInfo,
+    error_details_pb2.QuotaFailure,
 )
 
 

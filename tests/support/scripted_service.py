@@ -46,7 +46,7 @@ async def scripted_service(
             on_step=metrics.observe_step,
             on_stopped=lambda error: None,
         )
-        generator = Generator(engine, options.limits, text_pool, metrics=metrics)
+        generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)
         await engine.start()
         generator.activate(tokenizer, ChatRenderer(tokenizer))
         try:

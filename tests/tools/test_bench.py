@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from photon_grpc.v1 import inference_pb2
 from tests.support.tiny_model import tiny_model_folder
-from tools.bench import engine, host
+from tools.bench import engine, host, overload
 from tools.bench.figures import CallRecord, Distribution, Objective, summarize
 from tools.bench.load import Load, poisson_arrivals, request_bytes, split
 from tools.bench.server_handle import CpuTimes
@@ -47,6 +47,13 @@ def test_percentiles_are_those_of_the_standard_library_and_numpy(values: list[fl
     assert found.maximum == max(values)
     assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-9, abs=1e-9)
     assert found.count == len(values)
+
+
+def test_goodput_counts_what_good_calls_brought_in_a_span() -> None:
+    good = record((1.0, 3), (2.0, 5), (4.0, 7))
+    bad = record((2.0, 100), code="UNAVAILABLE")
+    assert overload.tokens_per_second([good, bad], 1.0, 4.0) == pytest.approx(8 / 3)
+    assert overload.tokens_per_second([good, bad], 5.0, 6.0) == 0.0
 
 
 def test_an_empty_sample_has_no_figures() -> None:

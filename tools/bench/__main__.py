@@ -381,6 +381,49 @@ def soak_a_server(
     console.print("[green]passed")
 
 
+@app.command(name="overload")
+def overload_a_server(
+    factor: Annotated[
+        list[float], typer.Option("--factor", min=0.1, help="Multiple of the peak; may be repeated.")
+    ] = [2.0, 10.0],  # noqa: B006
+    duration: Annotated[float, typer.Option("--duration", min=1, help="Seconds of sending, each.")] = 10.0,
+    step_ms: Annotated[float, typer.Option("--step-ms", min=0, help="Time asleep in each step.")] = 20.0,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 16,
+    max_queued: Annotated[int, typer.Option("--max-queued", min=1, help="limits.max_queued_requests.")] = 32,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 50,
+    clients: Annotated[
+        int, typer.Option("--clients", min=0, help="Client processes; 0: half of the cores.")
+    ] = 0,
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "overload",
+) -> None:
+    """A scripted engine under multiples of its peak: goodput, refusals, health."""
+    from tools.bench import overload
+
+    plan = overload.OverloadPlan(
+        factors=tuple(factor),
+        duration_s=duration,
+        step_s=step_ms / 1e3,
+        max_num_seqs=max_num_seqs,
+        max_queued_requests=max_queued,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        num_client_processes=clients or serving.default_processes(),
+        seed=seed,
+    )
+    with console.status("overload") as status:
+        peak, rows = overload.run(plan, lambda text: status.update(f"overload: {text}"))
+    title = (
+        f"overload: {plan.max_num_seqs} places, {plan.max_queued_requests} may wait, steps of {step_ms:g} ms"
+    )
+    overload.print_table(console, peak, rows, title)
+    result = overload.to_result(plan, peak, rows)
+    path = report.write(output, name, result, lambda figure: overload.draw(figure, rows))
+    console.print(f"wrote {path}", highlight=False)
+
+
 @app.command(name="all")
 def every(
     model: Model = "demo",

@@ -137,7 +137,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             on_stopped=lambda error: leave.set(),
             make_host=EngineProcess if app.has_own_process(options) else EngineThread,
         )
-        generator = Generator(engine, options.limits, text_pool, metrics=metrics)
+        generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)
         server = Server(generator, options)
         ports = await server.start()
         await engine.start()

@@ -447,6 +447,30 @@ def test_priority_first_then_arrival() -> None:
     assert finishing_order(core) == [3, 2, 4, 1]
 
 
+def test_of_equal_priority_the_one_with_the_least_slack_goes_first() -> None:
+    core = scripted_core(max_num_seqs=1, max_num_batched_tokens=64)
+    for key, end_by in enumerate([None, 1012.0, 1003.0, 1900.0, 1004.0], start=1):
+        submit(core, key, PROMPT, 2, arrival_time=1000.0, deadlines=Deadlines(end_by=end_by))
+    assert finishing_order(core) == [3, 5, 2, 1, 4]
+
+
+def test_an_endless_flow_of_calls_without_slack_starves_nobody() -> None:
+    """Two calls that must start at once come for each that is served: the patient one still gets its turn."""
+    clock = FakeClock()
+    core = scripted_core(max_num_seqs=1, max_num_batched_tokens=64, clock=clock, priority_boost_s=30.0)
+    submit(core, 1, PROMPT, 1, arrival_time=clock())
+    keys = itertools.count(2)
+    while 1 in live_requests(core):
+        for _ in range(2):
+            deadlines = Deadlines(start_by=clock() + 2.0)
+            submit(core, next(keys), PROMPT, 1, arrival_time=clock(), deadlines=deadlines)
+        core.step()
+        core.step()
+        clock.advance(1.0)
+        assert clock() <= 1000.0 + 15.0 + 2.0, "starved"
+    assert clock() > 1000.0 + 10.0, "slack had no effect"
+
+
 def test_an_endless_flow_of_urgent_requests_starves_nobody() -> None:
     """The first in, of the lowest priority, starts within `priority * boost` of its arrival."""
     clock = FakeClock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import grpc
@@ -66,6 +67,22 @@ ROWS = [
     (errors.ModelNotFoundError("m"), "NOT_FOUND", "MODEL_NOT_FOUND", {"ResourceInfo"}, None),
     (errors.RequestNotFoundError("r"), "NOT_FOUND", "REQUEST_NOT_FOUND", {"ResourceInfo"}, None),
     (errors.DuplicateRequestError("r"), "ALREADY_EXISTS", "DUPLICATE_REQUEST", {"ResourceInfo"}, None),
+    (errors.DeadlineUnreachableError(3.5), "UNAVAILABLE", "DEADLINE_UNREACHABLE", {"RetryInfo"}, "50"),
+    (errors.DeadlineTooShortError(0.25), "DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT", set(), "-1"),
+    (
+        errors.QuotaExceededError("requests per second", 7.25),
+        "RESOURCE_EXHAUSTED",
+        "QUOTA_EXCEEDED",
+        {"QuotaFailure", "RetryInfo"},
+        "7250",
+    ),
+    (
+        errors.QuotaExceededError("tokens per second", math.inf),
+        "RESOURCE_EXHAUSTED",
+        "QUOTA_EXCEEDED",
+        {"QuotaFailure"},
+        "-1",
+    ),
     (errors.EngineStartingError(), "UNAVAILABLE", "STARTING", {"RetryInfo"}, "1000"),
     (errors.EngineDrainingError(), "UNAVAILABLE", "DRAINING", {"RetryInfo"}, "100"),
     (errors.EngineDeadError(), "UNAVAILABLE", "ENGINE_DEAD", {"RetryInfo"}, "100"),
@@ -124,6 +141,12 @@ def test_a_subclass_inherits_its_parents_row() -> None:
     assert unpack(NewQueueTimeout())[1]["ErrorInfo"].reason == "QUEUE_TIMEOUT"
 
 
+def test_a_deadline_that_cannot_be_met_comes_with_the_estimate() -> None:
+    unreachable, too_short = errors.DeadlineUnreachableError(3.5), errors.DeadlineTooShortError(0.25)
+    assert dict(unpack(unreachable)[1]["ErrorInfo"].metadata) == {"wait_ms": "3500"}
+    assert dict(unpack(too_short)[1]["ErrorInfo"].metadata) == {"estimate_ms": "250"}
+
+
 def test_overload_tells_when_to_come_back_spread_and_bounded() -> None:
     delays = set()
     for _ in range(50):
@@ -132,10 +155,13 @@ def test_overload_tells_when_to_come_back_spread_and_bounded() -> None:
         assert 750 <= pushback <= 1250
         delays.add(pushback)
     assert len(delays) > 1
-    for wait, bound in ((0.0, "50"), (3600.0, "5000")):
+    for wait, least, most in ((0.0, 50, 50), (3600.0, 3000, 5000), (math.inf, 3000, 5000)):
         error = errors.OverloadedError("full", wait)
-        assert dict(to_status(error, "id").trailing_metadata)[PUSHBACK_KEY] == bound
-        assert unpack(error)[1]["RetryInfo"].retry_delay.ToMilliseconds() == int(bound)
+        found = {int(str(dict(to_status(error, "id").trailing_metadata)[PUSHBACK_KEY])) for _ in range(50)}
+        assert least <= min(found) <= max(found) <= most
+        # Those who are refused by a long queue must not come back together either.
+        assert len(found) > 1 or least == most
+        assert least <= unpack(error)[1]["RetryInfo"].retry_delay.ToMilliseconds() <= most
     assert unpack(OVERLOADED)[0].code == grpc.StatusCode.UNAVAILABLE.value[0]
     assert unpack(OVERLOADED)[1]["ErrorInfo"].reason == "OVERLOADED"
 

@@ -1,0 +1,260 @@
+"""Whether a generation may join the queue, and how long that queue is in seconds.
+
+The queue itself is the scheduler's; here are its bounds and what is measured of it. A call that is
+refused here has cost a few comparisons, and nothing of it has reached the engine. Only generations are
+counted: health checks and questions about the model never meet a full queue. Event loop only; the clock is
+passed in, so that everything can be tried in virtual time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from photon_grpc.engine.messages import Deadlines, EngineStats
+from photon_grpc.errors import DeadlineTooShortError, DeadlineUnreachableError, OverloadedError
+from photon_grpc.options import LimitOptions
+
+__all__ = ["Admission", "BoundedEngine", "Fastest", "Throughput", "Ticket"]
+
+# Shorter spans hold too few steps to say anything.
+_MIN_SPAN_S = 0.1
+# What lies this far back counts a third.
+_MEMORY_S = 5.0
+_SMOOTHING = 0.1
+# Nothing has been measured yet: long enough to be measured meanwhile.
+_UNKNOWN_WAIT_S = 1.0
+_MAX_WAIT_S = 3600.0
+# Fewer may all have come at a bad moment.
+_MIN_OBSERVATIONS = 5
+_NO_DEADLINES = Deadlines()
+
+
+class BoundedEngine(Protocol):
+    """The part of the engine's client that admission looks at; `engine.client.AsyncEngine` has it."""
+
+    @property
+    def num_live_completions(self) -> int:
+        """Submitted completions that have not ended."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions that run at the same time."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+
+
+class Throughput:
+    """Tokens per second of a busy engine, prompts and outputs together.
+
+    An engine with free places says nothing of what it could do, so only spans that begin and end with
+    sequences waiting count. The mean is weighted by time: how often somebody looks does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._rate: float | None = None
+        self._since: tuple[float, int] | None = None
+
+    @property
+    def per_second(self) -> float | None:
+        """None before the engine has been busy for long enough."""
+        return self._rate
+
+    def observe(self, now: float, num_tokens: int, *, is_busy: bool) -> None:
+        """`num_tokens` have been computed in all by `now` (monotonic seconds)."""
+        if not is_busy:
+            self._since = None
+        elif self._since is None:
+            self._since = (now, num_tokens)
+        elif (span := now - self._since[0]) >= _MIN_SPAN_S:
+            latest = (num_tokens - self._since[1]) / span
+            share = 1.0 if self._rate is None else -math.expm1(-span / _MEMORY_S)
+            self._rate = latest if self._rate is None else self._rate + share * (latest - self._rate)
+            self._since = (now, num_tokens)
+
+
+class Fastest:
+    """The least time that prompts have taken from their first step to their first token, by length.
+
+    What no idle server could do is refused for good, so the estimate is a bound from below: the fastest of
+    at least five prompts of about this length, or of any shorter ones; nothing is drawn out to lengths
+    that were not seen.
+    """
+
+    def __init__(self) -> None:
+        # By the length's number of bits: how many, and the least seconds.
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A prompt of `num_tokens` took `seconds`."""
+        count, least = self._seen.get(num_tokens.bit_length(), (0, math.inf))
+        self._seen[num_tokens.bit_length()] = (count + 1, min(least, seconds))
+
+    def seconds(self, num_tokens: int) -> float:
+        """A prompt of `num_tokens` takes at least this; 0 when nothing is known."""
+        bits = num_tokens.bit_length()
+        known = (
+            least
+            for length, (count, least) in self._seen.items()
+            if length <= bits and count >= _MIN_OBSERVATIONS
+        )
+        return max(known, default=0.0)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One admitted request until its stream is left; use inside `with`, or `close` it."""
+
+    _admission: Admission
+    num_completions: int
+    prompt_tokens: int
+    num_output_tokens: int = 0
+    """All completions together; set by whoever reads the outputs."""
+    is_queued: bool = True
+    _is_closed: bool = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self, prefill_s: float | None = None) -> None:
+        """No longer in the queue: the first token came `prefill_s` after the first step, or never will."""
+        if self.is_queued:
+            self.is_queued = False
+            self._admission.dequeued(self, prefill_s)
+
+    def close(self) -> None:
+        """Give the place back. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.start()
+            self._admission.left(self)
+
+
+class Admission:
+    """The bounds of the queue and the estimate of what waiting in it takes."""
+
+    def __init__(self, engine: BoundedEngine, limits: LimitOptions, *, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._clock = clock
+        self._throughput = Throughput()
+        self._fastest = Fastest()
+        # Of admitted requests whose first token has not come.
+        self._queued_tokens = 0
+        self._queued_completions = 0
+        self._output_tokens: float | None = None
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of admitted requests whose first token has not come."""
+        return self._queued_tokens
+
+    def check(self) -> None:
+        """Refuse what no request could pass now; cheap, for use before text work.
+
+        Raises OverloadedError.
+        """
+        self._measure()
+        self._check_room(1, 0)
+
+    def enter(
+        self, prompt_tokens: int, num_completions: int = 1, deadlines: Deadlines = _NO_DEADLINES
+    ) -> Ticket:
+        """Take a request of `num_completions` with a prompt of `prompt_tokens` each.
+
+        Raises OverloadedError when the queue has no room for it, DeadlineUnreachableError when it would
+        wait there for too long, DeadlineTooShortError when no queue could be short enough; it then holds
+        nothing.
+        """
+        self._measure()
+        self._check_room(num_completions, prompt_tokens * num_completions)
+        self._check_deadlines(prompt_tokens, deadlines)
+        ticket = Ticket(self, num_completions, prompt_tokens)
+        self._queued_tokens += prompt_tokens * num_completions
+        self._queued_completions += num_completions
+        return ticket
+
+    def estimated_wait(self) -> float | None:
+        """Seconds until a request that came now would get a place; None when nothing is known yet.
+
+        Places become free as fast as work is done, so a request waits for as much work as stands before
+        it: as many completions, of the size of the queued prompts and of what outputs have been lately.
+        """
+        engine = self._engine
+        num_waiting = max(engine.num_live_completions - engine.max_num_seqs, engine.stats.waiting)
+        if engine.num_live_completions < engine.max_num_seqs and not engine.stats.waiting:
+            return 0.0
+        rate = self._throughput.per_second
+        if rate is None:
+            return None
+        prompt = self._queued_tokens / self._queued_completions if self._queued_completions else 0.0
+        work = (num_waiting + 1) * (prompt + (self._output_tokens or 0.0))
+        return min(work / rate, _MAX_WAIT_S) if rate > 0 else _MAX_WAIT_S
+
+    def _measure(self) -> None:
+        stats = self._engine.stats
+        self._throughput.observe(
+            self._clock(), stats.prompt_tokens + stats.generation_tokens, is_busy=stats.waiting > 0
+        )
+
+    def _check_room(self, num_completions: int, num_tokens: int) -> None:
+        # An empty engine or queue takes any request: one that is larger than the bound could never come
+        # otherwise.
+        engine, limits = self._engine, self._limits
+        num_live = engine.num_live_completions
+        if num_live and num_live + num_completions > engine.max_num_seqs + limits.max_queued_requests:
+            raise self._overloaded("the queue is full")
+        if self._queued_tokens and self._queued_tokens + num_tokens > limits.max_queued_tokens:
+            raise self._overloaded("the queue holds as many prompt tokens as it may")
+
+    def _check_deadlines(self, prompt_tokens: int, clocks: Deadlines) -> None:
+        now = self._clock()
+        to_start = _time_left(now, clocks.start_by)
+        to_first_token = _time_left(now, clocks.first_token_by, clocks.end_by)
+        if min(to_start, to_first_token) <= 0:
+            return  # the engine tells which clock it was that has run out already
+        alone = self._fastest.seconds(prompt_tokens)
+        if alone > to_first_token:
+            raise DeadlineTooShortError(alone)
+        wait = self.estimated_wait()
+        if wait is not None and (wait > to_start or wait + alone > to_first_token):
+            raise DeadlineUnreachableError(wait)
+
+    def _overloaded(self, message: str) -> OverloadedError:
+        wait = self.estimated_wait()
+        return OverloadedError(message, retry_after_s=_UNKNOWN_WAIT_S if wait is None else wait)
+
+    # --- from tickets ---------------------------------------------------------------------------
+
+    def dequeued(self, ticket: Ticket, prefill_s: float | None) -> None:
+        """`ticket` no longer waits; called by the ticket, once."""
+        # While others wait a prompt shares its steps with them.
+        if prefill_s is not None and not self._engine.stats.waiting:
+            self._fastest.observe(ticket.prompt_tokens, prefill_s)
+        self._queued_tokens -= ticket.prompt_tokens * ticket.num_completions
+        self._queued_completions -= ticket.num_completions
+
+    def left(self, ticket: Ticket) -> None:
+        """`ticket` is closed; called by the ticket, once."""
+        if ticket.num_output_tokens:
+            latest = ticket.num_output_tokens / ticket.num_completions
+            before = latest if self._output_tokens is None else self._output_tokens
+            self._output_tokens = before + _SMOOTHING * (latest - before)
+
+
+def _time_left(now: float, *moments: float | None) -> float:
+    """Seconds until the first of `moments`; infinite when there is none."""
+    return min((moment for moment in moments if moment is not None), default=math.inf) - now

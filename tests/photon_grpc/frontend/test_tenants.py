@@ -1,0 +1,181 @@
+"""A tenant's quota in virtual time, and what a caller who has used it up hears."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from photon_grpc.errors import QuotaExceededError
+from photon_grpc.frontend import tenants as tenants_module
+from photon_grpc.frontend.tenants import Bucket, Tenants
+from photon_grpc.options import Options, TenantOptions
+from photon_grpc.v1 import inference_pb2 as pb
+from tests.support.builders import FakeClock
+from tests.support.grpc_harness import quick_options, rich_error
+from tests.support.scripted_service import scripted_service
+
+
+def books(**limits: Any) -> tuple[Tenants, FakeClock]:
+    clock = FakeClock()
+    return Tenants(TenantOptions(**limits), clock=clock), clock
+
+
+def test_without_limits_anything_goes() -> None:
+    tenants, _ = books()
+    for _ in range(1000):
+        tenants.enter("a").reserve(1 << 30)
+
+
+def test_requests_at_the_same_time_are_bounded_for_each_tenant() -> None:
+    tenants, _ = books(max_concurrent_requests=2)
+    first, _second = tenants.enter("a"), tenants.enter("a")
+    with pytest.raises(QuotaExceededError) as refused:
+        tenants.enter("a")
+    assert refused.value.limit == "requests at the same time"
+    assert 0 < refused.value.retry_after_s < math.inf
+    tenants.enter("b")
+    first.close()
+    first.close()
+    tenants.enter("a")
+    with pytest.raises(QuotaExceededError):
+        tenants.enter("a")
+
+
+def test_requests_per_second_are_bounded_after_a_burst() -> None:
+    tenants, clock = books(requests_per_s=2.0, request_burst=3)
+    for _ in range(3):
+        tenants.enter("a").close()
+    with pytest.raises(QuotaExceededError) as refused:
+        tenants.enter("a")
+    assert refused.value.retry_after_s == pytest.approx(0.5)
+    tenants.enter("b").close()
+    clock.advance(0.5)
+    tenants.enter("a").close()
+    with pytest.raises(QuotaExceededError):
+        tenants.enter("a")
+
+
+def test_tokens_are_reserved_at_most_and_the_rest_comes_back() -> None:
+    tenants, clock = books(tokens_per_s=10.0, token_burst=100)
+    lease = tenants.enter("a")
+    lease.reserve(80)
+    other = tenants.enter("a")
+    with pytest.raises(QuotaExceededError) as refused:
+        other.reserve(50)
+    assert refused.value.retry_after_s == pytest.approx(3.0)
+    other.close()
+    lease.used_tokens = 20
+    lease.close()
+    clock.advance(1.0)
+    # 100 - 20 used + 10 refilled.
+    with tenants.enter("a") as more:
+        with pytest.raises(QuotaExceededError):
+            more.reserve(91)
+        more.reserve(90)
+
+
+def test_what_can_never_fit_is_told_apart_from_what_must_wait() -> None:
+    tenants, _ = books(tokens_per_s=10.0, token_burst=100)
+    with tenants.enter("a") as lease, pytest.raises(QuotaExceededError) as refused:
+        lease.reserve(101)
+    assert refused.value.retry_after_s == math.inf
+
+
+def test_idle_tenants_are_forgotten_before_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants_module, "_MANY_TENANTS", 10)
+    tenants, clock = books(requests_per_s=1.0, request_burst=2)
+    live = tenants.enter("live")
+    for number in range(100):
+        tenants.enter(f"t{number}").close()
+        clock.advance(1.5)
+    assert len(tenants) <= 10
+    live.close()
+
+
+@given(
+    st.floats(0.1, 1e3),
+    st.floats(1.0, 1e4),
+    st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 2e3)), max_size=50),
+)
+def test_a_bucket_gives_no_more_than_its_size_and_its_rate(
+    rate: float, size: float, steps: list[tuple[float, float]]
+) -> None:
+    bucket, now, taken = Bucket(rate, size, 0.0), 0.0, 0.0
+    for pause, amount in steps:
+        now += pause
+        wait = bucket.wait(now, amount)
+        assert (wait == math.inf) == (amount > size)
+        if wait == 0.0:
+            bucket.take(now, amount)
+            taken += amount
+        assert taken <= (size + rate * now) * (1 + 1e-9) + 1e-6
+
+
+@given(st.floats(0.1, 1e3), st.floats(1.0, 1e4), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_who_waits_as_long_as_told_is_served(rate: float, size: float, first: float, then: float) -> None:
+    bucket = Bucket(rate, size, 0.0)
+    bucket.take(0.0, first * size)
+    wait = bucket.wait(0.0, then * size)
+    assert bucket.wait(wait, then * size) == pytest.approx(0.0, abs=1e-6)
+
+
+# --- over a real service --------------------------------------------------------------------------
+
+
+def _options(**limits: Any) -> Options:
+    return replace(quick_options(), tenants=TenantOptions(**limits))
+
+
+def _request(max_tokens: int) -> pb.GenerateRequest:
+    spec = pb.GenerationSpec(token_ids=pb.TokenIds(ids=range(20, 30)))
+    spec.stop.max_tokens = max_tokens
+    spec.stop.ignore_eos = True
+    return pb.GenerateRequest(spec=spec)
+
+
+async def test_a_client_that_has_used_up_its_tokens_hears_when_they_are_back(tmp_path: Path) -> None:
+    """A request of 10 + 90 tokens leaves nothing; refilling 50 takes 500 s, less what the test takes."""
+    async with scripted_service(tmp_path, _options(tokens_per_s=0.1, token_burst=100)) as harness:
+        await harness.inference.Generate(_request(90))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.inference.Generate(_request(40))
+        error = rich_error(caught.value)
+        assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.reason == "QUOTA_EXCEEDED"
+        assert 400_000 < int(str(error.trailers["grpc-retry-pushback-ms"])) <= 500_000
+        (violation,) = error.details[error_details_pb2.QuotaFailure].violations
+        assert violation.subject == "tenant"
+        assert "tokens per second" in violation.description
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.inference.Generate(_request(91))
+        error = rich_error(caught.value)
+        assert error.trailers["grpc-retry-pushback-ms"] == "-1"
+        assert error_details_pb2.RetryInfo not in error.details
+
+
+async def test_refused_and_failed_calls_give_back_what_they_held(tmp_path: Path) -> None:
+    limits = {"max_concurrent_requests": 1, "tokens_per_s": 0.001, "token_burst": 1000}
+    async with scripted_service(tmp_path, _options(**limits)) as harness:
+        bad = _request(10)
+        bad.spec.sampling.temperature = -1
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await harness.inference.Generate(bad)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        # Each uses 20 of the thousand that it could have used.
+        for _ in range(10):
+            await harness.inference.Generate(_request(10))
+        call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=_request(700).spec))
+        await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.inference.Generate(_request(10))
+        assert rich_error(caught.value).reason == "QUOTA_EXCEEDED"
+        call.cancel()
