@@ -151,7 +151,7 @@ async def serve(
         leave.set()
 
     stack = InferenceStack(options, on_stopped=engine_stopped, metrics=metrics, progress=progress)
-    server = Server(stack.generator, options)
+    server = Server(stack.generator, options, certificate_observer=metrics)
     exposition: MetricsServer | None = None
     _on_signals(leave, server)
     ports = await server.start()

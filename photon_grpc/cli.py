@@ -32,7 +32,7 @@ from rich.text import Text
 
 from photon_grpc import __version__
 from photon_grpc.bench import LoadReport, percentile, run_load
-from photon_grpc.client import CallError, Client, Ending, Request, Tokens
+from photon_grpc.client import CallError, Client, Ending, Request, Tls, Tokens
 from photon_grpc.config import Override, load_options, parse_assignment
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
@@ -72,6 +72,7 @@ _FLAGS = {
 
 _SETTINGS_PANEL = "Settings (others through --config, --set and PHOTON_* variables)"
 _SAMPLING_PANEL = "Generation"
+_CALL_PANEL = "Calls to a server"
 
 ModelFlag = Annotated[
     str | None,
@@ -82,6 +83,36 @@ ModelFlag = Annotated[
 AddressFlag = Annotated[
     str | None,
     typer.Option("--address", "-a", metavar="HOST:PORT", help="Call the server there.", show_default=False),
+]
+TlsCaFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        help="Call over TLS and believe servers of these authorities (PEM).",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
+]
+TlsCertFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        metavar="FILE",
+        help="Client certificate to show, with --tls-key.",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
+]
+TlsKeyFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        metavar="FILE",
+        help="Private key of --tls-cert.",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
 ]
 DtypeFlag = Annotated[
     str | None,
@@ -286,6 +317,9 @@ def generate(
     ],
     model: ModelFlag = None,
     address: AddressFlag = None,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
     max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
     temperature: TemperatureFlag = None,
     top_p: TopPFlag = None,
@@ -316,6 +350,7 @@ def generate(
     )
     with _source(
         address,
+        _tls(tls_ca, tls_cert, tls_key),
         config,
         assignments,
         model=model,
@@ -337,6 +372,9 @@ def generate(
 def chat(
     model: ModelFlag = None,
     address: AddressFlag = None,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System message to begin with.", show_default=False)
     ] = None,
@@ -361,6 +399,7 @@ def chat(
     beginning = [("system", system)] if system else []
     with _source(
         address,
+        _tls(tls_ca, tls_cert, tls_key),
         config,
         assignments,
         model=model,
@@ -411,6 +450,9 @@ def tokenize(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text; - reads standard input.")],
     model: ModelFlag = None,
     address: AddressFlag = None,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens/--no-special-tokens", help="Add what the model begins with.")
     ] = True,
@@ -420,7 +462,9 @@ def tokenize(
 ) -> None:
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
+    tls = _tls(tls_ca, tls_cert, tls_key)
     if address is None:
+        _refuse_tls_without_address(tls)
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
@@ -429,7 +473,7 @@ def tokenize(
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:
-        with Client(address) as client:
+        with Client(address, tls=tls) as client:
             tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
         print(*tokens.ids)
@@ -484,6 +528,9 @@ def bench(
     timeout_s: Annotated[
         float, typer.Option("--timeout", min=0.001, help="Seconds a call may take.")
     ] = 300.0,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
 ) -> None:
     """Load a running server with concurrent streams and print latencies and throughput.
 
@@ -500,6 +547,7 @@ def bench(
             concurrency=concurrency,
             num_requests=num_requests,
             timeout_s=timeout_s,
+            tls=_tls(tls_ca, tls_cert, tls_key),
             progress=lambda: progress.advance(task),
         )
     if report.measurements:
@@ -521,9 +569,13 @@ def health(
         str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to ask.")
     ] = "127.0.0.1:50051",
     wait_s: Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for SERVING.")] = 0.0,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
 ) -> None:
     """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
-    with Client(address) as client:
+    tls = _tls(tls_ca, tls_cert, tls_key)
+    with Client(address, tls=tls) as client:
         if not client.wait_until_serving(wait_s):
             _err.print(f"{address} is not serving", markup=False, highlight=False)
             raise typer.Exit(1)
@@ -563,12 +615,44 @@ def _load(config: Path | None, assignments: Sequence[str] | None, **flags: objec
     return load_options(config_file=config, overrides=overrides)
 
 
+def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Tls | None:
+    """The files of the --tls flags; None without any. Raises ConfigError."""
+    if ca is None:
+        if certificate is not None or key is not None:
+            raise ConfigError("--tls-cert and --tls-key need --tls-ca: whom the client believes")
+        return None
+    if (certificate is None) != (key is None):
+        raise ConfigError("--tls-cert and --tls-key go together")
+    if certificate is None or key is None:
+        return Tls(_read_file("--tls-ca", ca))
+    return Tls(
+        _read_file("--tls-ca", ca), _read_file("--tls-cert", certificate), _read_file("--tls-key", key)
+    )
+
+
+def _read_file(flag: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+
+
+def _refuse_tls_without_address(tls: Tls | None) -> None:
+    if tls is not None:
+        raise ConfigError("--tls-ca: has no effect without --address")
+
+
 @contextmanager
 def _source(
-    address: str | None, config: Path | None, assignments: Sequence[str] | None, **flags: object
+    address: str | None,
+    tls: Tls | None,
+    config: Path | None,
+    assignments: Sequence[str] | None,
+    **flags: object,
 ) -> Iterator[TextSource]:
     """The server at `address`, or else the model loaded into this process."""
     if address is None:
+        _refuse_tls_without_address(tls)
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
@@ -587,7 +671,7 @@ def _source(
     given += ["--set"] if assignments else []
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
-    with Client(address) as client:
+    with Client(address, tls=tls) as client:
         yield client
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Measurement",
     "Request",
     "ServedModel",
+    "Tls",
     "Tokens",
     "measure",
     "open_channel",
@@ -59,6 +60,15 @@ class CallError(Exception):
         self.reason = reason
         self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Whom to believe and what to show, as PEM. Certificate and key go together; neither shows nothing."""
+
+    ca: bytes
+    certificate: bytes | None = None
+    key: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +136,19 @@ def _channel_options() -> list[tuple[str, Any]]:
     ]
 
 
-class Client:
-    """One plaintext channel to one server. Use it as a context manager."""
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
-    def __init__(self, address: str) -> None:
+
+class Client:
+    """One channel to one server, in plaintext without `tls`. Use it as a context manager."""
+
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_channel_options())
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=_channel_options())
+        else:
+            self._channel = grpc.secure_channel(address, _credentials(tls), options=_channel_options())
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -214,8 +231,10 @@ class Client:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def open_channel(address: str) -> Any:
-    """A plaintext `grpc.aio` channel for `measure`; an async context manager, bound to the running loop."""
+def open_channel(address: str, *, tls: Tls | None = None) -> Any:
+    """A `grpc.aio` channel for `measure`; an async context manager, bound to the running loop."""
+    if tls is not None:
+        return grpc.aio.secure_channel(address, _credentials(tls), options=_channel_options())
     return grpc.aio.insecure_channel(address, options=_channel_options())
 
 

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 
 from photon_grpc.errors import ConfigError, EngineDeadError, EngineDrainingError, ListenError, PhotonError
 from photon_grpc.frontend.base import FrontDoor
-from photon_grpc.options import LimitOptions, Options, ServerOptions
+from photon_grpc.options import LimitOptions, Options, ServerOptions, TlsOptions
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.control import ControlServicer
 from photon_grpc.server.deserialize import add_service
@@ -29,6 +29,7 @@ from photon_grpc.server.interceptors.call_log import CallLogInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
 from photon_grpc.server.model_info import ModelServicer
 from photon_grpc.server.reflection import add_reflection
+from photon_grpc.server.tls import CertificateFiles, CertificateObserver, check_tls
 from photon_grpc.v1 import control_pb2, inference_pb2, model_pb2
 
 _MAX_SEND_BYTES = 4 << 20
@@ -100,16 +101,28 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_options(server: ServerOptions) -> None:
+def check_options(server: ServerOptions, tls: TlsOptions) -> None:
     """Raises ConfigError for a listener that would be reachable without protection."""
-    if not is_loopback(server.host) and not server.allow_plaintext:
+    if not is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
         raise ConfigError(
-            f"server.host is {server.host}: a plaintext listener off loopback needs server.allow_plaintext"
+            f"server.host is {server.host}: off loopback it needs tls.cert_file, or server.allow_plaintext"
         )
-    if server.admin_port >= 0 and not is_loopback(server.admin_host):
-        raise ConfigError(f"server.admin_host is {server.admin_host}: the admin listener stays on loopback")
+    if admin_is_exposed(server) and not tls.client_ca_file:
+        raise ConfigError(
+            f"server.admin_host is {server.admin_host}: off loopback it needs tls.client_ca_file"
+        )
     if server.reflection not in ("admin", "public", "off"):
         raise ConfigError(f"server.reflection is {server.reflection!r}: admin, public or off")
+    problem = check_tls(tls)
+    if problem:
+        raise ConfigError(problem)
+    if tls.client_ca_file and not tls.require_client_cert and not admin_is_exposed(server):
+        raise ConfigError("tls.client_ca_file has no effect without tls.require_client_cert")
+
+
+def admin_is_exposed(server: ServerOptions) -> bool:
+    """Whether there is an admin listener that other machines can reach."""
+    return server.admin_port >= 0 and not is_loopback(server.admin_host)
 
 
 def _address(host: str, port: int) -> str:
@@ -123,9 +136,18 @@ class Server:
     and probes read NOT_SERVING.
     """
 
-    def __init__(self, front_door: FrontDoor, options: Options) -> None:
-        """Raises ConfigError for options that would expose an unprotected listener."""
-        check_options(options.server)
+    def __init__(
+        self,
+        front_door: FrontDoor,
+        options: Options,
+        *,
+        certificate_observer: CertificateObserver | None = None,
+    ) -> None:
+        """Raises ConfigError for an unprotected listener, and for certificate files that cannot be served."""
+        check_options(options.server, options.tls)
+        self._certificates = (
+            CertificateFiles(options.tls, certificate_observer) if options.tls.cert_file else None
+        )
         self._options = options
         self._calls = Calls(options.limits)
         self._health = HealthServicer()
@@ -145,10 +167,14 @@ class Server:
         """Bind and serve. Raises ListenError, with nothing left listening."""
         server = self._options.server
         try:
-            public = await self._listen("public", server.host, server.port, self._add_public)
+            public = await self._listen(
+                "public", server.host, server.port, self._add_public, self._public_credentials()
+            )
             admin = probe = None
             if server.admin_port >= 0:
-                admin = await self._listen("admin", server.admin_host, server.admin_port, self._add_admin)
+                admin = await self._listen(
+                    "admin", server.admin_host, server.admin_port, self._add_admin, self._admin_credentials()
+                )
             if server.probe_port >= 0:
                 probe = await self._listen("probe", server.probe_host, server.probe_port, self._add_health)
         except ListenError:
@@ -214,7 +240,26 @@ class Server:
             for task in tasks:
                 task.cancel()
 
-    async def _listen(self, name: str, host: str, port: int, add_services: Any) -> int:
+    def _public_credentials(self) -> grpc.ServerCredentials | None:
+        if self._certificates is None:
+            return None
+        required = self._options.tls.require_client_cert
+        return self._certificates.credentials(require_client_cert=required)
+
+    def _admin_credentials(self) -> grpc.ServerCredentials | None:
+        """On loopback the caller is the local operator, and has no certificate."""
+        if self._certificates is None or not admin_is_exposed(self._options.server):
+            return None
+        return self._certificates.credentials(require_client_cert=True)
+
+    async def _listen(
+        self,
+        name: str,
+        host: str,
+        port: int,
+        add_services: Any,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> int:
         options = self._options
         # The listener is bound before the model says how many run at a time.
         max_running = options.scheduler.max_num_seqs or MOST_RUNNING
@@ -226,13 +271,16 @@ class Server:
         add_services(listener)
         address = _address(host, port)
         try:
-            bound = listener.add_insecure_port(address)
+            if credentials is None:
+                bound = listener.add_insecure_port(address)
+            else:
+                bound = listener.add_secure_port(address, credentials)
         except RuntimeError as error:
             await listener.stop(0)
             raise ListenError(f"the {name} listener cannot bind {address}") from error
         await listener.start()
         self._listeners.append(listener)
-        _log.info("listening", listener=name, address=_address(host, bound))
+        _log.info("listening", listener=name, address=_address(host, bound), tls=credentials is not None)
         return int(bound)
 
     def _add_health(self, listener: grpc.aio.Server) -> None:

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -172,6 +180,13 @@ class Metrics:
             "photon_request_queue_time_seconds", "Arrival to first scheduling.", _DURATION
         )
 
+        self._certificate_expiry: Gauge | None = None
+        self._certificates_refused = Counter(
+            "photon_tls_cert_refused",
+            "Times that changed certificate files were refused and the last good ones kept.",
+            registry=self.registry,
+        )
+
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
@@ -191,6 +206,21 @@ class Metrics:
         self._end_to_end.observe(timings.total)
         if usage.output_tokens:
             self._first_token.observe(timings.first_token)
+
+    def observe_certificate(self, expires_at: float) -> None:
+        """The server's certificate is one that expires at `expires_at`, in seconds since 1970."""
+        if self._certificate_expiry is None:
+            # A server without TLS has no sample, rather than a certificate that expired in 1970.
+            self._certificate_expiry = Gauge(
+                "photon_tls_cert_expiry_timestamp_seconds",
+                "When the certificate that is served expires, in seconds since 1970.",
+                registry=self.registry,
+            )
+        self._certificate_expiry.set(expires_at)
+
+    def observe_certificate_refused(self) -> None:
+        """Certificate files changed into something that cannot be served."""
+        self._certificates_refused.inc()
 
 
 class MetricsServer:
