@@ -65,6 +65,7 @@ def run_load(
     num_requests: int,
     timeout_s: float,
     tls: Tls | None = None,
+    token: str = "",
     progress: Callable[[], None] = lambda: None,
 ) -> LoadReport:
     """Keep `concurrency` calls under way until `num_requests` have ended; failures are collected.
@@ -72,7 +73,7 @@ def run_load(
     Each prompt starts with its number, so that the prefix cache does not make the calls one. Calls
     `progress` after each. Runs its own event loop.
     """
-    return asyncio.run(_load(address, request, concurrency, num_requests, timeout_s, tls, progress))
+    return asyncio.run(_load(address, request, concurrency, num_requests, timeout_s, tls, token, progress))
 
 
 async def _load(
@@ -82,6 +83,7 @@ async def _load(
     num_requests: int,
     timeout_s: float,
     tls: Tls | None,
+    token: str,
     progress: Callable[[], None],
 ) -> LoadReport:
     measurements: list[Measurement] = []
@@ -94,7 +96,7 @@ async def _load(
             for number in numbers:
                 own = replace(request, text=f"{number} {request.text}")
                 try:
-                    measurements.append(await measure(channel, own, timeout_s=timeout_s))
+                    measurements.append(await measure(channel, own, timeout_s=timeout_s, token=token))
                 except CallError as error:
                     errors.append(error)
                 progress()

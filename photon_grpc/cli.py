@@ -104,6 +104,16 @@ TlsCertFlag = Annotated[
         show_default=False,
     ),
 ]
+TokenFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="Send the bearer token in this file.",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
+]
 TlsKeyFlag = Annotated[
     Path | None,
     typer.Option(
@@ -320,6 +330,7 @@ def generate(
     tls_ca: TlsCaFlag = None,
     tls_cert: TlsCertFlag = None,
     tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
     temperature: TemperatureFlag = None,
     top_p: TopPFlag = None,
@@ -351,6 +362,7 @@ def generate(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
+        _token(token_file),
         config,
         assignments,
         model=model,
@@ -375,6 +387,7 @@ def chat(
     tls_ca: TlsCaFlag = None,
     tls_cert: TlsCertFlag = None,
     tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System message to begin with.", show_default=False)
     ] = None,
@@ -400,6 +413,7 @@ def chat(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
+        _token(token_file),
         config,
         assignments,
         model=model,
@@ -453,6 +467,7 @@ def tokenize(
     tls_ca: TlsCaFlag = None,
     tls_cert: TlsCertFlag = None,
     tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens/--no-special-tokens", help="Add what the model begins with.")
     ] = True,
@@ -462,9 +477,9 @@ def tokenize(
 ) -> None:
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
-    tls = _tls(tls_ca, tls_cert, tls_key)
+    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
     if address is None:
-        _refuse_tls_without_address(tls)
+        _refuse_without_address(tls, token)
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
@@ -473,7 +488,7 @@ def tokenize(
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:
-        with Client(address, tls=tls) as client:
+        with Client(address, tls=tls, token=token) as client:
             tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
         print(*tokens.ids)
@@ -531,6 +546,7 @@ def bench(
     tls_ca: TlsCaFlag = None,
     tls_cert: TlsCertFlag = None,
     tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
 ) -> None:
     """Load a running server with concurrent streams and print latencies and throughput.
 
@@ -548,6 +564,7 @@ def bench(
             num_requests=num_requests,
             timeout_s=timeout_s,
             tls=_tls(tls_ca, tls_cert, tls_key),
+            token=_token(token_file),
             progress=lambda: progress.advance(task),
         )
     if report.measurements:
@@ -572,10 +589,11 @@ def health(
     tls_ca: TlsCaFlag = None,
     tls_cert: TlsCertFlag = None,
     tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
 ) -> None:
     """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
-    tls = _tls(tls_ca, tls_cert, tls_key)
-    with Client(address, tls=tls) as client:
+    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
+    with Client(address, tls=tls, token=token) as client:
         if not client.wait_until_serving(wait_s):
             _err.print(f"{address} is not serving", markup=False, highlight=False)
             raise typer.Exit(1)
@@ -637,22 +655,35 @@ def _read_file(flag: str, path: Path) -> bytes:
         raise ConfigError(f"{flag} {path}: {error.strerror}") from None
 
 
-def _refuse_tls_without_address(tls: Tls | None) -> None:
-    if tls is not None:
-        raise ConfigError("--tls-ca: has no effect without --address")
+def _token(file: Path | None) -> str:
+    """The token in the file of --token-file; empty without one. Raises ConfigError."""
+    if file is None:
+        return ""
+    token = _read_file("--token-file", file).decode(errors="replace").strip()
+    # What metadata may hold, so that a wrong file is an error here and not inside grpc.
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"--token-file {file}: holds no token")
+    return token
+
+
+def _refuse_without_address(tls: Tls | None, token: str) -> None:
+    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * bool(token)
+    if given:
+        raise ConfigError(f"{', '.join(given)}: has no effect without --address")
 
 
 @contextmanager
 def _source(
     address: str | None,
     tls: Tls | None,
+    token: str,
     config: Path | None,
     assignments: Sequence[str] | None,
     **flags: object,
 ) -> Iterator[TextSource]:
     """The server at `address`, or else the model loaded into this process."""
     if address is None:
-        _refuse_tls_without_address(tls)
+        _refuse_without_address(tls, token)
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
@@ -671,7 +702,7 @@ def _source(
     given += ["--set"] if assignments else []
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
-    with Client(address, tls=tls) as client:
+    with Client(address, tls=tls, token=token) as client:
         yield client
 
 

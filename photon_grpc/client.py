@@ -136,6 +136,10 @@ def _channel_options() -> list[tuple[str, Any]]:
     ]
 
 
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
@@ -143,8 +147,10 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials:
 class Client:
     """One channel to one server, in plaintext without `tls`. Use it as a context manager."""
 
-    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+    def __init__(self, address: str, *, tls: Tls | None = None, token: str = "") -> None:
+        """`token`, where there is one, goes with every call as a bearer token."""
         self.address = address
+        self._metadata = _bearer(token)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options=_channel_options())
         else:
@@ -173,7 +179,9 @@ class Client:
 
         Closing the iterator cancels the call.
         """
-        call = self._inference.StreamGenerate(_stream_request(request), timeout=timeout_s)
+        call = self._inference.StreamGenerate(
+            _stream_request(request), timeout=timeout_s, metadata=self._metadata
+        )
         reason = ""
         try:
             for response in call:
@@ -195,7 +203,7 @@ class Client:
             text=text, add_special_tokens=add_special_tokens, return_offsets=True
         )
         try:
-            response = self._inference.Tokenize(request)
+            response = self._inference.Tokenize(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _call_error(error) from None
         pairs = zip(response.offsets[::2], response.offsets[1::2], strict=True)
@@ -204,8 +212,8 @@ class Client:
     def served_model(self) -> ServedModel:
         """What is served at the address. Raises CallError."""
         try:
-            model = self._models.GetModelInfo(model_pb2.GetModelInfoRequest())
-            server = self._models.GetServerInfo(model_pb2.GetServerInfoRequest())
+            model = self._models.GetModelInfo(model_pb2.GetModelInfoRequest(), metadata=self._metadata)
+            server = self._models.GetServerInfo(model_pb2.GetServerInfoRequest(), metadata=self._metadata)
         except grpc.RpcError as error:
             raise _call_error(error) from None
         return ServedModel(model.model, server.version, model.max_context_tokens)
@@ -238,7 +246,9 @@ def open_channel(address: str, *, tls: Tls | None = None) -> Any:
     return grpc.aio.insecure_channel(address, options=_channel_options())
 
 
-async def measure(channel: Any, request: Request, *, timeout_s: float | None = None) -> Measurement:
+async def measure(
+    channel: Any, request: Request, *, timeout_s: float | None = None, token: str = ""
+) -> Measurement:
     """Stream one call over a `grpc.aio` channel and time it. Raises CallError.
 
     A delta of several tokens counts as that many equal gaps.
@@ -249,7 +259,8 @@ async def measure(channel: Any, request: Request, *, timeout_s: float | None = N
     gaps: list[float] = []
     num_tokens = 0
     try:
-        async for response in stub.StreamGenerate(_stream_request(request), timeout=timeout_s):
+        call = stub.StreamGenerate(_stream_request(request), timeout=timeout_s, metadata=_bearer(token))
+        async for response in call:
             new = response.delta.num_tokens
             if response.WhichOneof("event") != "delta" or not new:
                 continue

@@ -326,8 +326,11 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
             "limits.max_text_bytes", f"must not exceed limits.max_message_bytes ({limits.max_message_bytes})"
         )
     admin_is_exposed = server.admin_port >= 0 and not _is_loopback(server.admin_host)
-    if admin_is_exposed and not tls.client_ca_file:
-        refuse("server.admin_host", "off loopback the admin listener needs tls.client_ca_file")
+    if admin_is_exposed and not (tls.client_ca_file and options.auth.callers_file):
+        refuse(
+            "server.admin_host",
+            "off loopback it needs tls.client_ca_file, and auth.callers_file for its roles",
+        )
     if not _is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
         refuse("server.host", "off loopback it needs tls.cert_file, or server.allow_plaintext")
     if bool(tls.cert_file) != bool(tls.key_file):

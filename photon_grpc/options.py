@@ -93,6 +93,13 @@ class TlsOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AuthOptions:
+    callers_file: str = _opt(
+        "", "who may call and in which roles, one `name role[,role] credential` a line; empty: everybody"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class LimitOptions:
     """What one request may ask for; `engine/validation.py` enforces them."""
 
@@ -136,6 +143,7 @@ class Options:
     engine: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     tls: TlsOptions = field(default_factory=TlsOptions)
+    auth: AuthOptions = field(default_factory=AuthOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)
 

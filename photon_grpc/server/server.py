@@ -19,12 +19,14 @@ from grpc_health.v1 import health_pb2
 
 from photon_grpc.errors import ConfigError, EngineDeadError, EngineDrainingError, ListenError, PhotonError
 from photon_grpc.frontend.base import FrontDoor
-from photon_grpc.options import LimitOptions, Options, ServerOptions, TlsOptions
+from photon_grpc.options import AuthOptions, LimitOptions, Options, ServerOptions, TlsOptions
+from photon_grpc.server.callers import Callers
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.control import ControlServicer
 from photon_grpc.server.deserialize import add_service
 from photon_grpc.server.health import HealthServicer
 from photon_grpc.server.inference import InferenceServicer
+from photon_grpc.server.interceptors.auth import AuthInterceptor
 from photon_grpc.server.interceptors.call_log import CallLogInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
 from photon_grpc.server.model_info import ModelServicer
@@ -101,15 +103,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_options(server: ServerOptions, tls: TlsOptions) -> None:
+def check_options(server: ServerOptions, tls: TlsOptions, auth: AuthOptions) -> None:
     """Raises ConfigError for a listener that would be reachable without protection."""
     if not is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
         raise ConfigError(
             f"server.host is {server.host}: off loopback it needs tls.cert_file, or server.allow_plaintext"
         )
-    if admin_is_exposed(server) and not tls.client_ca_file:
+    # Clients of the public listener have certificates too: it takes the role to tell an operator.
+    if admin_is_exposed(server) and not (tls.client_ca_file and auth.callers_file):
         raise ConfigError(
-            f"server.admin_host is {server.admin_host}: off loopback it needs tls.client_ca_file"
+            f"server.admin_host is {server.admin_host}: off loopback it needs tls.client_ca_file "
+            "and auth.callers_file"
         )
     if server.reflection not in ("admin", "public", "off"):
         raise ConfigError(f"server.reflection is {server.reflection!r}: admin, public or off")
@@ -144,7 +148,8 @@ class Server:
         certificate_observer: CertificateObserver | None = None,
     ) -> None:
         """Raises ConfigError for an unprotected listener, and for certificate files that cannot be served."""
-        check_options(options.server, options.tls)
+        check_options(options.server, options.tls, options.auth)
+        self._callers = Callers(options.auth.callers_file) if options.auth.callers_file else None
         self._certificates = (
             CertificateFiles(options.tls, certificate_observer) if options.tls.cert_file else None
         )
@@ -252,6 +257,12 @@ class Server:
             return None
         return self._certificates.credentials(require_client_cert=True)
 
+    def _guards(self, listener: str) -> tuple[AuthInterceptor, ...]:
+        """None on an admin listener that only the local operator can reach, or where nobody is named."""
+        if self._callers is None or (listener == "admin" and not admin_is_exposed(self._options.server)):
+            return ()
+        return (AuthInterceptor(self._callers),)
+
     async def _listen(
         self,
         name: str,
@@ -265,7 +276,7 @@ class Server:
         max_running = options.scheduler.max_num_seqs or MOST_RUNNING
         max_admitted = max_running + options.limits.max_queued_requests
         listener = grpc.aio.server(
-            interceptors=(CallLogInterceptor(), ErrorInterceptor()),
+            interceptors=(CallLogInterceptor(), ErrorInterceptor(), *self._guards(name)),
             options=channel_options(options.server, options.limits, max_admitted),
         )
         add_services(listener)

@@ -117,6 +117,8 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.ModelNotFoundError: Row(_Code.NOT_FOUND, "MODEL_NOT_FOUND", _resource),
     errors.RequestNotFoundError: Row(_Code.NOT_FOUND, "REQUEST_NOT_FOUND", _resource),
     errors.DuplicateRequestError: Row(_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST", _resource),
+    errors.UnauthenticatedError: Row(_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.ForbiddenError: Row(_Code.PERMISSION_DENIED, "FORBIDDEN"),
     errors.OverloadedError: Row(_Code.UNAVAILABLE, "OVERLOADED", pushback=_when_there_is_room),
     errors.EngineStartingError: Row(_Code.UNAVAILABLE, "STARTING", pushback=_after(1000)),
     errors.EngineDrainingError: Row(_Code.UNAVAILABLE, "DRAINING", pushback=_after(100)),

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import photon_grpc.app
 from photon_grpc import cli
 from photon_grpc.errors import FieldViolation, InvalidRequestError, OverloadedError
-from photon_grpc.options import Options, TlsOptions
+from photon_grpc.options import AuthOptions, Options, TlsOptions
 from photon_grpc.types import ChatInput
 from tests.support.certificates import Authority
 from tests.support.fake_front_door import FakeFrontDoor, Script
@@ -348,6 +348,35 @@ class TestOffline:
             _, log = await server.communicate()
         assert online.out == offline.out
         assert server.returncode == 0, log.decode()
+
+
+class TestWithAToken:
+    @pytest.fixture
+    async def guarded(self, tmp_path: Path) -> AsyncIterator[Harness]:
+        (tmp_path / "callers").write_text("alice infer,inspect token:correct-horse-battery\n")
+        auth = AuthOptions(str(tmp_path / "callers"))
+        async with running_server(FakeFrontDoor(), replace(quick_options(), auth=auth)) as harness:
+            yield harness
+
+    async def test_every_command_that_calls(self, guarded: Harness, tmp_path: Path) -> None:
+        (tmp_path / "token").write_text("correct-horse-battery\n")
+        flags = ("--address", guarded.target, "--token-file", str(tmp_path / "token"))
+        assert (await run("generate", "hi", "-q", *flags)).out == " tok tok tok\n"
+        assert (await run("tokenize", "ab", "--ids", *flags)).code == 0
+        assert (await run("bench", "-c", "1", "-r", "1", *flags)).code == 0
+        assert "serves" in (await run("health", *flags)).out
+
+    async def test_without_one_the_server_refuses(self, guarded: Harness) -> None:
+        result = await run("generate", "hi", "--address", guarded.target)
+        assert result.code == 1
+        assert result.err.startswith("UNAUTHENTICATED (UNAUTHENTICATED): ")
+
+    @pytest.mark.parametrize("content", [b"", b" \n", b"two\nlines", b"\xff\xfe"])
+    async def test_a_file_without_a_token(self, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / "token").write_bytes(content)
+        result = await run("health", "--token-file", str(tmp_path / "token"))
+        assert result.code == 2
+        assert "holds no token" in result.err
 
 
 class TestOverTls:

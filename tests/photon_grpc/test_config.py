@@ -209,7 +209,12 @@ def test_tls_off_loopback() -> None:
     admin = [*pair, parse_assignment("server.admin_host=0.0.0.0")]
     assert "server.admin_host = '0.0.0.0'" in refusal(overrides=admin)
     client_ca = parse_assignment("tls.client_ca_file=ca.crt")
-    assert load_options(overrides=[*admin, client_ca], require_model=False).server.admin_host == "0.0.0.0"
+    assert "server.admin_host = '0.0.0.0'" in refusal(overrides=[*admin, client_ca])
+    callers = parse_assignment("auth.callers_file=callers")
+    assert (
+        load_options(overrides=[*admin, client_ca, callers], require_model=False).server.admin_host
+        == "0.0.0.0"
+    )
     assert "tls.client_ca_file = 'ca.crt'" in refusal(overrides=[*pair, client_ca])
 
 

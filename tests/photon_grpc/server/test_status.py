@@ -66,6 +66,8 @@ ROWS = [
     (errors.ModelNotFoundError("m"), "NOT_FOUND", "MODEL_NOT_FOUND", {"ResourceInfo"}, None),
     (errors.RequestNotFoundError("r"), "NOT_FOUND", "REQUEST_NOT_FOUND", {"ResourceInfo"}, None),
     (errors.DuplicateRequestError("r"), "ALREADY_EXISTS", "DUPLICATE_REQUEST", {"ResourceInfo"}, None),
+    (errors.UnauthenticatedError(), "UNAUTHENTICATED", "UNAUTHENTICATED", set(), None),
+    (errors.ForbiddenError(), "PERMISSION_DENIED", "FORBIDDEN", set(), None),
     (errors.EngineStartingError(), "UNAVAILABLE", "STARTING", {"RetryInfo"}, "1000"),
     (errors.EngineDrainingError(), "UNAVAILABLE", "DRAINING", {"RetryInfo"}, "100"),
     (errors.EngineDeadError(), "UNAVAILABLE", "ENGINE_DEAD", {"RetryInfo"}, "100"),

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import photon_grpc.server.tls
 from photon_grpc.errors import ConfigError
-from photon_grpc.options import ServerOptions, TlsOptions
+from photon_grpc.options import AuthOptions, ServerOptions, TlsOptions
 from photon_grpc.server.server import Server, check_options
 from photon_grpc.server.tls import CertificateFiles
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
@@ -159,17 +159,22 @@ class TestSettings:
             ({}, {"cert_file": "c", "key_file": "k", "client_ca_file": "a"}, "has no effect"),
             ({"host": "0.0.0.0"}, {}, "server.host"),
             ({"admin_host": "0.0.0.0"}, {"cert_file": "c", "key_file": "k"}, "server.admin_host"),
+            (
+                {"admin_host": "0.0.0.0"},
+                {"cert_file": "c", "key_file": "k", "client_ca_file": "a"},
+                "auth.callers_file",
+            ),
         ],
     )
     def test_what_would_not_protect_is_refused(
         self, server: dict[str, str], tls: dict[str, str], named: str
     ) -> None:
         with pytest.raises(ConfigError, match=named):
-            check_options(ServerOptions(**server), TlsOptions(**tls))  # type: ignore[arg-type]
+            check_options(ServerOptions(**server), TlsOptions(**tls), AuthOptions())  # type: ignore[arg-type]
 
     def test_with_tls_listeners_may_leave_loopback(self) -> None:
-        check_options(ServerOptions(host="0.0.0.0"), TlsOptions("c", "k"))
-        check_options(ServerOptions(admin_host="0.0.0.0"), TlsOptions("c", "k", "a"))
+        check_options(ServerOptions(host="0.0.0.0"), TlsOptions("c", "k"), AuthOptions())
+        check_options(ServerOptions(admin_host="0.0.0.0"), TlsOptions("c", "k", "a"), AuthOptions("f"))
 
 
 class TestCalls:
@@ -221,7 +226,9 @@ class TestCalls:
         tls = replace(
             files_of(tmp_path, AUTHORITY.issue(), require_client_cert=True), require_client_cert=False
         )
-        options = replace(quick_options({"admin_host": "0.0.0.0"}), tls=tls)
+        (tmp_path / "callers").write_text("operator control san:localhost\n")
+        auth = AuthOptions(str(tmp_path / "callers"))
+        options = replace(quick_options({"admin_host": "0.0.0.0"}), tls=tls, auth=auth)
         async with running_server(FakeFrontDoor(), options) as harness:
             assert harness.ports.admin is not None
             await check(channel(harness.ports.admin, shown=CLIENT))
