@@ -13,7 +13,7 @@ from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require, require_index, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
 """Tokens of a split, until a row has `max_splits`. A constant: results must not depend on the batch."""
 MAX_ROWS = 1024
 

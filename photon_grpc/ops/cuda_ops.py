@@ -36,9 +36,10 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond this, cuBLASLt is faster. (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel
-# of its own norms the residual for all of them.)
-MAX_SKINNY_TOKENS = 32
+# Beyond these, cuBLASLt is faster: of more tokens, and of weights so large that little is gained by fusing.
+# (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel of its own norms the residual.)
+MAX_SKINNY_TOKENS = 64
+MAX_SKINNY_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class CudaOps(Ops):
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if hidden.dtype is torch.float32:
             return F.linear(hidden, weight)
-        if _has_few(hidden, weight):
+        if 0 < hidden.shape[0] <= MAX_SKINNY_TOKENS:
             out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
             _multiply(linear_output.float_rows(out), hidden, weight)
             return out
@@ -264,7 +265,10 @@ class CudaOps(Ops):
 
 def _has_few(x: Tensor, weight: Tensor) -> bool:
     """Whether so few tokens are best multiplied by our own kernels. float32 has none."""
-    return 0 < x.shape[0] <= MAX_SKINNY_TOKENS and weight.dtype is not torch.float32
+    tokens = x.shape[0]
+    if weight.dtype is torch.float32 or not 0 < tokens <= MAX_SKINNY_TOKENS:
+        return False
+    return tokens <= gemv.MAX_TOKENS or weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
 
 
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:

@@ -88,10 +88,13 @@ def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, s
 
 
 _CLIENT = """
+import signal
 import sys
 import grpc
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 address, count, max_tokens, prompt_tokens, read = sys.argv[1], *map(int, sys.argv[2:])
+# A job of a shell that is not interactive begins with it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 channel = grpc.insecure_channel(address)
 stub = inference_pb2_grpc.InferenceServiceStub(channel)
 spec = inference_pb2.GenerationSpec()
