@@ -187,7 +187,7 @@ async def serve(
         metrics.watch_spans(otlp.num_dropped_spans)
         place = options.server
         observers.append(CallTrace(otlp.tracers, otlp.meters, address=place.host, port=place.port).observe)
-    server = Server(stack.generator, options, call_observers=observers)
+    server = Server(stack.generator, options, call_observers=observers, certificate_observer=metrics)
     lag = LoopLag()
     metrics.watch_loop(lag.seconds)
     metrics.watch_log(num_dropped_records)

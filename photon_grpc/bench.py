@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from photon_grpc.client import CallError, Measurement, Request, measure, open_channel
+from photon_grpc.client import CallError, Measurement, Request, Tls, measure, open_channel
 
 __all__ = ["LoadReport", "percentile", "run_load"]
 
@@ -64,6 +64,8 @@ def run_load(
     concurrency: int,
     num_requests: int,
     timeout_s: float,
+    tls: Tls | None = None,
+    token: str = "",
     progress: Callable[[], None] = lambda: None,
 ) -> LoadReport:
     """Keep `concurrency` calls under way until `num_requests` have ended; failures are collected.
@@ -71,7 +73,7 @@ def run_load(
     Each prompt starts with its number, so that the prefix cache does not make the calls one. Calls
     `progress` after each. Runs its own event loop.
     """
-    return asyncio.run(_load(address, request, concurrency, num_requests, timeout_s, progress))
+    return asyncio.run(_load(address, request, concurrency, num_requests, timeout_s, tls, token, progress))
 
 
 async def _load(
@@ -80,19 +82,21 @@ async def _load(
     concurrency: int,
     num_requests: int,
     timeout_s: float,
+    tls: Tls | None,
+    token: str,
     progress: Callable[[], None],
 ) -> LoadReport:
     measurements: list[Measurement] = []
     errors: list[CallError] = []
     numbers = iter(range(num_requests))
 
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls=tls) as channel:
 
         async def work() -> None:
             for number in numbers:
                 own = replace(request, text=f"{number} {request.text}")
                 try:
-                    measurements.append(await measure(channel, own, timeout_s=timeout_s))
+                    measurements.append(await measure(channel, own, timeout_s=timeout_s, token=token))
                 except CallError as error:
                     errors.append(error)
                 progress()

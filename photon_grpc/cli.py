@@ -32,7 +32,7 @@ from rich.text import Text
 
 from photon_grpc import __version__
 from photon_grpc.bench import LoadReport, percentile, run_load
-from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tokens
+from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tls, Tokens
 from photon_grpc.config import Override, load_options, parse_assignment
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
@@ -72,6 +72,7 @@ _FLAGS = {
 
 _SETTINGS_PANEL = "Settings (others through --config, --set and PHOTON_* variables)"
 _SAMPLING_PANEL = "Generation"
+_CALL_PANEL = "Calls to a server"
 
 ModelFlag = Annotated[
     str | None,
@@ -85,6 +86,46 @@ AddressFlag = Annotated[
 ]
 AdminAddressFlag = Annotated[
     str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server's admin listener.")
+]
+TlsCaFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        help="Call over TLS and believe servers of these authorities (PEM).",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
+]
+TlsCertFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        metavar="FILE",
+        help="Client certificate to show, with --tls-key.",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
+]
+TokenFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="Send the bearer token in this file.",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
+]
+TlsKeyFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        metavar="FILE",
+        help="Private key of --tls-cert.",
+        rich_help_panel=_CALL_PANEL,
+        show_default=False,
+    ),
 ]
 DtypeFlag = Annotated[
     str | None,
@@ -289,6 +330,10 @@ def generate(
     ],
     model: ModelFlag = None,
     address: AddressFlag = None,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
     temperature: TemperatureFlag = None,
     top_p: TopPFlag = None,
@@ -319,6 +364,8 @@ def generate(
     )
     with _source(
         address,
+        _tls(tls_ca, tls_cert, tls_key),
+        _token(token_file),
         config,
         assignments,
         model=model,
@@ -340,6 +387,10 @@ def generate(
 def chat(
     model: ModelFlag = None,
     address: AddressFlag = None,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System message to begin with.", show_default=False)
     ] = None,
@@ -364,6 +415,8 @@ def chat(
     beginning = [("system", system)] if system else []
     with _source(
         address,
+        _tls(tls_ca, tls_cert, tls_key),
+        _token(token_file),
         config,
         assignments,
         model=model,
@@ -414,6 +467,10 @@ def tokenize(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text; - reads standard input.")],
     model: ModelFlag = None,
     address: AddressFlag = None,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens/--no-special-tokens", help="Add what the model begins with.")
     ] = True,
@@ -423,7 +480,9 @@ def tokenize(
 ) -> None:
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
+    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
     if address is None:
+        _refuse_without_address(tls, token)
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
@@ -432,7 +491,7 @@ def tokenize(
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:
-        with Client(address) as client:
+        with Client(address, tls=tls, token=token) as client:
             tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
         print(*tokens.ids)
@@ -487,6 +546,10 @@ def bench(
     timeout_s: Annotated[
         float, typer.Option("--timeout", min=0.001, help="Seconds a call may take.")
     ] = 300.0,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
 ) -> None:
     """Load a running server with concurrent streams and print latencies and throughput.
 
@@ -503,6 +566,8 @@ def bench(
             concurrency=concurrency,
             num_requests=num_requests,
             timeout_s=timeout_s,
+            tls=_tls(tls_ca, tls_cert, tls_key),
+            token=_token(token_file),
             progress=lambda: progress.advance(task),
         )
     if report.measurements:
@@ -524,9 +589,14 @@ def health(
         str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to ask.")
     ] = "127.0.0.1:50051",
     wait_s: Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for SERVING.")] = 0.0,
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
 ) -> None:
     """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
-    with Client(address) as client:
+    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
+    with Client(address, tls=tls, token=token) as client:
         if not client.wait_until_serving(wait_s):
             _err.print(f"{address} is not serving", markup=False, highlight=False)
             raise typer.Exit(1)
@@ -537,6 +607,10 @@ def health(
 @app.command(rich_help_panel="Operate")
 def drain(
     address: AdminAddressFlag = "127.0.0.1:50053",
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     grace_s: Annotated[
         float | None,
         typer.Option(
@@ -551,7 +625,7 @@ def drain(
     """Take a server out of service without ending it: not ready, then, after a while, refusing new calls."""
     if undo and grace_s is not None:
         raise typer.BadParameter("has no meaning with --undo", param_hint="--grace")
-    with ControlClient(address) as client:
+    with _control(address, tls_ca, tls_cert, tls_key, token_file) as client:
         in_flight = client.undo_drain() if undo else client.drain(grace_s)
     print(f"{address} {'takes calls' if undo else 'drains'}, {in_flight} in flight")
 
@@ -559,6 +633,10 @@ def drain(
 @app.command(rich_help_panel="Operate")
 def watch(
     address: AdminAddressFlag = "127.0.0.1:50053",
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     interval_s: Annotated[
         float | None,
         typer.Option(
@@ -567,7 +645,10 @@ def watch(
     ] = None,
 ) -> None:
     """Print a server's state and load now and at every change, one line each, until it leaves."""
-    with ControlClient(address) as client, closing(client.watch(interval_s)) as states:
+    with (
+        _control(address, tls_ca, tls_cert, tls_key, token_file) as client,
+        closing(client.watch(interval_s)) as states,
+    ):
         try:
             for state in states:
                 _write(_state_line(state) + "\n")
@@ -578,6 +659,10 @@ def watch(
 @app.command(name="flush-cache", rich_help_panel="Operate")
 def flush_cache(
     address: AdminAddressFlag = "127.0.0.1:50053",
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
     wait_idle: Annotated[
         bool, typer.Option("--wait-idle", help="First wait until no request lives.")
     ] = False,
@@ -586,7 +671,7 @@ def flush_cache(
     ] = 300.0,
 ) -> None:
     """Make a server forget every cached prefix."""
-    with ControlClient(address) as client:
+    with _control(address, tls_ca, tls_cert, tls_key, token_file) as client:
         blocks_freed = client.flush_cache(wait_idle=wait_idle, timeout_s=timeout_s)
     print(f"{blocks_freed} blocks freed")
 
@@ -623,12 +708,63 @@ def _load(config: Path | None, assignments: Sequence[str] | None, **flags: objec
     return load_options(config_file=config, overrides=overrides)
 
 
+def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Tls | None:
+    """The files of the --tls flags; None without any. Raises ConfigError."""
+    if ca is None:
+        if certificate is not None or key is not None:
+            raise ConfigError("--tls-cert and --tls-key need --tls-ca: whom the client believes")
+        return None
+    if (certificate is None) != (key is None):
+        raise ConfigError("--tls-cert and --tls-key go together")
+    if certificate is None or key is None:
+        return Tls(_read_file("--tls-ca", ca))
+    return Tls(
+        _read_file("--tls-ca", ca), _read_file("--tls-cert", certificate), _read_file("--tls-key", key)
+    )
+
+
+def _read_file(flag: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+
+
+def _token(file: Path | None) -> str:
+    """The token in the file of --token-file; empty without one. Raises ConfigError."""
+    if file is None:
+        return ""
+    token = _read_file("--token-file", file).decode(errors="replace").strip()
+    # What metadata may hold, so that a wrong file is an error here and not inside grpc.
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"--token-file {file}: holds no token")
+    return token
+
+
+def _control(
+    address: str, ca: Path | None, certificate: Path | None, key: Path | None, token_file: Path | None
+) -> ControlClient:
+    return ControlClient(address, tls=_tls(ca, certificate, key), token=_token(token_file))
+
+
+def _refuse_without_address(tls: Tls | None, token: str) -> None:
+    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * bool(token)
+    if given:
+        raise ConfigError(f"{', '.join(given)}: has no effect without --address")
+
+
 @contextmanager
 def _source(
-    address: str | None, config: Path | None, assignments: Sequence[str] | None, **flags: object
+    address: str | None,
+    tls: Tls | None,
+    token: str,
+    config: Path | None,
+    assignments: Sequence[str] | None,
+    **flags: object,
 ) -> Iterator[TextSource]:
     """The server at `address`, or else the model loaded into this process."""
     if address is None:
+        _refuse_without_address(tls, token)
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
@@ -647,7 +783,7 @@ def _source(
     given += ["--set"] if assignments else []
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
-    with Client(address) as client:
+    with Client(address, tls=tls, token=token) as client:
         yield client
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "Request",
     "ServedModel",
     "ServerState",
+    "Tls",
     "Tokens",
     "measure",
     "open_channel",
@@ -68,6 +69,15 @@ class CallError(Exception):
         self.reason = reason
         self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Whom to believe and what to show, as PEM. Certificate and key go together; neither shows nothing."""
+
+    ca: bytes
+    certificate: bytes | None = None
+    key: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +156,28 @@ def _channel_options() -> list[tuple[str, Any]]:
     ]
 
 
-class Client:
-    """One plaintext channel to one server. Use it as a context manager."""
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
-    def __init__(self, address: str) -> None:
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+
+
+def _open_blocking_channel(address: str, tls: Tls | None) -> Any:
+    if tls is None:
+        return grpc.insecure_channel(address, options=_channel_options())
+    return grpc.secure_channel(address, _credentials(tls), options=_channel_options())
+
+
+class Client:
+    """One channel to one server, in plaintext without `tls`. Use it as a context manager."""
+
+    def __init__(self, address: str, *, tls: Tls | None = None, token: str = "") -> None:
+        """`token`, where there is one, goes with every call as a bearer token."""
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_channel_options())
+        self._metadata = _bearer(token)
+        self._channel = _open_blocking_channel(address, tls)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -176,7 +202,9 @@ class Client:
 
         Closing the iterator cancels the call.
         """
-        call = self._inference.StreamGenerate(_stream_request(request), timeout=timeout_s)
+        call = self._inference.StreamGenerate(
+            _stream_request(request), timeout=timeout_s, metadata=self._metadata
+        )
         reason = ""
         try:
             for response in call:
@@ -198,7 +226,7 @@ class Client:
             text=text, add_special_tokens=add_special_tokens, return_offsets=True
         )
         try:
-            response = self._inference.Tokenize(request)
+            response = self._inference.Tokenize(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _call_error(error) from None
         pairs = zip(response.offsets[::2], response.offsets[1::2], strict=True)
@@ -207,8 +235,8 @@ class Client:
     def served_model(self) -> ServedModel:
         """What is served at the address. Raises CallError."""
         try:
-            model = self._models.GetModelInfo(model_pb2.GetModelInfoRequest())
-            server = self._models.GetServerInfo(model_pb2.GetServerInfoRequest())
+            model = self._models.GetModelInfo(model_pb2.GetModelInfoRequest(), metadata=self._metadata)
+            server = self._models.GetServerInfo(model_pb2.GetServerInfoRequest(), metadata=self._metadata)
         except grpc.RpcError as error:
             raise _call_error(error) from None
         return ServedModel(model.model, server.version, model.max_context_tokens)
@@ -235,10 +263,12 @@ class Client:
 
 
 class ControlClient:
-    """One plaintext channel to one admin listener. Use it as a context manager."""
+    """One channel to one admin listener, in plaintext without `tls`. Use it as a context manager."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=_channel_options())
+    def __init__(self, address: str, *, tls: Tls | None = None, token: str = "") -> None:
+        """`token`, where there is one, goes with every call as a bearer token."""
+        self._metadata = _bearer(token)
+        self._channel = _open_blocking_channel(address, tls)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -265,7 +295,7 @@ class ControlClient:
 
     def _drain(self, request: control_pb2.DrainRequest) -> int:
         try:
-            return int(self._control.Drain(request).in_flight)
+            return int(self._control.Drain(request, metadata=self._metadata).in_flight)
         except grpc.RpcError as error:
             raise _call_error(error) from None
 
@@ -273,9 +303,10 @@ class ControlClient:
         """Forget every cached prefix; the number of blocks that kept one. Raises CallError."""
         request = control_pb2.FlushCacheRequest(wait_idle=wait_idle)
         try:
-            return int(self._control.FlushCache(request, timeout=timeout_s).blocks_freed)
+            response = self._control.FlushCache(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _call_error(error) from None
+        return int(response.blocks_freed)
 
     def watch(self, interval_s: float | None = None) -> Generator[ServerState]:
         """The state at once, on every change and every `interval_s`, until the server leaves.
@@ -285,7 +316,7 @@ class ControlClient:
         request = control_pb2.WatchStateRequest()
         if interval_s is not None:
             request.load_interval.FromNanoseconds(round(interval_s * 1e9))
-        call = self._control.WatchState(request)
+        call = self._control.WatchState(request, metadata=self._metadata)
         try:
             for response in call:
                 yield _server_state(response)
@@ -295,12 +326,16 @@ class ControlClient:
             call.cancel()
 
 
-def open_channel(address: str) -> Any:
-    """A plaintext `grpc.aio` channel for `measure`; an async context manager, bound to the running loop."""
+def open_channel(address: str, *, tls: Tls | None = None) -> Any:
+    """A `grpc.aio` channel for `measure`; an async context manager, bound to the running loop."""
+    if tls is not None:
+        return grpc.aio.secure_channel(address, _credentials(tls), options=_channel_options())
     return grpc.aio.insecure_channel(address, options=_channel_options())
 
 
-async def measure(channel: Any, request: Request, *, timeout_s: float | None = None) -> Measurement:
+async def measure(
+    channel: Any, request: Request, *, timeout_s: float | None = None, token: str = ""
+) -> Measurement:
     """Stream one call over a `grpc.aio` channel and time it. Raises CallError.
 
     A delta of several tokens counts as that many equal gaps.
@@ -311,7 +346,8 @@ async def measure(channel: Any, request: Request, *, timeout_s: float | None = N
     gaps: list[float] = []
     num_tokens = 0
     try:
-        async for response in stub.StreamGenerate(_stream_request(request), timeout=timeout_s):
+        call = stub.StreamGenerate(_stream_request(request), timeout=timeout_s, metadata=_bearer(token))
+        async for response in call:
             new = response.delta.num_tokens
             if response.WhichOneof("event") != "delta" or not new:
                 continue

@@ -315,7 +315,7 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
         value = getattr(getattr(options, section), name)
         problems.append(f"{path} = {value!r}{origins.of(path)}: {rule}")
 
-    scheduler, server, limits = options.scheduler, options.server, options.limits
+    scheduler, server, tls, limits = options.scheduler, options.server, options.tls, options.limits
     if 0 < scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         refuse(
             "scheduler.max_num_batched_tokens",
@@ -332,10 +332,22 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
         refuse(
             "limits.max_text_bytes", f"must not exceed limits.max_message_bytes ({limits.max_message_bytes})"
         )
-    if not _is_loopback(server.admin_host):
-        refuse("server.admin_host", "the admin listener has no authentication and stays on loopback")
-    if not _is_loopback(server.host) and not server.allow_plaintext:
-        refuse("server.host", "a plaintext listener off loopback needs server.allow_plaintext")
+    admin_is_exposed = server.admin_port >= 0 and not _is_loopback(server.admin_host)
+    if admin_is_exposed and not (tls.client_ca_file and options.auth.callers_file):
+        refuse(
+            "server.admin_host",
+            "off loopback it needs tls.client_ca_file, and auth.callers_file for its roles",
+        )
+    if not _is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
+        refuse("server.host", "off loopback it needs tls.cert_file, or server.allow_plaintext")
+    if bool(tls.cert_file) != bool(tls.key_file):
+        refuse("tls.cert_file" if tls.cert_file else "tls.key_file", "certificate and key go together")
+    if tls.client_ca_file and not tls.cert_file:
+        refuse("tls.client_ca_file", "needs tls.cert_file: without TLS no client shows a certificate")
+    elif tls.client_ca_file and not tls.require_client_cert and not admin_is_exposed:
+        refuse("tls.client_ca_file", "has no effect without tls.require_client_cert")
+    if tls.require_client_cert and not tls.client_ca_file:
+        refuse("tls.require_client_cert", "needs tls.client_ca_file")
     otlp_endpoint = options.telemetry.otlp_endpoint
     if otlp_endpoint and not otlp_endpoint.startswith(("http://", "https://")):
         refuse("telemetry.otlp_endpoint", "must begin with http:// or https://")

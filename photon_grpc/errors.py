@@ -11,6 +11,9 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         ModelNotFoundError        NOT_FOUND
         RequestNotFoundError      NOT_FOUND
         DuplicateRequestError     ALREADY_EXISTS
+      AccessError               the caller, whatever the request
+        UnauthenticatedError      UNAUTHENTICATED
+        ForbiddenError            PERMISSION_DENIED
       CapacityError
         OverloadedError           UNAVAILABLE
         DeadlineUnreachableError  UNAVAILABLE
@@ -145,6 +148,24 @@ class DuplicateRequestError(RequestError):
     def __init__(self, name: str) -> None:
         super().__init__("a live request has this request_id")
         self.name = name
+
+
+class AccessError(PhotonError):
+    """This caller may not make this call. Says nothing of whether what it names exists."""
+
+
+class UnauthenticatedError(AccessError):
+    """No credentials, or none that are known."""
+
+    def __init__(self) -> None:
+        super().__init__("a known bearer token or client certificate is required")
+
+
+class ForbiddenError(AccessError):
+    """The caller is known and lacks the role that the method needs."""
+
+    def __init__(self) -> None:
+        super().__init__("the caller lacks the role for this method")
 
 
 class CapacityError(PhotonError):

@@ -64,7 +64,9 @@ class EngineOptions:
 class ServerOptions:
     host: str = _opt("127.0.0.1", "address of the public listener")
     port: int = _opt(50051, "port of the public listener; 0: a free one")
-    admin_host: str = _opt("127.0.0.1", "address of the admin listener (loopback only)")
+    admin_host: str = _opt(
+        "127.0.0.1", "address of the admin listener; off loopback it needs client certificates"
+    )
     admin_port: int = _opt(50053, "port of the admin listener; 0: a free one, -1: none")
     probe_host: str = _opt("0.0.0.0", "address of the health-only listener")
     probe_port: int = _opt(-1, "port of the health-only listener; 0: a free one, -1: none")
@@ -81,6 +83,23 @@ class ServerOptions:
     drain_propagation_s: float = _opt(10.0, "time between NOT_SERVING and refusing new requests")
     drain_max_s: float = _opt(120.0, "time in-flight requests have to finish at shutdown")
     text_threads: int = _opt(2, "threads that tokenise and render chat templates")
+
+
+@dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """PEM files; looked at with each handshake, and read again when they changed."""
+
+    cert_file: str = _opt("", "certificate chain of the public listener, and of an admin one off loopback")
+    key_file: str = _opt("", "private key of tls.cert_file, without a password")
+    client_ca_file: str = _opt("", "authorities whose client certificates are accepted")
+    require_client_cert: bool = _opt(False, "refuse clients of the public listener without a certificate")
+
+
+@dataclass(frozen=True, slots=True)
+class AuthOptions:
+    callers_file: str = _opt(
+        "", "who may call and in which roles, one `name role[,role] credential` a line; empty: everybody"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +160,8 @@ class Options:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
+    tls: TlsOptions = field(default_factory=TlsOptions)
+    auth: AuthOptions = field(default_factory=AuthOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     tenants: TenantOptions = field(default_factory=TenantOptions)
     telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)

@@ -19,18 +19,21 @@ from grpc_health.v1 import health_pb2
 
 from photon_grpc.errors import ConfigError, ListenError
 from photon_grpc.frontend.base import FrontDoor
-from photon_grpc.options import LimitOptions, Options, ServerOptions
+from photon_grpc.options import AuthOptions, LimitOptions, Options, ServerOptions, TlsOptions
+from photon_grpc.server.callers import Callers
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.control import ControlServicer
 from photon_grpc.server.deserialize import add_service
 from photon_grpc.server.health import HealthServicer
 from photon_grpc.server.inference import InferenceServicer
+from photon_grpc.server.interceptors.auth import AuthInterceptor
 from photon_grpc.server.interceptors.call_log import log_call
 from photon_grpc.server.interceptors.call_record import CallObserver, CallRecordInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
 from photon_grpc.server.lifecycle import Lifecycle
 from photon_grpc.server.model_info import ModelServicer
 from photon_grpc.server.reflection import add_reflection
+from photon_grpc.server.tls import CertificateFiles, CertificateObserver, check_tls
 from photon_grpc.v1 import control_pb2, inference_pb2, model_pb2
 
 _MAX_SEND_BYTES = 4 << 20
@@ -102,16 +105,30 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_options(server: ServerOptions) -> None:
+def check_options(server: ServerOptions, tls: TlsOptions, auth: AuthOptions) -> None:
     """Raises ConfigError for a listener that would be reachable without protection."""
-    if not is_loopback(server.host) and not server.allow_plaintext:
+    if not is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
         raise ConfigError(
-            f"server.host is {server.host}: a plaintext listener off loopback needs server.allow_plaintext"
+            f"server.host is {server.host}: off loopback it needs tls.cert_file, or server.allow_plaintext"
         )
-    if server.admin_port >= 0 and not is_loopback(server.admin_host):
-        raise ConfigError(f"server.admin_host is {server.admin_host}: the admin listener stays on loopback")
+    # Clients of the public listener have certificates too: it takes the role to tell an operator.
+    if admin_is_exposed(server) and not (tls.client_ca_file and auth.callers_file):
+        raise ConfigError(
+            f"server.admin_host is {server.admin_host}: off loopback it needs tls.client_ca_file "
+            "and auth.callers_file"
+        )
     if server.reflection not in ("admin", "public", "off"):
         raise ConfigError(f"server.reflection is {server.reflection!r}: admin, public or off")
+    problem = check_tls(tls)
+    if problem:
+        raise ConfigError(problem)
+    if tls.client_ca_file and not tls.require_client_cert and not admin_is_exposed(server):
+        raise ConfigError("tls.client_ca_file has no effect without tls.require_client_cert")
+
+
+def admin_is_exposed(server: ServerOptions) -> bool:
+    """Whether there is an admin listener that other machines can reach."""
+    return server.admin_port >= 0 and not is_loopback(server.admin_host)
 
 
 def _address(host: str, port: int) -> str:
@@ -126,13 +143,22 @@ class Server:
     """
 
     def __init__(
-        self, front_door: FrontDoor, options: Options, *, call_observers: Sequence[CallObserver] = ()
+        self,
+        front_door: FrontDoor,
+        options: Options,
+        *,
+        call_observers: Sequence[CallObserver] = (),
+        certificate_observer: CertificateObserver | None = None,
     ) -> None:
-        """Raises ConfigError for options that would expose an unprotected listener.
+        """Raises ConfigError for an unprotected listener, and for certificate files that cannot be served.
 
         `call_observers` hear of every call that has ended, before its log line is written.
         """
-        check_options(options.server)
+        check_options(options.server, options.tls, options.auth)
+        self._callers = Callers(options.auth.callers_file) if options.auth.callers_file else None
+        self._certificates = (
+            CertificateFiles(options.tls, certificate_observer) if options.tls.cert_file else None
+        )
         self._options = options
         self._call_observers = (*call_observers, log_call)
         self._calls = Calls(options.limits)
@@ -153,10 +179,14 @@ class Server:
         """Bind and serve. Raises ListenError, with nothing left listening."""
         server = self._options.server
         try:
-            public = await self._listen("public", server.host, server.port, self._add_public)
+            public = await self._listen(
+                "public", server.host, server.port, self._add_public, self._public_credentials()
+            )
             admin = probe = None
             if server.admin_port >= 0:
-                admin = await self._listen("admin", server.admin_host, server.admin_port, self._add_admin)
+                admin = await self._listen(
+                    "admin", server.admin_host, server.admin_port, self._add_admin, self._admin_credentials()
+                )
             if server.probe_port >= 0:
                 probe = await self._listen("probe", server.probe_host, server.probe_port, self._add_health)
         except ListenError:
@@ -216,25 +246,57 @@ class Server:
             for task in tasks:
                 task.cancel()
 
-    async def _listen(self, name: str, host: str, port: int, add_services: Any) -> int:
+    def _public_credentials(self) -> grpc.ServerCredentials | None:
+        if self._certificates is None:
+            return None
+        required = self._options.tls.require_client_cert
+        return self._certificates.credentials(require_client_cert=required)
+
+    def _admin_credentials(self) -> grpc.ServerCredentials | None:
+        """On loopback the caller is the local operator, and has no certificate."""
+        if self._certificates is None or not admin_is_exposed(self._options.server):
+            return None
+        return self._certificates.credentials(require_client_cert=True)
+
+    def _guards(self, listener: str) -> tuple[AuthInterceptor, ...]:
+        """None on an admin listener that only the local operator can reach, or where nobody is named."""
+        if self._callers is None or (listener == "admin" and not admin_is_exposed(self._options.server)):
+            return ()
+        return (AuthInterceptor(self._callers),)
+
+    async def _listen(
+        self,
+        name: str,
+        host: str,
+        port: int,
+        add_services: Any,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> int:
         options = self._options
         # The listener is bound before the model says how many run at a time.
         max_running = options.scheduler.max_num_seqs or MOST_RUNNING
         max_admitted = max_running + options.limits.max_queued_requests
         listener = grpc.aio.server(
-            interceptors=(CallRecordInterceptor(self._call_observers), ErrorInterceptor()),
+            interceptors=(
+                CallRecordInterceptor(self._call_observers),
+                ErrorInterceptor(),
+                *self._guards(name),
+            ),
             options=channel_options(options.server, options.limits, max_admitted),
         )
         add_services(listener)
         address = _address(host, port)
         try:
-            bound = listener.add_insecure_port(address)
+            if credentials is None:
+                bound = listener.add_insecure_port(address)
+            else:
+                bound = listener.add_secure_port(address, credentials)
         except RuntimeError as error:
             await listener.stop(0)
             raise ListenError(f"the {name} listener cannot bind {address}") from error
         await listener.start()
         self._listeners.append(listener)
-        _log.info("listening", listener=name, address=_address(host, bound))
+        _log.info("listening", listener=name, address=_address(host, bound), tls=credentials is not None)
         return int(bound)
 
     def _add_health(self, listener: grpc.aio.Server) -> None:

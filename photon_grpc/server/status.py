@@ -145,6 +145,8 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.ModelNotFoundError: Row(_Code.NOT_FOUND, "MODEL_NOT_FOUND", _resource),
     errors.RequestNotFoundError: Row(_Code.NOT_FOUND, "REQUEST_NOT_FOUND", _resource),
     errors.DuplicateRequestError: Row(_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST", _resource),
+    errors.UnauthenticatedError: Row(_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.ForbiddenError: Row(_Code.PERMISSION_DENIED, "FORBIDDEN"),
     errors.OverloadedError: Row(_Code.UNAVAILABLE, "OVERLOADED", pushback=_when_there_is_room),
     errors.DeadlineUnreachableError: Row(
         _Code.UNAVAILABLE, "DEADLINE_UNREACHABLE", metadata=_wait, pushback=_after(_MIN_RETRY_MS)

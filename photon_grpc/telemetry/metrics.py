@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -252,6 +260,11 @@ class Metrics:
         self._slow_consumers = self._counter(
             "photon_slow_consumer_aborts", "Calls ended because the client did not read."
         )
+        self._certificate_expiry: Gauge | None = None
+        self._certificates_refused = self._counter(
+            "photon_tls_cert_refused",
+            "Times that changed certificate files were refused and the last good ones kept.",
+        )
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
@@ -357,6 +370,21 @@ class Metrics:
         elif call.code != "OK" and call.reason in _CANCELLED_BY:
             state = "generating" if generation.has_first_token else "waiting"
             self._cancelled.labels(_CANCELLED_BY[call.reason], state).inc()
+
+    def observe_certificate(self, expires_at: float) -> None:
+        """The server's certificate is one that expires at `expires_at`, in seconds since 1970."""
+        if self._certificate_expiry is None:
+            # A server without TLS has no sample, rather than a certificate that expired in 1970.
+            self._certificate_expiry = Gauge(
+                "photon_tls_cert_expiry_timestamp_seconds",
+                "When the certificate that is served expires, in seconds since 1970.",
+                registry=self.registry,
+            )
+        self._certificate_expiry.set(expires_at)
+
+    def observe_certificate_refused(self) -> None:
+        """Certificate files changed into something that cannot be served."""
+        self._certificates_refused.inc()
 
 
 class MetricsServer:

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 import photon_grpc.app
 from photon_grpc import cli
 from photon_grpc.errors import FieldViolation, InvalidRequestError, OverloadedError
-from photon_grpc.options import Options
+from photon_grpc.options import AuthOptions, Options, TlsOptions
 from photon_grpc.types import ChatInput
+from tests.support.certificates import Authority
 from tests.support.fake_front_door import FakeFrontDoor, Script
-from tests.support.grpc_harness import Harness, running_server
+from tests.support.grpc_harness import Harness, quick_options, running_server
 from tests.support.tiny_model import tiny_model_folder
 
 COMMANDS = (
@@ -377,3 +378,82 @@ class TestOffline:
             _, log = await server.communicate()
         assert online.out == offline.out
         assert server.returncode == 0, log.decode()
+
+
+class TestWithAToken:
+    @pytest.fixture
+    async def guarded(self, tmp_path: Path) -> AsyncIterator[Harness]:
+        (tmp_path / "callers").write_text("alice infer,inspect token:correct-horse-battery\n")
+        auth = AuthOptions(str(tmp_path / "callers"))
+        async with running_server(FakeFrontDoor(), replace(quick_options(), auth=auth)) as harness:
+            yield harness
+
+    async def test_every_command_that_calls(self, guarded: Harness, tmp_path: Path) -> None:
+        (tmp_path / "token").write_text("correct-horse-battery\n")
+        flags = ("--address", guarded.target, "--token-file", str(tmp_path / "token"))
+        assert (await run("generate", "hi", "-q", *flags)).out == " tok tok tok\n"
+        assert (await run("tokenize", "ab", "--ids", *flags)).code == 0
+        assert (await run("bench", "-c", "1", "-r", "1", *flags)).code == 0
+        assert "serves" in (await run("health", *flags)).out
+
+    async def test_without_one_the_server_refuses(self, guarded: Harness) -> None:
+        result = await run("generate", "hi", "--address", guarded.target)
+        assert result.code == 1
+        assert result.err.startswith("UNAUTHENTICATED (UNAUTHENTICATED): ")
+
+    @pytest.mark.parametrize("content", [b"", b" \n", b"two\nlines", b"\xff\xfe"])
+    async def test_a_file_without_a_token(self, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / "token").write_bytes(content)
+        result = await run("health", "--token-file", str(tmp_path / "token"))
+        assert result.code == 2
+        assert "holds no token" in result.err
+
+
+class TestOverTls:
+    AUTHORITY = Authority("photon test authority")
+
+    @pytest.fixture
+    async def files(self, tmp_path: Path) -> AsyncIterator[tuple[str, ...]]:
+        """A server that wants client certificates: its address, and the flags that satisfy it."""
+        certificate, key = self.AUTHORITY.issue().write(tmp_path, "server")
+        own = self.AUTHORITY.issue(for_client=True).write(tmp_path, "client")
+        ca = tmp_path / "ca.crt"
+        ca.write_bytes(self.AUTHORITY.pem)
+        tls = TlsOptions(str(certificate), str(key), str(ca), require_client_cert=True)
+        async with running_server(FakeFrontDoor(), replace(quick_options(), tls=tls)) as harness:
+            flags = ("--tls-ca", str(ca), "--tls-cert", str(own[0]), "--tls-key", str(own[1]))
+            yield ("--address", harness.target, *flags)
+
+    async def test_every_command_that_calls(self, files: tuple[str, ...]) -> None:
+        assert (await run("generate", "hi", "-q", *files)).out == " tok tok tok\n"
+        assert (await run("chat", "-q", *files, stdin=b"hi\n")).out.strip() == "tok tok tok"
+        assert (await run("tokenize", "ab", "--ids", *files)).code == 0
+        assert (await run("bench", "-c", "1", "-r", "1", *files)).code == 0
+        assert "serves" in (await run("health", *files)).out
+
+    async def test_without_a_certificate_or_in_plaintext_there_is_no_answer(
+        self, files: tuple[str, ...]
+    ) -> None:
+        for flags in (files[:4], files[:2]):
+            result = await run("generate", "hi", *flags)
+            assert (result.code, result.out.strip()) == (1, "")
+            assert result.err.startswith("UNAVAILABLE")
+            assert (await run("health", *flags)).code == 1
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (("--tls-ca", "absent.crt"), "--tls-ca absent.crt: No such file"),
+            (("--tls-cert", "a", "--tls-key", "b"), "need --tls-ca"),
+            (("--tls-ca", "a", "--tls-cert", "b"), "go together"),
+        ],
+    )
+    async def test_flags_that_do_not_fit(self, flags: Sequence[str], words: str) -> None:
+        result = await run("health", *flags)
+        assert result.code == 2
+        assert words in result.err
+
+    async def test_tls_without_an_address_is_refused(self, files: tuple[str, ...], model: Path) -> None:
+        result = await run("generate", "hi", "--model", str(model), *files[2:4])
+        assert result.code == 2
+        assert "no effect without --address" in result.err

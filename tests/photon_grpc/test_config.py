@@ -179,6 +179,10 @@ def test_a_stated_budget_must_let_every_stated_row_decode() -> None:
         "server.host=0.0.0.0",
         "server.host=example",
         "server.admin_host=0.0.0.0",
+        "tls.cert_file=server.crt",
+        "tls.key_file=server.key",
+        "tls.client_ca_file=ca.crt",
+        "tls.require_client_cert=true",
         "limits.default_deadline_s=901",
         "limits.max_text_bytes=2MiB",
         "telemetry.log_level=loud",
@@ -197,6 +201,22 @@ def test_loopback_needs_no_leave(host: str) -> None:
 def test_plaintext_off_loopback_on_request() -> None:
     flags = [parse_assignment("server.host=0.0.0.0"), parse_assignment("server.allow_plaintext=true")]
     assert load_options(overrides=flags, require_model=False).server.host == "0.0.0.0"
+
+
+def test_tls_off_loopback() -> None:
+    pair = [parse_assignment("tls.cert_file=server.crt"), parse_assignment("tls.key_file=server.key")]
+    everywhere = parse_assignment("server.host=0.0.0.0")
+    assert load_options(overrides=[*pair, everywhere], require_model=False).server.host == "0.0.0.0"
+    admin = [*pair, parse_assignment("server.admin_host=0.0.0.0")]
+    assert "server.admin_host = '0.0.0.0'" in refusal(overrides=admin)
+    client_ca = parse_assignment("tls.client_ca_file=ca.crt")
+    assert "server.admin_host = '0.0.0.0'" in refusal(overrides=[*admin, client_ca])
+    callers = parse_assignment("auth.callers_file=callers")
+    assert (
+        load_options(overrides=[*admin, client_ca, callers], require_model=False).server.admin_host
+        == "0.0.0.0"
+    )
+    assert "tls.client_ca_file = 'ca.crt'" in refusal(overrides=[*pair, client_ca])
 
 
 def test_a_boolean_is_no_number(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from photon_grpc.errors import ConfigError, ListenError, StartupError
-from photon_grpc.options import LimitOptions, ServerOptions
+from photon_grpc.options import AuthOptions, LimitOptions, ServerOptions, TlsOptions
 from photon_grpc.server.server import Server, channel_options, check_options, is_loopback
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
@@ -71,12 +71,12 @@ def test_loopback(host: str, expected: bool) -> None:
 )
 def test_exposing_options_are_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        check_options(ServerOptions(**settings))
+        check_options(ServerOptions(**settings), TlsOptions(), AuthOptions())
 
 
 def test_a_mesh_may_ask_for_plaintext() -> None:
-    check_options(ServerOptions(host="0.0.0.0", allow_plaintext=True))
-    check_options(ServerOptions(admin_host="0.0.0.0", admin_port=-1))
+    check_options(ServerOptions(host="0.0.0.0", allow_plaintext=True), TlsOptions(), AuthOptions())
+    check_options(ServerOptions(admin_host="0.0.0.0", admin_port=-1), TlsOptions(), AuthOptions())
 
 
 async def test_two_servers_do_not_share_a_port() -> None:

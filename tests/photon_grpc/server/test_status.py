@@ -83,6 +83,8 @@ ROWS = [
         {"QuotaFailure"},
         "-1",
     ),
+    (errors.UnauthenticatedError(), "UNAUTHENTICATED", "UNAUTHENTICATED", set(), None),
+    (errors.ForbiddenError(), "PERMISSION_DENIED", "FORBIDDEN", set(), None),
     (errors.EngineStartingError(), "UNAVAILABLE", "STARTING", {"RetryInfo"}, "1000"),
     (errors.EngineDrainingError(), "UNAVAILABLE", "DRAINING", {"RetryInfo"}, "100"),
     (errors.EngineDeadError(), "UNAVAILABLE", "ENGINE_DEAD", {"RetryInfo"}, "100"),

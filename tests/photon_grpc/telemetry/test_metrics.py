@@ -243,3 +243,17 @@ def test_closing_gives_the_port_back(server: MetricsServer) -> None:
 def test_a_port_in_use_is_a_startup_error(server: MetricsServer) -> None:
     with pytest.raises(ListenError, match=f"metrics listener 127.0.0.1:{server.port}"):
         MetricsServer(Metrics("1"), "127.0.0.1", server.port)
+
+
+def test_without_tls_no_certificate_expires() -> None:
+    assert "photon_tls_cert_expiry_timestamp_seconds" not in scrape(Metrics("1.2.3"))
+
+
+def test_the_expiry_is_that_of_the_latest_certificate_and_refusals_are_counted() -> None:
+    metrics = Metrics("1.2.3")
+    metrics.observe_certificate(1e9)
+    metrics.observe_certificate(2e9)
+    metrics.observe_certificate_refused()
+    read = scrape(metrics)
+    assert read["photon_tls_cert_expiry_timestamp_seconds"] == 2e9
+    assert read["photon_tls_cert_refused_total"] == 1

@@ -1,0 +1,103 @@
+"""Lets a call through to its handler if the caller may make it; decides by metadata and certificate alone.
+
+Every method needs a role, and one that the table does not name is refused to everybody; only health is
+open. A bearer token counts before a client certificate. A refused caller's message is never parsed.
+Event loop only.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import structlog
+
+from photon_grpc.errors import ForbiddenError, PhotonError, UnauthenticatedError
+from photon_grpc.server.callers import Caller, Callers
+from photon_grpc.server.deserialize import Behavior
+from photon_grpc.server.status import to_status
+
+HEALTH_SERVICE = "grpc.health.v1.Health"
+
+# By service, or by one method where it differs from its service.
+ROLE_OF: Mapping[str, str] = {
+    "photon.v1.InferenceService": "infer",
+    "photon.v1.ModelService": "inspect",
+    "photon.v1.ControlService": "control",
+    "photon.v1.ControlService/GetLoad": "inspect",
+    "grpc.reflection.v1.ServerReflection": "inspect",
+    "grpc.reflection.v1alpha.ServerReflection": "inspect",
+}
+
+_SCHEME = "bearer "
+_log = structlog.get_logger(__name__)
+
+
+def role_of(method: str) -> str | None:
+    """The role that `/service/method` needs; None for a method that nobody may call."""
+    path = method.removeprefix("/")
+    return ROLE_OF.get(path, ROLE_OF.get(path.partition("/")[0]))
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Inside the error interceptor, which turns what is raised here into a status."""
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(f"/{HEALTH_SERVICE}/"):
+            return handler
+        if handler.unary_unary:
+            return handler._replace(unary_unary=self._guard(handler.unary_unary, method))
+        if handler.unary_stream:
+            return handler._replace(unary_stream=self._guard(handler.unary_stream, method))
+        if handler.stream_stream:
+            return handler._replace(stream_stream=self._guard_both_ways(handler.stream_stream, method))
+        return None  # a kind of method that no service has: unimplemented rather than open
+
+    def _guard(self, behavior: Behavior, method: str) -> Behavior:
+        async def guarded(request: Any, context: Any) -> Any:
+            self._admit(context, method)
+            return await behavior(request, context)
+
+        return guarded
+
+    def _guard_both_ways(self, behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+        """The error interceptor leaves these alone, so a refusal gets its status here."""
+
+        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._admit(context, method)
+            except PhotonError as error:
+                await context.abort_with_status(to_status(error, uuid.uuid4().hex))
+            async for response in behavior(requests, context):
+                yield response
+
+        return guarded
+
+    def _admit(self, context: Any, method: str) -> None:
+        """Raises UnauthenticatedError or ForbiddenError."""
+        caller = self._identify(context)
+        if caller is None:
+            raise UnauthenticatedError
+        if role_of(method) not in caller.roles:
+            _log.warning("call forbidden", method=method, caller=caller.name)
+            raise ForbiddenError
+
+    def _identify(self, context: Any) -> Caller | None:
+        for key, value in context.invocation_metadata() or ():
+            if key == "authorization":
+                if not isinstance(value, str) or not value.lower().startswith(_SCHEME):
+                    return None
+                return self._callers.by_token(value[len(_SCHEME) :].strip())
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        return self._callers.by_sans(name.decode(errors="replace") for name in names)

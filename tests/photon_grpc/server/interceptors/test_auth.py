@@ -1,0 +1,234 @@
+"""Who gets through, from a real client: every method of every listener, every role, no role."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc.aio import _server  # the class behind the abstract grpc.aio.Server
+
+from photon_grpc.options import AuthOptions, Options, TlsOptions
+from photon_grpc.server.interceptors.auth import role_of
+from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
+from tests.support.certificates import Authority
+from tests.support.fake_front_door import FakeFrontDoor
+from tests.support.grpc_harness import quick_options, rich_error, running_server
+
+AUTHORITY = Authority("photon test authority")
+CLIENT = AUTHORITY.issue(for_client=True)  # its subject alternative names are localhost and 127.0.0.1
+TOKENS = {role: f"a-token-for-{role}-only" for role in ("infer", "inspect", "control")}
+GENERATE = inference_pb2.GenerateRequest(spec=inference_pb2.GenerationSpec(text="hello"))
+
+# What the service contract asks of each method, written down independently of the interceptor's table.
+NEEDED = {
+    "/photon.v1.InferenceService/StreamGenerate": "infer",
+    "/photon.v1.InferenceService/Generate": "infer",
+    "/photon.v1.InferenceService/Tokenize": "infer",
+    "/photon.v1.InferenceService/Detokenize": "infer",
+    "/photon.v1.ModelService/GetModelInfo": "inspect",
+    "/photon.v1.ModelService/GetServerInfo": "inspect",
+    "/photon.v1.ControlService/Abort": "control",
+    "/photon.v1.ControlService/GetLoad": "inspect",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": "inspect",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "inspect",
+}
+
+
+@dataclass
+class Guarded:
+    """A server whose listeners all ask for credentials, and every method that was registered on it."""
+
+    server: Server
+    ports: BoundPorts
+    registered: dict[str, int]  # method to port
+
+    @asynccontextmanager
+    async def call(
+        self, method: str, token: str | None = None, body: bytes = b"", port: int = 0
+    ) -> AsyncIterator[Any]:
+        """One message to a method; on the wire a single message and a stream of one are the same."""
+        credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, CLIENT.key, CLIENT.certificate)
+        metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
+        target = f"127.0.0.1:{port or self.registered[method]}"
+        async with grpc.aio.secure_channel(target, credentials) as channel:
+            call = channel.stream_stream(method)(metadata=metadata, timeout=20)
+            await call.write(body)
+            await call.done_writing()
+            yield call
+
+    async def code(self, method: str, token: str | None = None, body: bytes = b"") -> grpc.StatusCode:
+        async with self.call(method, token, body) as call:
+            try:
+                # Watch never ends by itself: an answer is what it takes to be let in.
+                while await call.read() is not grpc.aio.EOF:
+                    if method.endswith("/Watch"):
+                        return grpc.StatusCode.OK
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            code: grpc.StatusCode = await call.code()
+            return code
+
+
+def guarded_options(folder: Path, callers: str) -> Options:
+    certificate, key = AUTHORITY.issue().write(folder, "server")
+    (folder / "ca.crt").write_bytes(AUTHORITY.pem)
+    (folder / "callers").write_text(callers)
+    return replace(
+        quick_options({"admin_host": "0.0.0.0", "reflection": "public"}),
+        tls=TlsOptions(str(certificate), str(key), str(folder / "ca.crt"), require_client_cert=True),
+        auth=AuthOptions(str(folder / "callers")),
+    )
+
+
+ONE_ROLE_EACH = "".join(f"{role}-only {role} token:{token}\n" for role, token in TOKENS.items())
+
+
+@asynccontextmanager
+async def guarded_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, callers: str = ONE_ROLE_EACH
+) -> AsyncIterator[Guarded]:
+    """A server with all its registrations overheard, whichever way they are made."""
+    by_server: dict[int, set[str]] = {}
+    add_generic = _server.Server.add_generic_rpc_handlers
+    add_registered = _server.Server.add_registered_method_handlers
+
+    def overhear_generic(self: Any, handlers: Any) -> None:
+        for handler in handlers:
+            by_server.setdefault(id(self), set()).update(handler._method_handlers)
+        add_generic(self, handlers)
+
+    def overhear_registered(self: Any, service: str, handlers: Any) -> None:
+        by_server.setdefault(id(self), set()).update(f"/{service}/{name}" for name in handlers)
+        add_registered(self, service, handlers)
+
+    monkeypatch.setattr(_server.Server, "add_generic_rpc_handlers", overhear_generic)
+    monkeypatch.setattr(_server.Server, "add_registered_method_handlers", overhear_registered)
+    server = Server(FakeFrontDoor(), guarded_options(folder, callers))
+    ports = await server.start()
+    server.set_serving()
+    try:
+        assert ports.admin is not None
+        public, admin = by_server.values()
+        registered = dict.fromkeys(admin, ports.admin) | dict.fromkeys(public, ports.public)
+        yield Guarded(server, ports, registered)
+    finally:
+        await server.stop()
+
+
+async def test_no_method_but_health_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with guarded_server(tmp_path, monkeypatch) as guarded:
+        open_methods = {
+            method
+            for method in guarded.registered
+            if await guarded.code(method) is not grpc.StatusCode.UNAUTHENTICATED
+        }
+        health = {method for method in guarded.registered if method.startswith("/grpc.health.v1.Health/")}
+        assert open_methods == health
+        assert len(health) >= 2
+        # A method of which this file does not know what it needs must be written down here.
+        assert guarded.registered.keys() - health == NEEDED.keys()
+
+
+async def test_every_method_lets_its_role_in_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with guarded_server(tmp_path, monkeypatch) as guarded:
+        for method, needed in NEEDED.items():
+            for role, token in TOKENS.items():
+                code = await guarded.code(method, token)
+                if role == needed:
+                    assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), (method, role)
+                else:
+                    assert code is grpc.StatusCode.PERMISSION_DENIED, (method, role)
+
+
+async def test_refusals_carry_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with guarded_server(tmp_path, monkeypatch) as guarded:
+        for method in NEEDED:
+            for token, reason in ((None, "UNAUTHENTICATED"), ("no-such-token", "UNAUTHENTICATED")):
+                async with guarded.call(method, token) as call:
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call.read()
+                    assert rich_error(caught.value).reason == reason
+        async with guarded.call("/photon.v1.InferenceService/Generate", TOKENS["inspect"]) as call:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert rich_error(caught.value).reason == "FORBIDDEN"
+
+
+async def test_the_message_of_a_refused_caller_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with guarded_server(tmp_path, monkeypatch) as guarded:
+        method, garbage = "/photon.v1.InferenceService/Generate", b"\xff\xff\xff"
+        assert await guarded.code(method, TOKENS["infer"], garbage) is grpc.StatusCode.INVALID_ARGUMENT
+        assert await guarded.code(method, None, garbage) is grpc.StatusCode.UNAUTHENTICATED
+        assert await guarded.code(method, TOKENS["control"], garbage) is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_certificate_identifies_where_there_is_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callers = f"pod inspect san:localhost\nhuman infer token:{TOKENS['infer']}\n"
+    async with guarded_server(tmp_path, monkeypatch, callers) as guarded:
+        info, generate = "/photon.v1.ModelService/GetModelInfo", "/photon.v1.InferenceService/Generate"
+        assert await guarded.code(info) is grpc.StatusCode.OK
+        assert await guarded.code(generate) is grpc.StatusCode.PERMISSION_DENIED
+        body = GENERATE.SerializeToString()
+        assert await guarded.code(generate, TOKENS["infer"], body) is grpc.StatusCode.OK
+        # A token that is wrong is not made good by a certificate.
+        assert await guarded.code(info, "no-such-token-here") is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        (f"Bearer {TOKENS['infer']}", grpc.StatusCode.OK),
+        (f"bearer {TOKENS['infer']}", grpc.StatusCode.OK),
+        (TOKENS["infer"], grpc.StatusCode.UNAUTHENTICATED),
+        ("Basic " + base64.b64encode(TOKENS["infer"].encode()).decode(), grpc.StatusCode.UNAUTHENTICATED),
+        ("Bearer", grpc.StatusCode.UNAUTHENTICATED),
+        ("", grpc.StatusCode.UNAUTHENTICATED),
+    ],
+)
+async def test_the_authorization_header(tmp_path: Path, header: str, code: grpc.StatusCode) -> None:
+    (tmp_path / "callers").write_text(ONE_ROLE_EACH)
+    options = replace(quick_options(), auth=AuthOptions(str(tmp_path / "callers")))
+    async with running_server(FakeFrontDoor(), options) as harness:
+        call = harness.inference.Generate(GENERATE, metadata=(("authorization", header),))
+        assert await call.code() is code
+
+
+async def test_a_token_that_is_taken_away_stops_working(tmp_path: Path) -> None:
+    file = tmp_path / "callers"
+    file.write_text(ONE_ROLE_EACH)
+    options = replace(quick_options(), auth=AuthOptions(str(file)))
+    metadata = (("authorization", f"Bearer {TOKENS['infer']}"),)
+    async with running_server(FakeFrontDoor(), options) as harness:
+        assert await harness.inference.Generate(GENERATE, metadata=metadata).code() is grpc.StatusCode.OK
+        file.write_text(f"other infer token:{TOKENS['control']}\n")
+        refused = await harness.inference.Generate(GENERATE, metadata=metadata).code()
+        assert refused is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_the_admin_listener_on_loopback_is_the_operator_s(tmp_path: Path) -> None:
+    (tmp_path / "callers").write_text(ONE_ROLE_EACH)
+    options = replace(quick_options(), auth=AuthOptions(str(tmp_path / "callers")))
+    async with running_server(FakeFrontDoor(), options) as harness:
+        call = harness.admin.unary_unary("/photon.v1.ControlService/GetLoad")(b"")
+        assert await call.code() is grpc.StatusCode.OK
+        stub = inference_pb2_grpc.InferenceServiceStub(harness.public)
+        assert await stub.Generate(GENERATE).code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_method_that_nobody_wrote_down_has_no_role() -> None:
+    assert role_of("/photon.v1.SomeService/Method") is None
+    assert role_of("/photon.v1.InferenceServiceX/Generate") is None
+    assert role_of("") is None
