@@ -10,6 +10,7 @@ from photon_grpc.frontend.events import Finished, Summary
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
 from photon_grpc.server.calls import Calls
+from photon_grpc.server.interceptors.auth import current_caller
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
 from photon_grpc.server.status import REQUEST_ID_KEY
 from photon_grpc.types import Finish, Timings, Usage
@@ -66,7 +67,9 @@ class InferenceServicer:
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
-            with await self._front_door.open(request, deadline=call.deadline) as stream:
+            with await self._front_door.open(
+                request, deadline=call.deadline, tenant=current_caller.get()
+            ) as stream:
                 async for event in stream:
                     seq += 1
                     if isinstance(event, Finished):
@@ -86,7 +89,10 @@ class InferenceServicer:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
             result = await self._front_door.generate(
-                request, deadline=call.deadline, validate_only=message.validate_only
+                request,
+                deadline=call.deadline,
+                tenant=current_caller.get(),
+                validate_only=message.validate_only,
             )
             finishes = [completion.finish for completion in result.completions]
             _set_success_trailers(context, finishes, result.usage, result.timings)

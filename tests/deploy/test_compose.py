@@ -73,7 +73,7 @@ def test_the_server_reads_its_environment(monkeypatch: pytest.MonkeyPatch) -> No
     server = SERVICES["server"]
     image = {name: value for name, value in image_environment().items() if name.startswith("PHOTON_")}
     read = options_of({**image, **server["environment"]}, monkeypatch)
-    check_options(read.server)
+    check_options(read.server, read.tls, read.auth)
     assert server["user"] == f"{UID}:{GID}"
     assert f"cache:{CACHE}" in server["volumes"]
     assert server["ports"] == [f"127.0.0.1:{read.server.port}:{read.server.port}"]

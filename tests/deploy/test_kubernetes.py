@@ -187,7 +187,7 @@ def test_the_admin_listener_is_reachable_from_nowhere(
 ) -> None:
     read = options(resources, monkeypatch)
     assert read.server.admin_port not in container_ports(resources).values()
-    check_options(read.server)
+    check_options(read.server, read.tls, read.auth)
 
 
 def test_the_server_reads_its_environment(resources: list[Resource], monkeypatch: pytest.MonkeyPatch) -> None:

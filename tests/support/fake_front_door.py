@@ -142,6 +142,7 @@ class FakeFrontDoor:
         self.streams: list[FakeStream] = []
         self.requests: list[GenerationRequest] = []
         self.deadlines: list[float | None] = []
+        self.tenants: list[str] = []
         self.calls: list[tuple[str, object]] = []
         self.live_ids: set[str] = set()
         self.output_tokens_per_second: float | None = None
@@ -163,18 +164,19 @@ class FakeFrontDoor:
             raise EngineStartingError
         return self.model_info
 
-    def _record(self, request: GenerationRequest, deadline: float | None) -> None:
+    def _record(self, request: GenerationRequest, deadline: float | None, tenant: str) -> None:
         if self.starting:
             raise EngineStartingError
         self.requests.append(request)
         self.deadlines.append(deadline)
+        self.tenants.append(tenant)
         if self.script.error is not None and self.script.error_at == 0:
             raise self.script.error
 
     async def open(
         self, request: GenerationRequest, *, deadline: float | None = None, tenant: str = ""
     ) -> FakeStream:
-        self._record(request, deadline)
+        self._record(request, deadline, tenant)
         stream = FakeStream(request, self.script)
         self.streams.append(stream)
         return stream
@@ -187,7 +189,7 @@ class FakeFrontDoor:
         tenant: str = "",
         validate_only: bool = False,
     ) -> GenerationResult:
-        self._record(request, deadline)
+        self._record(request, deadline, tenant)
         self.calls.append(("generate", validate_only))
         if self.script.hang:
             await asyncio.Event().wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -27,9 +28,13 @@ ROLE_OF: Mapping[str, str] = {
     "photon.v1.ModelService": "inspect",
     "photon.v1.ControlService": "control",
     "photon.v1.ControlService/GetLoad": "inspect",
+    "photon.v1.ControlService/WatchState": "inspect",
     "grpc.reflection.v1.ServerReflection": "inspect",
     "grpc.reflection.v1alpha.ServerReflection": "inspect",
 }
+
+# The name of who makes the call that is being handled; empty where callers are not told apart.
+current_caller: ContextVar[str] = ContextVar("photon_current_caller", default="")
 
 _SCHEME = "bearer "
 _log = structlog.get_logger(__name__)
@@ -66,8 +71,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _guard(self, behavior: Behavior, method: str) -> Behavior:
         async def guarded(request: Any, context: Any) -> Any:
-            self._admit(context, method)
-            return await behavior(request, context)
+            token = current_caller.set(self._admit(context, method).name)
+            try:
+                return await behavior(request, context)
+            finally:
+                current_caller.reset(token)
 
         return guarded
 
@@ -84,14 +92,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return guarded
 
-    def _admit(self, context: Any, method: str) -> None:
-        """Raises UnauthenticatedError or ForbiddenError."""
+    def _admit(self, context: Any, method: str) -> Caller:
+        """Who calls. Raises UnauthenticatedError or ForbiddenError."""
         caller = self._identify(context)
         if caller is None:
             raise UnauthenticatedError
         if role_of(method) not in caller.roles:
             _log.warning("call forbidden", method=method, caller=caller.name)
             raise ForbiddenError
+        return caller
 
     def _identify(self, context: Any) -> Caller | None:
         for key, value in context.invocation_metadata() or ():

@@ -35,9 +35,13 @@ NEEDED = {
     "/photon.v1.ModelService/GetModelInfo": "inspect",
     "/photon.v1.ModelService/GetServerInfo": "inspect",
     "/photon.v1.ControlService/Abort": "control",
+    "/photon.v1.ControlService/FlushCache": "control",
     "/photon.v1.ControlService/GetLoad": "inspect",
+    "/photon.v1.ControlService/WatchState": "inspect",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": "inspect",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "inspect",
+    # The last: what comes after it may be refused for it.
+    "/photon.v1.ControlService/Drain": "control",
 }
 
 
@@ -66,9 +70,9 @@ class Guarded:
     async def code(self, method: str, token: str | None = None, body: bytes = b"") -> grpc.StatusCode:
         async with self.call(method, token, body) as call:
             try:
-                # Watch never ends by itself: an answer is what it takes to be let in.
+                # These never end by themselves: an answer is what it takes to be let in.
                 while await call.read() is not grpc.aio.EOF:
-                    if method.endswith("/Watch"):
+                    if method.endswith(("/Watch", "/WatchState")):
                         return grpc.StatusCode.OK
             except grpc.aio.AioRpcError as error:
                 return error.code()
@@ -204,6 +208,22 @@ async def test_the_authorization_header(tmp_path: Path, header: str, code: grpc.
     async with running_server(FakeFrontDoor(), options) as harness:
         call = harness.inference.Generate(GENERATE, metadata=(("authorization", header),))
         assert await call.code() is code
+
+
+async def test_quotas_count_against_the_caller_s_name(tmp_path: Path) -> None:
+    (tmp_path / "callers").write_text(
+        f"alice infer token:{TOKENS['infer']}\nbob infer token:{TOKENS['control']}\n"
+    )
+    options = replace(quick_options(), auth=AuthOptions(str(tmp_path / "callers")))
+    front_door = FakeFrontDoor()
+    async with running_server(front_door, options) as harness:
+        for token in (TOKENS["infer"], TOKENS["control"]):
+            metadata = (("authorization", f"Bearer {token}"),)
+            await harness.inference.Generate(GENERATE, metadata=metadata)
+            request = inference_pb2.StreamGenerateRequest(spec=GENERATE.spec)
+            async for _ in harness.inference.StreamGenerate(request, metadata=metadata):
+                pass
+    assert front_door.tenants == ["alice", "alice", "bob", "bob"]
 
 
 async def test_a_token_that_is_taken_away_stops_working(tmp_path: Path) -> None:
