@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import photon_grpc.app
 from photon_grpc.app import RunningService, serve
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
-from photon_grpc.options import ModelOptions, Options
+from photon_grpc.options import ModelOptions, Options, TlsOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.builders import model_info
+from tests.support.certificates import Authority
 from tests.support.grpc_harness import quick_options
 from tests.support.tiny_model import tiny_model_folder
 
@@ -85,6 +87,27 @@ async def test_serve_answers_and_ends_with_zero_on_a_signal(
     await writer.wait_closed()
     assert "photon_generation_tokens_total 4.0" in page
     assert 'photon_request_success_total{finished_reason="max_tokens"} 1.0' in page
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running.exit_code == 0
+
+
+async def test_the_certificate_s_expiry_is_a_metric(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scripted(monkeypatch, lambda: ScriptedRunner(model_info()))
+    issued = Authority("photon test authority").issue()
+    certificate, key = issued.write(tmp_path, "server")
+    tls = TlsOptions(str(certificate), str(key))
+    running = Running(replace(options_for(folder), tls=tls))
+    service = await running.service()
+    assert service.metrics_port
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.metrics_port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page = (await reader.read()).decode()
+    writer.close()
+    await writer.wait_closed()
+    (value,) = re.findall(r"^photon_tls_cert_expiry_timestamp_seconds (\S+)$", page, re.MULTILINE)
+    assert float(value) == issued.expires_at
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running.exit_code == 0
 
