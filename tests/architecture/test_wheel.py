@@ -91,7 +91,7 @@ def test_its_metadata_says_how_to_run_it(wheel: zipfile.ZipFile) -> None:
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     home = packages_distributions()
-    # Names that packages of many authors share: `google.protobuf` and `google.rpc`, the parts of OpenTelemetry.
+    # Names that packages of many authors share: `google.rpc` and the parts of OpenTelemetry.
     shared = {"google", "opentelemetry"}
     imported: set[str] = set()
     for path in (ROOT / "photon_grpc").rglob("*.py"):

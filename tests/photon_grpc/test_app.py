@@ -19,12 +19,13 @@ from prometheus_client.parser import text_string_to_metric_families
 import photon_grpc.app
 from photon_grpc.app import RunningService, serve
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
-from photon_grpc.options import ModelOptions, Options, TelemetryOptions
+from photon_grpc.options import ModelOptions, Options, TelemetryOptions, TlsOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.builders import model_info
+from tests.support.certificates import Authority
 from tests.support.grpc_harness import quick_options
 from tests.support.tiny_model import tiny_model_folder
 
@@ -164,6 +165,22 @@ async def test_a_scrape_tells_what_became_of_every_call(
         assert read["photon_rpc_seconds_count{code=INVALID_ARGUMENT}" + method % "Generate"] == 1
         assert read["photon_rpc_seconds_count{code=CANCELLED}" + method % "StreamGenerate"] == 1
         held.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running.exit_code == 0
+
+
+async def test_the_certificate_s_expiry_is_a_metric(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scripted(monkeypatch, lambda: ScriptedRunner(model_info()))
+    issued = Authority("photon test authority").issue()
+    certificate, key = issued.write(tmp_path, "server")
+    tls = TlsOptions(str(certificate), str(key))
+    running = Running(replace(options_for(folder), tls=tls))
+    service = await running.service()
+    assert service.metrics_port
+    page = await page_of(service.metrics_port)
+    assert page["photon_tls_cert_expiry_timestamp_seconds"] == issued.expires_at
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running.exit_code == 0
 
