@@ -53,7 +53,8 @@ class Throughput:
     """Tokens per second of a busy engine, prompts and outputs together.
 
     An engine with free places says nothing of what it could do, so only spans that begin and end with
-    sequences waiting count. The mean is weighted by time: how often somebody looks does not matter.
+    sequences waiting count; and a span lasts until tokens have come, since one step may be longer than the
+    time between two looks. The mean is weighted by time: how often somebody looks does not matter.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class Throughput:
             self._since = None
         elif self._since is None:
             self._since = (now, num_tokens)
-        elif (span := now - self._since[0]) >= _MIN_SPAN_S:
+        elif (span := now - self._since[0]) >= _MIN_SPAN_S and num_tokens > self._since[1]:
             latest = (num_tokens - self._since[1]) / span
             share = 1.0 if self._rate is None else -math.expm1(-span / _MEMORY_S)
             self._rate = latest if self._rate is None else self._rate + share * (latest - self._rate)
@@ -202,7 +203,7 @@ class Admission:
             return None
         prompt = self._queued_tokens / self._queued_completions if self._queued_completions else 0.0
         work = (num_waiting + 1) * (prompt + (self._output_tokens or 0.0))
-        return min(work / rate, _MAX_WAIT_S) if rate > 0 else _MAX_WAIT_S
+        return min(work / rate, _MAX_WAIT_S)
 
     def _measure(self) -> None:
         stats = self._engine.stats
