@@ -13,6 +13,7 @@ from google.protobuf.struct_pb2 import Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
+from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from photon_grpc.frontend.events import (
@@ -503,7 +504,7 @@ def test_tokenized_offsets_are_flat_pairs() -> None:
 
 
 def test_load_leaves_out_what_is_not_known() -> None:
-    load = convert.encode_load(EngineStats())
+    load = convert.encode_load(EngineLoad(EngineStats()))
     assert load.HasField("running")
     for name in ("kv_utilization", "prefix_hit_rate", "output_tokens_per_second", "estimated_queue_wait"):
         assert not load.HasField(name)
