@@ -16,8 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-# Names that many distributions share, so that an import of one names them all: google.protobuf and google.rpc,
-# OpenTelemetry's API, SDK and exporters.
+# Names that many distributions share, so that an import of one would name them all: those of protobuf and
+# google.rpc, OpenTelemetry's API, SDK and exporters.
 SHARED_NAMES = {"google", "opentelemetry"}
 
 
