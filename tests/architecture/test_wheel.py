@@ -83,7 +83,7 @@ def test_its_metadata_says_how_to_run_it(wheel: zipfile.ZipFile) -> None:
     metadata = Parser().parsestr(wheel.read(metadata_name).decode())
     assert metadata["Name"] == "photon-grpc"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "dev", "otlp"}
     (entry_name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "photon-grpc = photon_grpc.cli:main" in wheel.read(entry_name).decode()
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
@@ -96,16 +96,16 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"google"}:
+            tops = {name.split(".")[0] for name in names}
+            for top in tops - sys.stdlib_module_names - {"google", "opentelemetry"}:
                 imported.update(canonical(name) for name in home.get(top, []))
     declared = {canonical(requirement.name) for requirement in requirements()}
     # What only one backend imports is an extra, and comes with a package that shares its name `cuda`.
     optional = {canonical(requirement.name) for requirement in extras("cuda12", "cuda13")}
     imported -= optional | {"cuda-pathfinder"}
-    # `google.protobuf` and `google.rpc` share a name with everything else of Google's.
-    # transformers reads weights with safetensors wherever it is the judge of ours; OpenTelemetry's exporters
-    # come with the tracing release.
-    declared_only = {"protobuf", "opentelemetry-sdk", "safetensors"}
+    # `google.protobuf` and `google.rpc` share a name with everything else of Google's, and so do the parts of
+    # OpenTelemetry. transformers reads weights with safetensors wherever it is the judge of ours.
+    declared_only = {"protobuf", "opentelemetry-api", "opentelemetry-sdk", "safetensors"}
     assert imported - {"photon-grpc"} <= declared
     assert declared - imported <= declared_only
 
