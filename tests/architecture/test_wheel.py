@@ -106,7 +106,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     optional = {canonical(requirement.name) for requirement in extras("cuda12", "cuda13")}
     imported -= optional | {"cuda-pathfinder"}
     # transformers reads weights with safetensors wherever it is the judge of ours.
-    declared_only = {"protobuf", "opentelemetry-sdk", "safetensors"}
+    declared_only = {"protobuf", "opentelemetry-api", "opentelemetry-sdk", "safetensors"}
     assert imported - {"photon-grpc"} <= declared
     assert declared - imported <= declared_only
 
