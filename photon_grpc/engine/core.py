@@ -114,15 +114,20 @@ class EngineCore:
             expected = self._in_flight.popleft()
             assert collected.step == expected.step, "the runner returned another step than the oldest"
             told = self.scheduler.update(collected, self._clock())
-        return self._tell(*told, num_tokens=planned.num_tokens, started=started)
+        return self.flush(*told, num_tokens=planned.num_tokens, started=started)
 
-    def flush(self) -> StepOutputs:
-        """What is to be told without a step: sequences that ended outside one, and the figures."""
-        return self._tell((), _NO_TOKENS, num_tokens=0, started=0.0)
-
-    def _tell(
-        self, news: Sequence[SequenceOutput], tokens: PlainTokens, *, num_tokens: int, started: float
+    def flush(
+        self,
+        news: Sequence[SequenceOutput] = (),
+        tokens: PlainTokens = _NO_TOKENS,
+        *,
+        num_tokens: int = 0,
+        started: float = 0.0,
     ) -> StepOutputs:
+        """What is to be told now: what a step brought, sequences that ended outside one, and the figures.
+
+        A step that planned `num_tokens` says so, and when it `started`.
+        """
         now = self._clock()
         return StepOutputs(
             news=(*self.scheduler.take_ended(), *news),

@@ -26,15 +26,50 @@ class Call:
     `deadline` is the moment of `time.monotonic()` at which the server ends the call.
     """
 
-    __slots__ = ("_calls", "_deadline_timer", "_error", "_task", "_write_started", "deadline")
+    __slots__ = (
+        "_calls",
+        "_deadline_timer",
+        "_error",
+        "_left",
+        "_task",
+        "_write_started",
+        "deadline",
+        "request_id",
+    )
 
     def __init__(self, calls: Calls, deadline: float, task: asyncio.Task[Any]) -> None:
         self.deadline = deadline
+        self.request_id: str | None = None
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
         self._write_started: float | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
+        # Made by whoever waits for the call's end.
+        self._left: asyncio.Event | None = None
+
+    async def take_id(self, request_id: str) -> None:
+        """Make `request_id` the call's, once an earlier attempt of that id that is ending has ended.
+
+        A client that repeats a call need not know how far the server is with the end of the first one. A call
+        of that id that is alive stays what it is, a duplicate, which the front door refuses.
+        """
+        while (earlier := self._calls.find(request_id)) is not None and earlier.is_ending:
+            await earlier.wait_left()
+        if earlier is None:
+            self.request_id = request_id
+            self._calls.name(self)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the client has left, or the server ends the call, and its handler is on its way out."""
+        return self._task.cancelling() > 0
+
+    async def wait_left(self) -> None:
+        """Return once the call's handling is over."""
+        if self._left is None:
+            self._left = asyncio.Event()
+        await self._left.wait()
 
     def end(self, error: PhotonError) -> None:
         """End the call with `error`; the first reason given stands."""
@@ -68,6 +103,8 @@ class Call:
         assert self._deadline_timer is not None
         self._deadline_timer.cancel()
         self._calls.remove(self)
+        if self._left is not None:
+            self._left.set()
         if self._error is not None and isinstance(exc, asyncio.CancelledError):
             self._task.uncancel()
             raise self._error from None
@@ -83,6 +120,7 @@ class Calls:
     def __init__(self, limits: LimitOptions) -> None:
         self._limits = limits
         self._live: set[Call] = set()
+        self._by_id: dict[str, Call] = {}
         self._refusal: Callable[[], PhotonError] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -129,9 +167,20 @@ class Calls:
         if self._sweep_timer is None:
             self._schedule_sweep()
 
+    def find(self, request_id: str) -> Call | None:
+        """The live call that has taken this id."""
+        return self._by_id.get(request_id)
+
+    def name(self, call: Call) -> None:
+        """Make `call` findable; done by its taking an id."""
+        assert call.request_id is not None
+        self._by_id[call.request_id] = call
+
     def remove(self, call: Call) -> None:
         """Forget `call`; done by leaving it."""
         self._live.discard(call)
+        if call.request_id is not None:
+            del self._by_id[call.request_id]
         if not self._live:
             self._idle.set()
 

@@ -64,6 +64,7 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
+            await call.take_id(request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
@@ -88,6 +89,7 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
+            await call.take_id(request_id)
             result = await self._front_door.generate(
                 request,
                 deadline=call.deadline,

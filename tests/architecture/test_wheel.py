@@ -16,6 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
+# Names that many distributions share, so that an import of one would name them all: those of protobuf and
+# google.rpc, OpenTelemetry's API, SDK and exporters.
+SHARED_NAMES = {"google", "opentelemetry"}
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +94,19 @@ def test_its_metadata_says_how_to_run_it(wheel: zipfile.ZipFile) -> None:
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     home = packages_distributions()
-    # Names that packages of many authors share: `google.rpc` and the parts of OpenTelemetry.
-    shared = {"google", "opentelemetry"}
     imported: set[str] = set()
     for path in (ROOT / "photon_grpc").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - shared:
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - SHARED_NAMES:
                 imported.update(canonical(name) for name in home.get(top, []))
     declared = {canonical(requirement.name) for requirement in requirements()}
     # What only one backend imports is an extra, and comes with a package that shares its name `cuda`.
     optional = {canonical(requirement.name) for requirement in extras("cuda12", "cuda13")}
     imported -= optional | {"cuda-pathfinder"}
     # transformers reads weights with safetensors wherever it is the judge of ours.
-    declared_only = {"protobuf", "opentelemetry-sdk", "safetensors"}
+    declared_only = {"protobuf", "opentelemetry-api", "opentelemetry-sdk", "safetensors"}
     assert imported - {"photon-grpc"} <= declared
     assert declared - imported <= declared_only
 

@@ -32,6 +32,7 @@ from photon_grpc.engine.messages import (
     StepOutputs,
     Submit,
 )
+from photon_grpc.engine.watchdog import StepWatchdog
 from photon_grpc.errors import (
     DuplicateRequestError,
     EngineDeadError,
@@ -84,10 +85,10 @@ class _Host:
         with patch.object(loop, "_serve", self._serve):
             loop.run_engine(*self._setup, self._world, self._world.deliver, clock=clock)
 
-    def _serve(self, core: EngineCore, inbox: loop.Inbox, deliver: Deliver) -> None:
+    def _serve(self, core: EngineCore, inbox: loop.Inbox, deliver: Deliver, watchdog: StepWatchdog) -> None:
         self.core = core
         try:
-            _serve(core, inbox, deliver)
+            _serve(core, inbox, deliver, watchdog)
         except BaseException as fault:
             self.fault = fault
             raise

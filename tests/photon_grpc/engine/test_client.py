@@ -42,6 +42,7 @@ from photon_grpc.errors import (
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import echo
+from photon_grpc.scheduler.output import ModelOutput
 from photon_grpc.types import Finish, FinishReason
 from tests.support.builders import RecordingRunner, engine_request, model_info
 from tests.support.grpc_harness import until
@@ -122,6 +123,57 @@ async def test_streams_are_told_apart() -> None:
         await idle(running)
         assert running.num_live_requests == 0
     assert watch.stopped == [None]
+
+
+async def test_what_a_reader_has_not_taken_is_counted_until_it_is_or_the_stream_is_closed() -> None:
+    async with engine() as (running, _):
+        assert running.num_unread_tokens() == 0
+        with running.submit("read", engine_request((20, 21, 22), 7)) as stream:
+            await until(lambda: running.num_unread_tokens() == 7)
+            assert await read_all(stream) != {}
+            assert running.num_unread_tokens() == 0
+        with running.submit("left", engine_request((30, 31, 32), 7)):
+            await until(lambda: running.num_unread_tokens() == 7)
+        assert running.num_unread_tokens() == 0
+
+
+async def test_the_heartbeat_ages_only_while_there_is_work() -> None:
+    held = threading.Event()
+
+    class Held(RecordingRunner):
+        def collect(self) -> ModelOutput:
+            held.wait(20)
+            return super().collect()
+
+    async with engine(lambda: Held(model_info())) as (running, _):
+        assert running.heartbeat_age() == 0
+        with running.submit("r", engine_request((20, 21, 22), 2)) as stream:
+            before = running.heartbeat_age()
+            await until(lambda: running.heartbeat_age() > before + 0.05)
+            held.set()
+            await read_all(stream)
+        await idle(running)
+        assert running.heartbeat_age() == 0
+
+
+async def test_each_step_that_computes_is_told_with_its_tokens() -> None:
+    steps: list[tuple[int, float]] = []
+    running = AsyncEngine(
+        lambda progress: RecordingRunner(model_info()),
+        SchedulerOptions(max_num_seqs=8, max_num_batched_tokens=256),
+        KVCacheOptions(),
+        LimitOptions(),
+        on_step=lambda stats: None,
+        on_stopped=lambda error: None,
+        on_iteration=lambda num_tokens, seconds: steps.append((num_tokens, seconds)),
+    )
+    await running.start()
+    with running.submit("r", engine_request((20, 21, 22), 4)) as stream:
+        await read_all(stream)
+    assert await running.stop()
+    # The prompt, then one token a step.
+    assert [num_tokens for num_tokens, _ in steps] == [3, 1, 1, 1]
+    assert all(seconds > 0 for _, seconds in steps)
 
 
 async def test_the_pool_is_known_before_the_first_step() -> None:

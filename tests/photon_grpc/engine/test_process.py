@@ -84,7 +84,8 @@ async def engine(
     finally:
         await running.client.stop()
         assert is_gone(running.pid)
-        assert descriptors() == before
+        # Fewer where something of an earlier test was collected meanwhile.
+        assert descriptors() <= before
 
 
 def descriptors() -> int:
@@ -216,7 +217,7 @@ async def test_a_process_that_cannot_be_made_is_an_error_of_the_start(
     with pytest.raises(StartupError, match="No such file"):
         await running.client.start()
     assert await running.client.stop()
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 async def test_stopping_while_it_loads_does_not_wait_for_the_model() -> None:

@@ -129,3 +129,20 @@ def test_books_equal_a_plain_reference(operations: list[tuple[str, int, int]]) -
         for known in range(6):
             owner = next((b for b, n in names.items() if n == b"%d" % known), None)
             assert pool.find(b"%d" % known) == owner
+
+
+def test_forget_all_counts_the_free_ones_and_takes_nothing_from_who_holds_a_block() -> None:
+    pool = BlockPool(8)
+    held, freed = pool.allocate(2), pool.allocate(3)
+    for block_id in (*held, *freed):
+        pool.register(block_id, bytes([block_id]))
+    pool.release(freed)
+    assert pool.forget_all() == 3
+    assert all(pool.find(bytes([block_id])) is None for block_id in (*held, *freed))
+    assert (pool.num_used, pool.num_free) == (2, 6)
+    assert [pool.ref_count(block_id) for block_id in held] == [1, 1]
+    pool.check_invariants()
+    assert pool.forget_all() == 0
+    pool.release(held)
+    assert sorted(pool.allocate(8)) == list(range(8))
+    pool.check_invariants()
