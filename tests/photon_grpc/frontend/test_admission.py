@@ -288,7 +288,7 @@ async def _refusal(harness: Harness, request: pb.StreamGenerateRequest, **option
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_queued_requests": 4}, {"max_queued_tokens": 32}], ids=["requests", "tokens"]
+    "limits", [{"max_queued_requests": 4}, {"max_queued_tokens": 256}], ids=["requests", "tokens"]
 )
 async def test_a_client_of_a_full_server_hears_when_to_come_back(
     tmp_path: Path, limits: dict[str, int]
@@ -300,7 +300,8 @@ async def test_a_client_of_a_full_server_hears_when_to_come_back(
         running = [harness.inference.StreamGenerate(_request(400)) for _ in range(2)]
         for call in running:
             await call.read()
-        waiting = [harness.inference.StreamGenerate(_request(400)) for _ in range(4)]
+        # Prompts of a length that makes the wait longer than the shortest that is ever told.
+        waiting = [harness.inference.StreamGenerate(_request(400, 64)) for _ in range(4)]
         reads = [asyncio.ensure_future(_read(call)) for call in (*running, *waiting)]
         await until(lambda: harness.server.num_live_calls == 6)
         # Looked at twice while sequences wait, the engine's pace is known.
