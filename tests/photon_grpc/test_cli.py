@@ -457,3 +457,29 @@ class TestOverTls:
         result = await run("generate", "hi", "--model", str(model), *files[2:4])
         assert result.code == 2
         assert "no effect without --address" in result.err
+
+    async def test_an_operator_from_afar_shows_a_certificate_and_a_token(self, tmp_path: Path) -> None:
+        certificate, key = self.AUTHORITY.issue().write(tmp_path, "server")
+        own = self.AUTHORITY.issue(for_client=True).write(tmp_path, "client")
+        ca, callers, token = tmp_path / "ca.crt", tmp_path / "callers", tmp_path / "token"
+        ca.write_bytes(self.AUTHORITY.pem)
+        callers.write_text("oncall control,inspect token:correct-horse-battery\n")
+        token.write_text("correct-horse-battery\n")
+        options = replace(
+            quick_options({"admin_host": "0.0.0.0"}),
+            tls=TlsOptions(str(certificate), str(key), str(ca), require_client_cert=True),
+            auth=AuthOptions(str(callers)),
+        )
+        async with running_server(FakeFrontDoor(), options) as harness:
+            admin = f"127.0.0.1:{harness.ports.admin}"
+            flags = ("-a", admin, "--tls-ca", str(ca), "--tls-cert", str(own[0]), "--tls-key", str(own[1]))
+            refused = await run("drain", *flags)
+            assert (refused.code, refused.err[:15]) == (1, "UNAUTHENTICATED")
+            flags = (*flags, "--token-file", str(token))
+            assert (await run("flush-cache", *flags)).out == "7 blocks freed\n"
+            assert (await run("drain", *flags)).out == f"{admin} drains, 0 in flight\n"
+            watching = await start("watch", *flags)
+            assert watching.stdout is not None
+            assert b"draining" in (await watching.stdout.readline()).lower()
+            await harness.server.stop()
+            await watching.communicate()
