@@ -104,8 +104,10 @@ class LockStep(FakeFrontDoor):
         super().__init__()
         self.leave = asyncio.Semaphore(1)
 
-    async def open(self, request: GenerationRequest, *, deadline: float | None = None) -> FakeStream:
-        self._record(request, deadline)
+    async def open(
+        self, request: GenerationRequest, *, deadline: float | None = None, tenant: str = ""
+    ) -> FakeStream:
+        self._record(request, deadline, tenant)
         return LockStepStream(request, self.script, self.leave)
 
 
