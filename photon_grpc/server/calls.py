@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
+# How much later than the call behind it a cancellation may reach us.
+_CANCELLATION_S = 0.1
 # A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
 _SWEEPS_PER_TIMEOUT = 4
 
@@ -51,9 +54,14 @@ class Call:
     async def take_id(self, request_id: str) -> None:
         """Make `request_id` the call's, once an earlier attempt of that id that is ending has ended.
 
-        A client that repeats a call need not know how far the server is with the end of the first one. A call
-        of that id that is alive stays what it is, a duplicate, which the front door refuses.
+        A client that repeats a call need not know how far the server is with the end of the first one, nor in
+        which order grpc hands on a cancellation and the call sent behind it. A call of that id that goes on
+        is a duplicate, which the front door refuses.
         """
+        earlier = self._calls.find(request_id)
+        if earlier is not None and not earlier.is_ending:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(earlier.wait_left(), _CANCELLATION_S)
         while (earlier := self._calls.find(request_id)) is not None and earlier.is_ending:
             await earlier.wait_left()
         if earlier is None:
