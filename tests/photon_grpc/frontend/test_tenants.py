@@ -163,7 +163,7 @@ async def test_a_client_that_has_used_up_its_tokens_hears_when_they_are_back(tmp
 
 async def test_refused_and_failed_calls_give_back_what_they_held(tmp_path: Path) -> None:
     limits = {"max_concurrent_requests": 1, "tokens_per_s": 0.001, "token_burst": 1000}
-    # At this pace the stream of 700 tokens is still running when the next call comes, however slow the machine.
+    # At this pace the stream of 700 tokens still runs when the next call comes, however slow the machine.
     async with scripted_service(tmp_path, _options(**limits), step_s=0.02) as harness:
         bad = _request(10)
         bad.spec.sampling.temperature = -1
