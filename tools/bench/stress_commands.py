@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from tools.bench import bars, report
-from tools.bench.command_options import Dtype, Model, Name, NewTokens, Output, Seed, console
+from tools.bench.command_options import Dtype, Model, Name, NewTokens, Output, Seed, Threads, console
+
+# A longer soak is looked at less often.
+_MAX_SAMPLES = 360
 
 __all__ = ["overload_a_server", "soak_a_server"]
 
@@ -96,7 +100,12 @@ def soak_a_server(
             "--kv-cache-mib", min=0, help="Little makes it preempt, as 64 do on the CPU by default."
         ),
     ] = None,
+    threads: Threads = 0,
     settings: Settings = [],  # noqa: B006
+    faults: Annotated[
+        bool,
+        typer.Option("--faults", help="Rows that fail, slow steps, drains, aborts, clients that vanish."),
+    ] = False,
     seed: Seed = 0,
     output: Output = report.RESULTS,
     name: Name = "",
@@ -109,6 +118,8 @@ def soak_a_server(
 
     if bool(address) != bool(admin_address):
         raise typer.BadParameter("give --address and --admin-address together")
+    if faults and address:
+        raise typer.BadParameter("--faults needs a server of its own: leave out --address")
     plan = soak.SoakPlan(
         model=model,
         minutes=minutes,
@@ -123,18 +134,28 @@ def soak_a_server(
         dtype=dtype,
         max_num_seqs=max_num_seqs,
         kv_cache_memory_bytes=None if kv_cache_mib is None else kv_cache_mib << 20,
+        num_threads=threads,
         settings=tuple(settings),
+        period_s=max(1.0, minutes * 60 / _MAX_SAMPLES),
+        faults=faults,
         seed=seed,
     )
+    console.print(f"seed {seed}", highlight=False)
     with console.status("soak") as status:
         result = soak.run(plan, lambda text: status.update(f"soak: {text}"))
     codes = ", ".join(f"{code} {count}" for code, count in result.tally.codes.most_common())
     console.print(f"{result.tally.ended} calls ({codes}), {result.tally.tokens} tokens", highlight=False)
+    if result.disturbances:
+        done = ", ".join(f"{kind} {count}" for kind, count in result.disturbances.most_common())
+        console.print(f"disturbances: {done}", highlight=False)
+    slope = soak.mib_per_hour(result.samples)
+    if slope is not None:
+        console.print(f"resident memory over the second half: {slope:+.1f} MiB/h", highlight=False)
     stem = name or f"soak-{Path(model).name}"
     path = report.write(output, stem, result.to_dict(plan), lambda figure: soak.draw(figure, result))
     console.print(f"wrote {path}", highlight=False)
     for problem in result.problems:
-        console.print("[red]FAIL", problem, highlight=False, markup=True)
+        console.print("[red]FAIL", escape(problem), highlight=False)
     if result.problems:
         raise typer.Exit(1)
     console.print("[green]passed")
