@@ -447,5 +447,7 @@ def _engine_request(call: Call) -> EngineRequest:
         top_logprobs=call.top_logprobs,
         prompt_top_logprobs=call.prompt_top_logprobs,
         cache_scope=call.scope,
+        tenant=call.tenant,
+        weight=call.weight,
         bypass_prefix_cache=call.bypass_prefix_cache,
     )
