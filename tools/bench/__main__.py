@@ -33,6 +33,7 @@ from tools.bench.server_process import ServerSpec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command(name="overload")(stress_commands.overload_a_server)
+app.command(name="control")(stress_commands.control_a_server)
 app.command(name="soak")(stress_commands.soak_a_server)
 
 

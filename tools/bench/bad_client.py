@@ -1,7 +1,7 @@
-"""A client that does not behave: `python -m tools.bench.bad_client ADDRESS NAME STREAMS READS SEED`.
+"""A client that does not behave: `python -m tools.bench.bad_client ADDRESS NAME STREAMS READS TOKENS SEED`.
 
-Opens some streams, reads all of them or none, and stays until it is killed; whoever started it does that.
-Its calls are `NAME-0`, `NAME-1`, ... It prints a line once they are under way.
+Opens some streams of TOKENS tokens, reads all of them or none (READS 0), and stays until it is killed by
+whoever started it. Its calls are `NAME-0`, `NAME-1`, ... It prints a line once they are under way.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 _STAY_S = 600.0
 
 
-def main(address: str, name: str, num_streams: int, reads: bool, seed: int) -> None:
+def main(address: str, name: str, num_streams: int, reads: bool, num_tokens: int, seed: int) -> None:
     pick = random.Random(seed)
     stub = inference_pb2_grpc.InferenceServiceStub(grpc.insecure_channel(address))
     calls = []
     for number in range(num_streams):
         spec = inference_pb2.GenerationSpec()
-        spec.token_ids.ids.extend(pick.randrange(5, 95) for _ in range(pick.randrange(1, 200)))
-        spec.stop.max_tokens, spec.stop.ignore_eos = pick.randrange(50, 500), True
+        spec.token_ids.ids.extend(pick.randrange(5, 95) for _ in range(pick.randrange(1, 90)))
+        spec.stop.max_tokens, spec.stop.ignore_eos = num_tokens, True
         request = inference_pb2.StreamGenerateRequest(spec=spec)
         calls.append(stub.StreamGenerate(request, metadata=(("x-request-id", f"{name}-{number}"),)))
     if reads:
@@ -43,4 +43,4 @@ def _read(call: grpc.Call) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", int(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", int(sys.argv[5]), int(sys.argv[6]))

@@ -91,6 +91,7 @@ async def _bad_client(address: str, name: str, kind: str, pick: random.Random) -
         name,
         str(pick.randrange(1, _MAX_STREAMS + 1)),
         "0" if kind == "not reading" else "1",
+        str(pick.randrange(50, 500)),
         str(pick.randrange(1 << 30)),
     ]
     process = await asyncio.create_subprocess_exec(

@@ -102,12 +102,12 @@ class ServerHandle:
             self._process.stdout.close()
         self._log.close()
 
-    def stop(self) -> int:
-        """Ask it to leave, kill it if it does not; its exit code. May be called twice."""
+    def stop(self, timeout_s: float = _STOP_S) -> int:
+        """Ask it to leave, kill it if it does not in time; its exit code. May be called twice."""
         assert self._process is not None
         self._process.terminate()
         try:
-            return self._process.wait(_STOP_S)
+            return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()

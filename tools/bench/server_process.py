@@ -76,6 +76,8 @@ class ServerSpec:
     """Whether the admin listener is there, on a free port."""
     settings: tuple[str, ...] = ()
     """`section.key=value`, on top of all others."""
+    log_removals: bool = False
+    """Without a model: whether the log tells when sequences were found to have left."""
     row_fault_rate: float = 0.0
     slow_step_rate: float = 0.0
     """How likely each step has a row that fails, or is slow; with a model only. Fixed by `fault_seed`."""
@@ -162,7 +164,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
     metrics = Metrics(photon_grpc.__version__)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            ScriptedFactory(model, spec.step_s),
+            ScriptedFactory(model, spec.step_s, spec.log_removals),
             options.scheduler,
             options.cache,
             options.limits,

@@ -1,4 +1,4 @@
-"""The commands that put a server under stress: `overload`, `soak`."""
+"""The commands that put a server under stress: `overload`, `control`, `soak`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.bench.command_options import Dtype, Model, Name, NewTokens, Output, S
 # A longer soak is looked at less often.
 _MAX_SAMPLES = 360
 
-__all__ = ["overload_a_server", "soak_a_server"]
+__all__ = ["control_a_server", "overload_a_server", "soak_a_server"]
 
 Settings = Annotated[
     list[str], typer.Option("--set", help="section.key=value of the server; may be repeated.")
@@ -67,6 +67,38 @@ def overload_a_server(
     result = {**overload.to_result(plan, peak, rows), "bars": bars.to_result(promises)}
     path = report.write(output, name, result, lambda figure: overload.draw(figure, rows))
     judge(promises, "overload", path)
+
+
+def control_a_server(
+    only: Annotated[
+        list[str], typer.Option("--only", help="drain, cancel, frozen or steps; all by default.")
+    ] = [],  # noqa: B006
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, to try the command.")] = False,
+    seed: Seed = 0,
+    output: Output = report.RESULTS,
+    name: Name = "control",
+) -> None:
+    """SIGTERM, cancels, frozen clients, and what the engine loses to calls. Takes some minutes.
+
+    Exit code 1 when a promise is not kept.
+    """
+    from tools.bench.control import command
+
+    for part in only:
+        if part not in command.PARTS:
+            raise typer.BadParameter(f"--only {part}: there are {', '.join(command.PARTS)}")
+    parts = tuple(part for part in command.PARTS if part in only) or command.PARTS
+    with console.status("control") as status:
+        found = command.run(parts, quick, seed, lambda text: status.update(f"control: {text}"))
+    for part in found:
+        console.print(f"{part.name}: {part.headline}", highlight=False)
+    promises = [bar for part in found for bar in part.bars]
+    result = {
+        "parts": {part.name: part.to_dict() for part in found},
+        "bars": bars.to_result(promises),
+    }
+    path = report.write(output, name, result, lambda figure: command.draw(figure, found))
+    judge(promises, "control", path)
 
 
 def judge(promises: list[bars.Bar], title: str, path: Path) -> None:
