@@ -20,7 +20,7 @@ from tools.bench.server_handle import ServerHandle
 _IDLE_S = 60.0
 # 8 places of 40 steps a second make 16 calls a second of 20 tokens.
 _PLAN = overload.OverloadPlan(
-    duration_s=3.0, step_s=0.025, max_num_seqs=8, max_queued_requests=8, new_tokens=20
+    duration_s=3.0, step_s=0.025, max_num_seqs=8, max_queued_requests=8, new_tokens=20, spread=0
 )
 _CAPACITY = _PLAN.max_num_seqs / _PLAN.step_s / _PLAN.new_tokens
 

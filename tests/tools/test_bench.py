@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -236,6 +237,14 @@ def test_a_request_is_fixed_by_seed_and_number_and_asks_for_all_its_tokens() -> 
     assert all(4 <= token_id < 512 for token_id in spec.token_ids.ids)
     assert (spec.stop.max_tokens, spec.stop.ignore_eos, spec.sampling.temperature) == (4, True, 0.0)
     assert spec.cache.bypass_prefix_cache
+
+
+def test_outputs_spread_evenly_around_their_length() -> None:
+    load = replace(LOAD, new_tokens=40, spread=10)
+    specs = [inference_pb2.StreamGenerateRequest.FromString(request_bytes(load, n)).spec for n in range(400)]
+    lengths = [spec.stop.max_tokens for spec in specs]
+    assert (min(lengths), max(lengths)) == (30, 50)
+    assert statistics.fmean(lengths) == pytest.approx(40, rel=0.03)
 
 
 def test_server_cpu_is_told_apart_by_thread() -> None:

@@ -65,6 +65,8 @@ class Load:
     """One HTTP/2 connection has one receive window; many streams share it badly."""
     metadata: tuple[tuple[str, str], ...] = ()
     """Goes with every call."""
+    spread: int = 0
+    """Outputs have up to that many tokens more or less, each number as likely, by the request's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,9 @@ def request_bytes(load: Load, number: int) -> bytes:
     """The serialised request number `number` of the load."""
     generator = np.random.default_rng((load.seed, number))
     ids = generator.integers(load.first_id, load.vocab_size, load.prompt_tokens).tolist()
+    max_tokens = load.new_tokens
+    if load.spread:
+        max_tokens += int(generator.integers(-load.spread, load.spread + 1))
     spec = inference_pb2.GenerationSpec(
         token_ids=inference_pb2.TokenIds(ids=ids),
         sampling=(
@@ -115,7 +120,7 @@ def request_bytes(load: Load, number: int) -> bytes:
             if load.sampled
             else inference_pb2.SamplingParams(temperature=0.0)
         ),
-        stop=inference_pb2.StopParams(max_tokens=load.new_tokens, ignore_eos=True),
+        stop=inference_pb2.StopParams(max_tokens=max_tokens, ignore_eos=True),
         output=inference_pb2.OutputOptions(text=load.text, token_ids=not load.text),
         cache=inference_pb2.CacheOptions(bypass_prefix_cache=True),
         # Without it, a load above the server's capacity would wait for places up to the call's deadline.

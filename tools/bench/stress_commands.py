@@ -25,12 +25,15 @@ def overload_a_server(
     factor: Annotated[
         list[float], typer.Option("--factor", min=0.1, help="Multiple of the peak; may be repeated.")
     ] = [0.9, 2.0, 10.0],  # noqa: B006
-    duration: Annotated[float, typer.Option("--duration", min=1, help="Seconds of sending, each.")] = 20.0,
+    duration: Annotated[float, typer.Option("--duration", min=1, help="Seconds of sending, each.")] = 60.0,
     step_ms: Annotated[float, typer.Option("--step-ms", min=0, help="Time asleep in each step.")] = 25.0,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 32,
     max_queued: Annotated[int, typer.Option("--max-queued", min=1, help="limits.max_queued_requests.")] = 32,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 16,
     new_tokens: NewTokens = 50,
+    spread: Annotated[
+        int, typer.Option("--spread", min=0, help="Outputs have that many tokens more or less.")
+    ] = 25,
     engine_process: Annotated[
         str, typer.Option("--engine-process", help="auto, own or shared, as the setting engine.process.")
     ] = "auto",
@@ -53,6 +56,7 @@ def overload_a_server(
         max_queued_requests=max_queued,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        spread=spread,
         engine_process=engine_process,
         settings=tuple(settings),
         seed=seed,
