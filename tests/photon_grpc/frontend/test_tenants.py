@@ -100,6 +100,66 @@ def test_idle_tenants_are_forgotten_before_there_are_many(monkeypatch: pytest.Mo
     live.close()
 
 
+def test_tenants_without_limits_are_forgotten_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants_module, "_MANY_TENANTS", 10)
+    tenants, _ = books()
+    for number in range(100):
+        with tenants.enter(f"t{number}") as lease:
+            lease.reserve(50)
+            lease.used_tokens = 20
+    assert len(tenants) <= 10
+
+
+def test_each_tenant_has_its_own_terms_and_new_ones_count_at_once(tmp_path: Path) -> None:
+    file, clock = tmp_path / "tenants.toml", FakeClock()
+
+    def write(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        new.replace(file)
+
+    write("[default]\nmax_concurrent_requests = 1\n[tenants.big]\nmax_concurrent_requests = 2\nweight = 3\n")
+    tenants = Tenants(TenantOptions(file=str(file)), clock=clock)
+    first, second = tenants.enter("big"), tenants.enter("big")
+    assert first.terms.weight == 3
+    small = tenants.enter("small")
+    for name in ("big", "small"):
+        with pytest.raises(QuotaExceededError):
+            tenants.enter(name)
+    write("[default]\nmax_concurrent_requests = 3\nrequests_per_s = 1\nrequest_burst = 2\n")
+    tenants.enter("big").close()
+    tenants.enter("big").close()
+    with pytest.raises(QuotaExceededError) as refused:
+        tenants.enter("big")
+    assert refused.value.limit == "requests per second"
+    # What was missing when the size grew is missing still.
+    write("[default]\nrequests_per_s = 2\nrequest_burst = 3\n")
+    tenants.enter("big").close()
+    with pytest.raises(QuotaExceededError) as refused:
+        tenants.enter("big")
+    assert refused.value.retry_after_s == pytest.approx(0.5)
+    for lease in (first, second, small):
+        lease.close()
+
+
+bucket_sizes = st.tuples(st.sampled_from((0.0, 0.5, 3.0)), st.floats(1.0, 100.0))
+
+
+@given(bucket_sizes, st.lists(st.tuples(st.floats(0, 5), st.floats(0, 50), bucket_sizes), max_size=20))
+def test_a_bucket_that_changes_holds_between_nothing_and_its_size(
+    begin: tuple[float, float], steps: list[tuple[float, float, tuple[float, float]]]
+) -> None:
+    bucket, now = Bucket(*begin, 0.0), 0.0
+    for pause, amount, (rate, size) in steps:
+        now += pause
+        if bucket.wait(now, amount) == 0.0:
+            bucket.take(now, amount)
+        bucket.change(rate, size, now)
+        assert bucket.wait(now, 0.0) == 0.0
+        assert not rate or bucket.wait(now, size * 1.01) == math.inf
+        assert not rate or bucket.wait(now, size) <= size / rate + 1e-6
+
+
 @given(
     st.floats(0.1, 1e3),
     st.floats(1.0, 1e4),
