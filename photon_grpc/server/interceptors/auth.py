@@ -7,8 +7,10 @@ Event loop only.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -37,6 +39,8 @@ ROLE_OF: Mapping[str, str] = {
 current_caller: ContextVar[str] = ContextVar("photon_current_caller", default="")
 
 _SCHEME = "bearer "
+# How long a stream that is refused may take to send its first message.
+_FIRST_MESSAGE_S = 1.0
 _log = structlog.get_logger(__name__)
 
 
@@ -66,7 +70,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if handler.unary_stream:
             return handler._replace(unary_stream=self._guard(handler.unary_stream, method))
         if handler.stream_stream:
-            return handler._replace(stream_stream=self._guard_both_ways(handler.stream_stream, method))
+            return self._guard_both_ways(handler, method)
         return None  # a kind of method that no service has: unimplemented rather than open
 
     def _guard(self, behavior: Behavior, method: str) -> Behavior:
@@ -79,18 +83,20 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return guarded
 
-    def _guard_both_ways(self, behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+    def _guard_both_ways(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         """The error interceptor leaves these alone, so a refusal gets its status here."""
+        behavior, deserialize = handler.stream_stream, handler.request_deserializer
 
-        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+        async def guarded(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             try:
                 self._admit(context, method)
             except PhotonError as error:
+                await _skip_one(messages)
                 await context.abort_with_status(to_status(error, uuid.uuid4().hex))
-            async for response in behavior(requests, context):
+            async for response in behavior((deserialize(message) async for message in messages), context):
                 yield response
 
-        return guarded
+        return handler._replace(request_deserializer=None, stream_stream=guarded)
 
     def _admit(self, context: Any, method: str) -> Caller:
         """Who calls. Raises UnauthenticatedError or ForbiddenError."""
@@ -110,3 +116,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 return self._callers.by_token(value[len(_SCHEME) :].strip())
         names = context.auth_context().get("x509_subject_alternative_name", ())
         return self._callers.by_sans(name.decode(errors="replace") for name in names)
+
+
+async def _skip_one(messages: AsyncIterator[bytes]) -> None:
+    """Wait for the first message of a stream, for a while; it is not parsed.
+
+    A client whose stream ends while it still writes that message is told INTERNAL by its own gRPC library,
+    whatever the server's status says.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_FIRST_MESSAGE_S):
+            await anext(messages, None)

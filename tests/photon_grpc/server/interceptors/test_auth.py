@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,7 +16,9 @@ import pytest
 from grpc.aio import _server  # the class behind the abstract grpc.aio.Server
 
 from photon_grpc.options import AuthOptions, Options, TlsOptions
-from photon_grpc.server.interceptors.auth import role_of
+from photon_grpc.server.callers import Callers
+from photon_grpc.server.interceptors import auth
+from photon_grpc.server.interceptors.auth import AuthInterceptor, role_of
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.certificates import Authority
@@ -48,11 +51,6 @@ NEEDED = {
 BOTH_WAYS = {method for method in NEEDED if method.endswith("/ServerReflectionInfo")}
 
 
-def refusals(method: str, code: str) -> set[grpc.StatusCode]:
-    """A stream that the server resets while the client still writes may reach it as INTERNAL."""
-    return {grpc.StatusCode[code], *([grpc.StatusCode.INTERNAL] if method in BOTH_WAYS else [])}
-
-
 @dataclass
 class Guarded:
     """A server whose listeners all ask for credentials, and every method that was registered on it."""
@@ -71,7 +69,6 @@ class Guarded:
         target = f"127.0.0.1:{port or self.registered[method]}"
         async with grpc.aio.secure_channel(target, credentials) as channel:
             call = channel.stream_stream(method)(metadata=metadata, timeout=20)
-            # A refusal may be there before the message has left; the reader then hears of it.
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call.write(body)
                 await call.done_writing()
@@ -142,8 +139,8 @@ async def test_no_method_but_health_is_open(tmp_path: Path, monkeypatch: pytest.
         assert len(health) >= 2
         codes = {method: await guarded.code(method) for method in guarded.registered}
         for method, code in codes.items():
-            expected = {grpc.StatusCode.OK} if method in health else refusals(method, "UNAUTHENTICATED")
-            assert code in expected, method
+            expected = grpc.StatusCode.OK if method in health else grpc.StatusCode.UNAUTHENTICATED
+            assert code is expected, method
         # A method of which this file does not know what it needs must be written down here.
         assert guarded.registered.keys() - health == NEEDED.keys()
 
@@ -158,7 +155,7 @@ async def test_every_method_lets_its_role_in_and_no_other(
                 if role == needed:
                     assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), (method, role)
                 else:
-                    assert code in refusals(method, "PERMISSION_DENIED"), (method, role)
+                    assert code is grpc.StatusCode.PERMISSION_DENIED, (method, role)
 
 
 async def test_refusals_carry_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +194,84 @@ async def test_a_certificate_identifies_where_there_is_no_token(
         assert await guarded.code(generate, TOKENS["infer"], body) is grpc.StatusCode.OK
         # A token that is wrong is not made good by a certificate.
         assert await guarded.code(info, "no-such-token-here") is grpc.StatusCode.UNAUTHENTICATED
+
+
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+
+
+class StreamContext:
+    """Of a stream from a caller without credentials; tells what happened to it, in order."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    async def abort_with_status(self, status: Any) -> None:
+        self.happened.append(status.code.name)
+        raise grpc.aio.AbortError
+
+    async def messages(self, *, first: bytes | None) -> AsyncIterator[bytes]:
+        if first is None:
+            await asyncio.Event().wait()
+        else:
+            self.happened.append("message")
+            yield first
+        raise AssertionError("nobody asks a refused stream for more")
+
+
+async def refuse_a_stream(folder: Path, first: bytes | None) -> list[str]:
+    """What happens to a refused stream that sends `first`, or nothing."""
+    (folder / "callers").write_text(ONE_ROLE_EACH)
+
+    async def behavior(messages: Any, context: Any) -> AsyncIterator[Any]:
+        raise AssertionError("the caller is let in")
+        yield
+
+    def parse(message: bytes) -> None:
+        raise AssertionError("the message is parsed")
+
+    async def find(details: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(behavior, request_deserializer=parse)
+
+    details: Any = SimpleNamespace(method=REFLECTION, invocation_metadata=())
+    handler = await AuthInterceptor(Callers(str(folder / "callers"))).intercept_service(find, details)
+    assert handler is not None
+    assert handler.request_deserializer is None
+    context = StreamContext()
+    with pytest.raises(grpc.aio.AbortError):
+        async for _ in handler.stream_stream(context.messages(first=first), context):
+            pass
+    return context.happened
+
+
+async def test_a_refused_stream_ends_when_its_first_message_has_come(tmp_path: Path) -> None:
+    """A client whose stream ends while it writes that message hears INTERNAL from its own gRPC library."""
+    assert await refuse_a_stream(tmp_path, b"\xff\xff\xff") == ["message", "UNAUTHENTICATED"]
+
+
+async def test_a_refused_stream_that_says_nothing_ends_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_FIRST_MESSAGE_S", 0.01)
+    assert await refuse_a_stream(tmp_path, None) == ["UNAUTHENTICATED"]
+
+
+async def test_a_stream_is_told_why_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with guarded_server(tmp_path, monkeypatch) as guarded:
+        credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, CLIENT.key, CLIENT.certificate)
+        target = f"127.0.0.1:{guarded.registered[REFLECTION]}"
+        async with grpc.aio.secure_channel(target, credentials) as channel:
+            for _ in range(50):
+                call = channel.stream_stream(REFLECTION)(iter([b""]), timeout=20)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert rich_error(caught.value).reason == "UNAUTHENTICATED"
 
 
 @pytest.mark.parametrize(
