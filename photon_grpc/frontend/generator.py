@@ -141,7 +141,7 @@ class Generator:
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
             self._admission.check()
-            checked = await self._prepare(text, request, deadline)
+            checked = await self._prepare(text, request, deadline, tenant)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
             request_id = request.request_id or uuid.uuid4().hex
@@ -167,14 +167,16 @@ class Generator:
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
         if validate_only:
-            return await self._validate(request, deadline)
+            return await self._validate(request, deadline, tenant)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
         with await self._submit(request, deadline, tenant, policy) as stream:
             return await _collect(stream)
 
-    async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
-        checked = await self._prepare(self._require_taking(), request, deadline)
+    async def _validate(
+        self, request: GenerationRequest, deadline: float | None, tenant: str
+    ) -> GenerationResult:
+        checked = await self._prepare(self._require_taking(), request, deadline, tenant)
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -186,7 +188,7 @@ class Generator:
         )
 
     async def _prepare(
-        self, text: TextModel, request: GenerationRequest, deadline: float | None
+        self, text: TextModel, request: GenerationRequest, deadline: float | None, tenant: str
     ) -> CheckedRequest:
         arrival = self._clock()
         text.validator.check(request, root=self._field_root)
@@ -200,7 +202,7 @@ class Generator:
                 assert token_ids is not None, "the validator refuses a missing prompt"
                 ids = token_ids
         return text.validator.resolve(
-            request, ids, arrival_time=arrival, deadline=deadline, root=self._field_root
+            request, ids, arrival_time=arrival, deadline=deadline, tenant=tenant, root=self._field_root
         )
 
     # --- text only ------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.engine.client import AsyncEngine, RequestStream
+from photon_grpc.engine.messages import EngineRequest
 from photon_grpc.errors import (
     ContextLengthError,
     DuplicateRequestError,
@@ -183,6 +184,25 @@ async def test_started_deltas_finished_summary(tokenizer: Tokenizer) -> None:
         assert isinstance(started, Started)
         assert started.prompt.num_tokens == 3
         assert started.effective.stop.max_tokens == 509
+
+
+async def test_the_engine_hears_for_whom_it_works(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tokenizer) as it:
+        heard: list[str] = []
+        submit = it.engine.submit
+
+        def listening(request_id: str, request: EngineRequest) -> RequestStream:
+            heard.append(request.tenant)
+            return submit(request_id, request)
+
+        monkeypatch.setattr(it.engine, "submit", listening)
+        it.say("a")
+        await it.events(asking(), tenant="alice")
+        await it.generator.generate(asking(), tenant="bob")
+        await it.events(asking())
+        assert heard == ["alice", "bob", ""]
 
 
 async def test_no_delta_ends_inside_a_character(tokenizer: Tokenizer) -> None:
