@@ -185,7 +185,7 @@ class Validator:
             ),
             top_logprobs=request.output.top_logprobs,
             prompt_top_logprobs=request.output.prompt_top_logprobs,
-            cache_scope=request.cache.cache_salt.encode(),
+            cache_salt=request.cache.cache_salt,
             bypass_prefix_cache=request.cache.bypass_prefix_cache,
             tenant=tenant,
         )

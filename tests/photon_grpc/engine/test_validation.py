@@ -378,7 +378,7 @@ def test_defaults_come_from_the_model() -> None:
     assert engine.sampling == sampling
     assert engine.eos_token_ids == (1, 9)
     assert engine.length_finish is FinishReason.CONTEXT_LIMIT
-    assert (engine.priority, engine.cache_scope, engine.bypass_prefix_cache) == (0, b"", False)
+    assert (engine.priority, engine.cache_salt, engine.bypass_prefix_cache) == (0, "", False)
     assert (engine.top_logprobs, engine.prompt_top_logprobs) == (None, None)
 
 
@@ -439,7 +439,7 @@ def test_what_was_asked_for_is_what_is_used_and_told() -> None:
     assert (engine.max_tokens, engine.min_tokens, engine.stop_token_ids) == (9, 2, (8,))
     assert engine.eos_token_ids == ()
     assert engine.length_finish is FinishReason.MAX_TOKENS
-    assert (engine.priority, engine.cache_scope, engine.bypass_prefix_cache) == (4, b"salt", True)
+    assert (engine.priority, engine.cache_salt, engine.bypass_prefix_cache) == (4, "salt", True)
     assert (engine.top_logprobs, engine.prompt_top_logprobs) == (0, 2)
     clocks = engine.deadlines
     assert (clocks.start_by, clocks.first_token_by, clocks.finish_by, clocks.end_by) == (101, 102, 105, 150)
