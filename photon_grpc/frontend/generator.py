@@ -118,13 +118,14 @@ class Generator:
         nobody holds and that kept one. Raises EngineStartingError, EngineDrainingError or EngineDeadError."""
         return await self._engine.flush_cache(wait_idle=wait_idle)
 
-    def abort(self, request_id: str) -> int:
-        """End a live request for an operator. Raises RequestNotFoundError."""
-        return self._engine.abort(request_id)
+    def abort(self, request_id: str, *, tenant: str = "") -> int:
+        """End a live request for an operator. Raises RequestNotFoundError, and InvalidRequestError for an
+        id that several tenants use where none is named."""
+        return self._engine.abort(request_id, tenant)
 
-    def abort_all(self) -> int:
-        """End every live request for an operator; the number ended."""
-        return self._engine.abort_all()
+    def abort_all(self, *, tenant: str = "") -> int:
+        """End every live request, or every one of a tenant, for an operator; the number ended."""
+        return self._engine.abort_all(tenant)
 
     # --- generation -----------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class Generator:
     ) -> CheckedRequest:
         arrival = self._clock()
         text.validator.check(request, root=self._field_root)
-        self._engine.check_duplicate(request.request_id)
+        self._engine.check_duplicate(tenant, request.request_id)
         match request.prompt:
             case str() as prompt:
                 ids = await self._encode(text, prompt, request.add_special_tokens)

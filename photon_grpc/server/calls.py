@@ -37,12 +37,13 @@ class Call:
         "_task",
         "_write_started",
         "deadline",
-        "request_id",
+        "name",
     )
 
     def __init__(self, calls: Calls, deadline: float, task: asyncio.Task[Any]) -> None:
         self.deadline = deadline
-        self.request_id: str | None = None
+        # The tenant and the id that it chose; ids of two tenants have nothing to do with each other.
+        self.name: tuple[str, str] | None = None
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
@@ -51,22 +52,23 @@ class Call:
         # Made by whoever waits for the call's end.
         self._left: asyncio.Event | None = None
 
-    async def take_id(self, request_id: str) -> None:
-        """Make `request_id` the call's, once an earlier attempt of that id that is ending has ended.
+    async def take_id(self, tenant: str, request_id: str) -> None:
+        """Make `request_id` the call's, once an earlier attempt of the tenant that is ending has ended.
 
         A client that repeats a call need not know how far the server is with the end of the first one, nor in
         which order grpc hands on a cancellation and the call sent behind it. A call of that id that goes on
         is a duplicate, which the front door refuses.
         """
-        earlier = self._calls.find(request_id)
+        name = (tenant, request_id)
+        earlier = self._calls.find(name)
         if earlier is not None and not earlier.is_ending:
             with suppress(TimeoutError):
                 await asyncio.wait_for(earlier.wait_left(), _CANCELLATION_S)
-        while (earlier := self._calls.find(request_id)) is not None and earlier.is_ending:
+        while (earlier := self._calls.find(name)) is not None and earlier.is_ending:
             await earlier.wait_left()
         if earlier is None:
-            self.request_id = request_id
-            self._calls.name(self)
+            self.name = name
+            self._calls.add_name(self, name)
 
     @property
     def is_ending(self) -> bool:
@@ -128,7 +130,7 @@ class Calls:
     def __init__(self, limits: LimitOptions) -> None:
         self._limits = limits
         self._live: set[Call] = set()
-        self._by_id: dict[str, Call] = {}
+        self._by_name: dict[tuple[str, str], Call] = {}
         self._refusal: Callable[[], PhotonError] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -175,20 +177,19 @@ class Calls:
         if self._sweep_timer is None:
             self._schedule_sweep()
 
-    def find(self, request_id: str) -> Call | None:
-        """The live call that has taken this id."""
-        return self._by_id.get(request_id)
+    def find(self, name: tuple[str, str]) -> Call | None:
+        """The live call of this tenant that has taken this id."""
+        return self._by_name.get(name)
 
-    def name(self, call: Call) -> None:
+    def add_name(self, call: Call, name: tuple[str, str]) -> None:
         """Make `call` findable; done by its taking an id."""
-        assert call.request_id is not None
-        self._by_id[call.request_id] = call
+        self._by_name[name] = call
 
     def remove(self, call: Call) -> None:
         """Forget `call`; done by leaving it."""
         self._live.discard(call)
-        if call.request_id is not None:
-            del self._by_id[call.request_id]
+        if call.name is not None:
+            del self._by_name[call.name]
         if not self._live:
             self._idle.set()
 

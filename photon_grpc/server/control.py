@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from photon_grpc.errors import InvalidRequestError, UnsupportedFeatureError
+from photon_grpc.errors import InvalidRequestError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
@@ -36,16 +36,17 @@ class ControlServicer:
         self._limits = limits
 
     async def Abort(self, message: control_pb2.AbortRequest, context: Any) -> control_pb2.AbortResponse:
-        """End one live request, or all. A request that ends by itself meanwhile is ALREADY_FINISHED."""
-        if message.tenant:
-            raise UnsupportedFeatureError("tenant", "tenants are not supported")
+        """End one live request or all, of every tenant or of the one that is named.
+
+        A request that ends by itself meanwhile is ALREADY_FINISHED.
+        """
         target = message.WhichOneof("target")
         if target == "request_id":
             if not message.request_id:
                 raise InvalidRequestError.of("request_id", "must not be empty")
-            aborted = self._front_door.abort(message.request_id)
+            aborted = self._front_door.abort(message.request_id, tenant=message.tenant)
         elif target == "all":
-            aborted = self._front_door.abort_all()
+            aborted = self._front_door.abort_all(tenant=message.tenant)
         else:
             raise InvalidRequestError.of("target", "one of request_id and all is required")
         _log.info("abort", target=target, aborted=aborted, reason=message.reason[:_MAX_LOGGED_REASON_CHARS])

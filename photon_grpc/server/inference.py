@@ -64,13 +64,12 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
-            await call.take_id(request_id)
+            tenant = current_caller.get()
+            await call.take_id(tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
-            with await self._front_door.open(
-                request, deadline=call.deadline, tenant=current_caller.get()
-            ) as stream:
+            with await self._front_door.open(request, deadline=call.deadline, tenant=tenant) as stream:
                 async for event in stream:
                     seq += 1
                     if isinstance(event, Finished):
@@ -89,12 +88,10 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
-            await call.take_id(request_id)
+            tenant = current_caller.get()
+            await call.take_id(tenant, request_id)
             result = await self._front_door.generate(
-                request,
-                deadline=call.deadline,
-                tenant=current_caller.get(),
-                validate_only=message.validate_only,
+                request, deadline=call.deadline, tenant=tenant, validate_only=message.validate_only
             )
             finishes = [completion.finish for completion in result.completions]
             _set_success_trailers(context, finishes, result.usage, result.timings)

@@ -502,9 +502,10 @@ class SlowToLeave(FakeFrontDoor):
         self.ending = asyncio.Event()
 
     async def generate(self, request: Any, **arguments: Any) -> Any:
-        if request.request_id in self.live_ids:
+        name = (arguments["tenant"], request.request_id)
+        if name in self.live_ids:
             raise errors.DuplicateRequestError(request.request_id)
-        self.live_ids.add(request.request_id)
+        self.live_ids.add(name)
         try:
             return await super().generate(request, **arguments)
         except asyncio.CancelledError:
@@ -512,7 +513,7 @@ class SlowToLeave(FakeFrontDoor):
             await self.leave.wait()
             raise
         finally:
-            self.live_ids.remove(request.request_id)
+            self.live_ids.remove(name)
 
 
 async def test_fault_28_a_retry_takes_the_place_of_an_attempt_that_is_ending() -> None:
