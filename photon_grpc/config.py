@@ -338,6 +338,8 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
             "server.admin_host",
             "off loopback it needs tls.client_ca_file, and auth.callers_file for its roles",
         )
+    if options.auth.trusted_hops and not options.auth.callers_file:
+        refuse("auth.trusted_hops", "needs auth.callers_file, which names callers")
     if not _is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
         refuse("server.host", "off loopback it needs tls.cert_file, or server.allow_plaintext")
     if bool(tls.cert_file) != bool(tls.key_file):

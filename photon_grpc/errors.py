@@ -162,10 +162,11 @@ class UnauthenticatedError(AccessError):
 
 
 class ForbiddenError(AccessError):
-    """The caller is known and lacks the role that the method needs."""
+    """The caller is known, and this is not for it: the method needs a role that it lacks, or it states
+    what only others may."""
 
-    def __init__(self) -> None:
-        super().__init__("the caller lacks the role for this method")
+    def __init__(self, message: str = "the caller lacks the role for this method") -> None:
+        super().__init__(message)
 
 
 class CapacityError(PhotonError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from photon_grpc.errors import InternalError
@@ -10,10 +11,10 @@ from photon_grpc.frontend.events import Finished, Summary
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
 from photon_grpc.server.calls import Calls
-from photon_grpc.server.interceptors.auth import current_caller
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
+from photon_grpc.server.interceptors.tenant import Origin, current_origin
 from photon_grpc.server.status import REQUEST_ID_KEY
-from photon_grpc.types import Finish, Timings, Usage
+from photon_grpc.types import Finish, GenerationRequest, Timings, Usage
 from photon_grpc.v1 import inference_pb2
 
 
@@ -43,6 +44,13 @@ def _set_success_trailers(context: Any, finishes: list[Finish], usage: Usage, ti
     )
 
 
+def _as_stated(request: GenerationRequest, origin: Origin) -> GenerationRequest:
+    """The request with the priority that a trusted hop has stated, whatever the caller behind it asks for."""
+    if origin.priority is None:
+        return request
+    return replace(request, scheduling=replace(request.scheduling, priority=origin.priority))
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f}"
 
@@ -64,12 +72,13 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
-            tenant = current_caller.get()
-            await call.take_id(tenant, request_id)
+            origin = current_origin.get()
+            request = _as_stated(request, origin)
+            await call.take_id(origin.tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
-            with await self._front_door.open(request, deadline=call.deadline, tenant=tenant) as stream:
+            with await self._front_door.open(request, deadline=call.deadline, tenant=origin.tenant) as stream:
                 async for event in stream:
                     seq += 1
                     if isinstance(event, Finished):
@@ -88,10 +97,11 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
-            tenant = current_caller.get()
-            await call.take_id(tenant, request_id)
+            origin = current_origin.get()
+            request = _as_stated(request, origin)
+            await call.take_id(origin.tenant, request_id)
             result = await self._front_door.generate(
-                request, deadline=call.deadline, tenant=tenant, validate_only=message.validate_only
+                request, deadline=call.deadline, tenant=origin.tenant, validate_only=message.validate_only
             )
             finishes = [completion.finish for completion in result.completions]
             _set_success_trailers(context, finishes, result.usage, result.timings)

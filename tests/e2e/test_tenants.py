@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from photon_grpc.options import AuthOptions, Options
+from photon_grpc.options import AuthOptions, Options, TenantOptions
 from photon_grpc.v1 import control_pb2
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.grpc_harness import Harness, quick_options, rich_error, until
@@ -23,14 +23,16 @@ PREFIX = tuple(range(5, 69))  # 64 tokens, four blocks
 
 @dataclass
 class Tenant:
-    """One caller of the service."""
+    """One caller of the service, or a tenant that it states."""
 
     harness: Harness
     name: str
+    stated: str = ""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {TOKENS[self.name]}"),)
+        stated = (("photon-tenant", self.stated),) if self.stated else ()
+        return (("authorization", f"Bearer {TOKENS[self.name]}"), *stated)
 
     async def generate(self, prompt: Sequence[int] = PREFIX, *, request_id: str = "", salt: str = "") -> Any:
         request = pb.GenerateRequest(request_id=request_id, spec=spec(prompt, 2, salt))
@@ -52,11 +54,11 @@ def spec(prompt: Sequence[int], max_tokens: int, salt: str = "") -> pb.Generatio
 
 @asynccontextmanager
 async def two_tenants(
-    folder: Path, options: Options | None = None, *, step_s: float = 0.0
+    folder: Path, options: Options | None = None, *, step_s: float = 0.0, trusted_hops: str = ""
 ) -> AsyncIterator[tuple[Tenant, Tenant, Harness]]:
     file = folder / "callers"
     file.write_text("".join(f"{name} infer token:{token}\n" for name, token in TOKENS.items()))
-    options = replace(options or quick_options(), auth=AuthOptions(str(file)))
+    options = replace(options or quick_options(), auth=AuthOptions(str(file), trusted_hops))
     async with scripted_service(folder, options, step_s=step_s) as harness:
         yield Tenant(harness, "alice"), Tenant(harness, "bob"), harness
 
@@ -155,3 +157,28 @@ async def test_an_abort_of_all_of_one_tenant(tmp_path: Path) -> None:
         assert ended.aborted == 3
         assert {(await status_of(call))[0] for call in hers} == {grpc.StatusCode.ABORTED}
         assert [await status_of(call) for call in his] == [(grpc.StatusCode.OK, 500)] * 2
+
+
+# --- behind a gateway -----------------------------------------------------------------------------
+
+
+async def test_quotas_count_against_the_tenant_that_a_gateway_states(tmp_path: Path) -> None:
+    """And ids and prefixes are that tenant's, whichever way its calls come."""
+    options = replace(quick_options(), tenants=TenantOptions(max_concurrent_requests=1))
+    async with two_tenants(tmp_path, options, step_s=0.001, trusted_hops="bob") as (alice, gateway, harness):
+
+        def for_tenant(name: str) -> Tenant:
+            return Tenant(harness, gateway.name, stated=name)
+
+        hers = await for_tenant("alice").begin("r-1")
+        for same in (for_tenant("alice"), alice):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await same.generate(request_id="r-2")
+            assert rich_error(caught.value).reason == "QUOTA_EXCEEDED"
+        # Nobody else has used anything, the gateway itself included.
+        for other in (for_tenant("carol"), for_tenant("dave"), gateway):
+            assert (await other.generate(request_id="r-1")).usage.cached_prompt_tokens == 0
+        hers.cancel()
+        await until(lambda: harness.server.num_live_calls == 0, 30)
+        answer = await alice.generate((*PREFIX, 100), request_id="r-1")
+        assert answer.usage.cached_prompt_tokens == len(PREFIX)

@@ -219,6 +219,13 @@ def test_tls_off_loopback() -> None:
     assert "tls.client_ca_file = 'ca.crt'" in refusal(overrides=[*pair, client_ca])
 
 
+def test_a_trusted_hop_is_a_caller_of_the_file() -> None:
+    hops = parse_assignment("auth.trusted_hops=gateway")
+    assert "auth.trusted_hops = 'gateway'" in refusal(overrides=[hops])
+    callers = parse_assignment("auth.callers_file=callers")
+    assert load_options(overrides=[hops, callers], require_model=False).auth.trusted_hops == "gateway"
+
+
 def test_a_boolean_is_no_number(tmp_path: Path) -> None:
     assert "server.port = True" in refusal(config_file=write(tmp_path, "[server]\nport = true\n"))
 

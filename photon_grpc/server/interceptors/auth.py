@@ -21,6 +21,7 @@ from photon_grpc.errors import ForbiddenError, PhotonError, UnauthenticatedError
 from photon_grpc.server.callers import Caller, Callers
 from photon_grpc.server.deserialize import Behavior
 from photon_grpc.server.status import to_status
+from photon_grpc.telemetry.pseudonyms import Pseudonyms
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 
@@ -35,8 +36,8 @@ ROLE_OF: Mapping[str, str] = {
     "grpc.reflection.v1alpha.ServerReflection": "inspect",
 }
 
-# The name of who makes the call that is being handled; empty where callers are not told apart.
-current_caller: ContextVar[str] = ContextVar("photon_current_caller", default="")
+# Who makes the call that is being handled; None where callers are not told apart.
+current_caller: ContextVar[Caller | None] = ContextVar("photon_current_caller", default=None)
 
 _SCHEME = "bearer "
 # How long a stream that is refused may take to send its first message.
@@ -53,8 +54,9 @@ def role_of(method: str) -> str | None:
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Inside the error interceptor, which turns what is raised here into a status."""
 
-    def __init__(self, callers: Callers) -> None:
+    def __init__(self, callers: Callers, pseudonyms: Pseudonyms) -> None:
         self._callers = callers
+        self._pseudonyms = pseudonyms
 
     async def intercept_service(
         self,
@@ -75,7 +77,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _guard(self, behavior: Behavior, method: str) -> Behavior:
         async def guarded(request: Any, context: Any) -> Any:
-            token = current_caller.set(self._admit(context, method).name)
+            token = current_caller.set(self._admit(context, method))
             try:
                 return await behavior(request, context)
             finally:
@@ -104,7 +106,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if caller is None:
             raise UnauthenticatedError
         if role_of(method) not in caller.roles:
-            _log.warning("call forbidden", method=method, caller=caller.name)
+            _log.warning("call forbidden", method=method, tenant=self._pseudonyms.of(caller.name))
             raise ForbiddenError
         return caller
 

@@ -47,6 +47,13 @@ def test_names_of_certificates_are_no_tokens_and_tokens_no_names(tmp_path: Path)
     assert callers.by_sans([]) is None
 
 
+def test_whose_names_stand_in_the_file(tmp_path: Path) -> None:
+    callers = load(tmp_path, f"alice infer token:{TOKEN}\npod inspect san:localhost\n")
+    assert callers.has("alice")
+    assert callers.has("pod")
+    assert not any(callers.has(name) for name in ("", "localhost", "infer", TOKEN, "Alice"))
+
+
 BAD = [
     ("alice infer\n", "line 1: expected"),
     ("alice infer token: x\n", "line 1: expected"),

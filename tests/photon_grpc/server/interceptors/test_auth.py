@@ -20,6 +20,7 @@ from photon_grpc.server.callers import Callers
 from photon_grpc.server.interceptors import auth
 from photon_grpc.server.interceptors.auth import AuthInterceptor, role_of
 from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.telemetry.pseudonyms import Pseudonyms
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.certificates import Authority
 from tests.support.fake_front_door import FakeFrontDoor
@@ -239,7 +240,9 @@ async def refuse_a_stream(folder: Path, first: bytes | None) -> list[str]:
         return grpc.stream_stream_rpc_method_handler(behavior, request_deserializer=parse)
 
     details: Any = SimpleNamespace(method=REFLECTION, invocation_metadata=())
-    handler = await AuthInterceptor(Callers(str(folder / "callers"))).intercept_service(find, details)
+    handler = await AuthInterceptor(Callers(str(folder / "callers")), Pseudonyms()).intercept_service(
+        find, details
+    )
     assert handler is not None
     assert handler.request_deserializer is None
     context = StreamContext()
