@@ -7,6 +7,7 @@ import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from photon_grpc.server.interceptors import auth
 from photon_grpc.server.interceptors.auth import AuthInterceptor, role_of
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.pseudonyms import Pseudonyms
-from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
+from photon_grpc.v1 import control_pb2, inference_pb2, inference_pb2_grpc, model_pb2
 from tests.support.certificates import Authority
 from tests.support.fake_front_door import FakeFrontDoor
 from tests.support.grpc_harness import quick_options, rich_error, running_server
@@ -49,6 +50,7 @@ NEEDED = {
     "/photon.v1.ControlService/Drain": "control",
 }
 
+Code = grpc.StatusCode
 BOTH_WAYS = {method for method in NEEDED if method.endswith("/ServerReflectionInfo")}
 
 
@@ -144,6 +146,67 @@ async def test_no_method_but_health_is_open(tmp_path: Path, monkeypatch: pytest.
             assert code is expected, method
         # A method of which this file does not know what it needs must be written down here.
         assert guarded.registered.keys() - health == NEEDED.keys()
+        # What is not registered is not open either, nor is a method of the other listener.
+        for method in (*NEEDED, "/photon.v1.InferenceService/NoSuch", "/no.such.Service/Method"):
+            for port in (guarded.ports.public, guarded.ports.admin):
+                assert port is not None
+                async with guarded.call(method, port=port) as call:
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call.read()
+                    assert caught.value.code() in (Code.UNAUTHENTICATED, Code.UNIMPLEMENTED), method
+
+
+def test_every_method_of_the_contract_is_written_down() -> None:
+    """The walk above is over what is registered; this one over what the files in `proto` promise."""
+    files = (inference_pb2, model_pb2, control_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    contract = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    assert contract == {method for method in NEEDED if method.startswith("/photon.v1.")}
+    assert {method: role_of(method) for method in NEEDED} == NEEDED
+
+
+async def test_the_probe_listener_has_health_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(
+        guarded_options(tmp_path, ONE_ROLE_EACH), server=replace(quick_options().server, probe_port=0)
+    )
+    options = replace(options, tls=replace(options.tls, client_ca_file="", require_client_cert=False))
+    server = Server(FakeFrontDoor(), options)
+    ports = await server.start()
+    server.set_serving()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.probe}") as channel:
+            assert (
+                await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=20).code() is Code.OK
+            )
+            for method in NEEDED:
+                for token in TOKENS.values():
+                    metadata = (("authorization", f"Bearer {token}"),)
+                    call = channel.unary_unary(method)(b"", metadata=metadata, timeout=20)
+                    assert await call.code() is Code.UNIMPLEMENTED
+    finally:
+        await server.stop()
+
+
+async def test_a_certificate_that_has_expired_identifies_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one of another authority with the same names: the handshake fails, no method is reached."""
+    callers = "pod infer,inspect,control san:localhost\n"
+    for shown in (
+        AUTHORITY.issue(for_client=True, ends=timedelta(minutes=-1)),
+        AUTHORITY.issue(for_client=True, begins=timedelta(hours=1)),
+        Authority("photon test authority").issue(for_client=True),
+    ):
+        async with guarded_server(tmp_path, monkeypatch, callers) as guarded:
+            info = "/photon.v1.ModelService/GetModelInfo"
+            assert await guarded.code(info) is Code.OK
+            credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, shown.key, shown.certificate)
+            target = f"127.0.0.1:{guarded.registered[info]}"
+            async with grpc.aio.secure_channel(target, credentials) as channel:
+                refused = channel.unary_unary(info)(b"", timeout=20)
+                assert await refused.code() is Code.UNAVAILABLE
 
 
 async def test_every_method_lets_its_role_in_and_no_other(
