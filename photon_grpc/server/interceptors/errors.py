@@ -19,6 +19,7 @@ import structlog
 from photon_grpc.server.deserialize import Behavior
 from photon_grpc.server.status import REQUEST_ID_KEY, RpcStatus, is_foreseen, reason_of, to_status
 from photon_grpc.telemetry.call_record import CallRecord, current_call
+from photon_grpc.telemetry.tracebacks import without_words
 
 # How long a handler waits for its client to take a status.
 _STATUS_S = 2.0
@@ -65,7 +66,8 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
             if record is not None:
                 record.reason = reason_of(error)
             if not is_foreseen(error):
-                _log.error("call failed", method=method, request_id=request_id, exc_info=error)
+                where = without_words(error)
+                _log.error("call failed", method=method, request_id=request_id, traceback=where)
             await _end(context, to_status(error, request_id), record)
 
     return guarded
