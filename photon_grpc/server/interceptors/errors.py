@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -49,6 +49,17 @@ def _initial_id(context: Any) -> str:
     return uuid.uuid4().hex
 
 
+async def _end(context: Any, error: Exception, method: str) -> None:
+    """End the call with the status of `error`."""
+    request_id = request_id_of(context)
+    record = current_call.get()
+    if record is not None:
+        record.reason = reason_of(error)
+    if not is_foreseen(error):
+        _log.error("call failed", method=method, request_id=request_id, exc_info=error)
+    await context.abort_with_status(to_status(error, request_id))
+
+
 def _guard(behavior: Behavior, method: str) -> Behavior:
     async def guarded(request: Any, context: Any) -> Any:
         set_request_id(context, _initial_id(context))
@@ -57,19 +68,27 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
         except grpc.aio.AbortError:
             raise  # a status that is already sent
         except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
-            request_id = request_id_of(context)
-            record = current_call.get()
-            if record is not None:
-                record.reason = reason_of(error)
-            if not is_foreseen(error):
-                _log.error("call failed", method=method, request_id=request_id, exc_info=error)
-            await context.abort_with_status(to_status(error, request_id))
+            await _end(context, error, method)
+
+    return guarded
+
+
+def _guard_both_ways(behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+    async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+        set_request_id(context, _initial_id(context))
+        try:
+            async for response in behavior(requests, context):
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001  # as above
+            await _end(context, error, method)
 
     return guarded
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Wraps every handler that answers one request; bidirectional ones keep their own protocol."""
+    """Wraps every handler; of those that take a stream of requests there are only bidirectional ones."""
 
     async def intercept_service(
         self,
@@ -77,9 +96,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
         method = handler_call_details.method
+        if handler.request_streaming:
+            return handler._replace(stream_stream=_guard_both_ways(handler.stream_stream, method))
         if handler.response_streaming:
             return handler._replace(unary_stream=_guard(handler.unary_stream, method))
         return handler._replace(unary_unary=_guard(handler.unary_unary, method))
