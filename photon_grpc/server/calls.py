@@ -14,11 +14,15 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+import grpc
+
 from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
 # How much later than the call behind it a cancellation may reach us.
 _CANCELLATION_S = 0.1
+# How much later than a write that the transport gave back.
+_CLOSE_S = 2.0
 # A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
 _SWEEPS_PER_TIMEOUT = 4
 
@@ -33,7 +37,9 @@ class Call:
         "_calls",
         "_deadline_timer",
         "_error",
+        "_has_sent_headers",
         "_left",
+        "_sends_headers",
         "_task",
         "_write_started",
         "deadline",
@@ -46,6 +52,8 @@ class Call:
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
+        self._has_sent_headers = False
+        self._sends_headers = False
         self._write_started: float | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         # Made by whoever waits for the call's end.
@@ -83,13 +91,35 @@ class Call:
         """End the call with `error`; the first reason given stands."""
         if self._error is None:
             self._error = error
-            self._task.cancel()
+            if not self._sends_headers:
+                self._task.cancel()
 
     async def write(self, context: Any, message: Any) -> None:
-        """Write one response, watched for a client that does not read."""
+        """Write one response, watched for a client that does not read.
+
+        The headers go ahead on their own, at the moment of the first response: with them in its batch, a
+        status that follows while that is pending would send them again, which grpc refuses, and the client
+        would wait for a status for ever.
+        """
         self._write_started = time.monotonic()
-        await context.write(message)
+        try:
+            if not self._has_sent_headers:
+                await self._send_headers(context)
+            await context.write(message)
+        except grpc.aio.InternalError:
+            # The client has left with the response pending; grpc cancels this task in a moment.
+            await asyncio.sleep(_CLOSE_S)
+            raise
         self._write_started = None
+
+    async def _send_headers(self, context: Any) -> None:
+        """Not to be interrupted: grpc would count headers that are on their way as unsent."""
+        self._sends_headers = True
+        await context.send_initial_metadata(())
+        self._sends_headers, self._has_sent_headers = False, True
+        if self._error is not None:
+            self._task.cancel()
+            await asyncio.sleep(0)
 
     def stalled_since(self, moment: float) -> bool:
         """Whether one write has been pending since before `moment`."""

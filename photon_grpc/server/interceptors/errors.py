@@ -7,6 +7,7 @@ body. Knows no message type. Event loop only.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,9 +17,11 @@ import grpc
 import structlog
 
 from photon_grpc.server.deserialize import Behavior
-from photon_grpc.server.status import REQUEST_ID_KEY, is_foreseen, reason_of, to_status
-from photon_grpc.telemetry.call_record import current_call
+from photon_grpc.server.status import REQUEST_ID_KEY, RpcStatus, is_foreseen, reason_of, to_status
+from photon_grpc.telemetry.call_record import CallRecord, current_call
 
+# How long a handler waits for its client to take a status.
+_STATUS_S = 2.0
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = structlog.get_logger(__name__)
 
@@ -57,7 +60,7 @@ async def _end(context: Any, error: Exception, method: str) -> None:
         record.reason = reason_of(error)
     if not is_foreseen(error):
         _log.error("call failed", method=method, request_id=request_id, exc_info=error)
-    await context.abort_with_status(to_status(error, request_id))
+    await _send_status(context, to_status(error, request_id), record)
 
 
 def _guard(behavior: Behavior, method: str) -> Behavior:
@@ -85,6 +88,21 @@ def _guard_both_ways(behavior: Callable[[Any, Any], AsyncIterator[Any]], method:
             await _end(context, error, method)
 
     return guarded
+
+
+async def _send_status(context: Any, status: RpcStatus, record: CallRecord | None) -> None:
+    """Send `status` and raise grpc's AbortError; CancelledError where the client does not take it.
+
+    The status waits behind a response that a client does not read, and grpc goes on holding it until the
+    client reads or leaves. The call is over here long before.
+    """
+    if record is not None:
+        record.code = str(status.code.name)
+    try:
+        async with asyncio.timeout(_STATUS_S):
+            await context.abort_with_status(status)
+    except (TimeoutError, grpc.aio.InternalError):
+        raise asyncio.CancelledError from None
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
