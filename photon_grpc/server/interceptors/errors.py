@@ -66,7 +66,10 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
                 record.reason = reason_of(error)
             if not is_foreseen(error):
                 _log.error("call failed", method=method, request_id=request_id, exc_info=error)
-            await _end(context, to_status(error, request_id), record)
+            status = to_status(error, request_id)
+        # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
+        # context it would keep all that the call had.
+        await _end(context, status, record)
 
     return guarded
 
