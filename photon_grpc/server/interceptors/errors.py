@@ -11,14 +11,14 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import structlog
 
 from photon_grpc.server.deserialize import Behavior
 from photon_grpc.server.status import REQUEST_ID_KEY, RpcStatus, is_foreseen, reason_of, to_status
-from photon_grpc.telemetry.call_record import CallRecord, current_call
+from photon_grpc.telemetry.call_record import current_call
 
 # How long a handler waits for its client to take a status.
 _STATUS_S = 2.0
@@ -52,17 +52,6 @@ def _initial_id(context: Any) -> str:
     return uuid.uuid4().hex
 
 
-async def _end(context: Any, error: Exception, method: str) -> None:
-    """End the call with the status of `error`."""
-    request_id = request_id_of(context)
-    record = current_call.get()
-    if record is not None:
-        record.reason = reason_of(error)
-    if not is_foreseen(error):
-        _log.error("call failed", method=method, request_id=request_id, exc_info=error)
-    await _send_status(context, to_status(error, request_id), record)
-
-
 def _guard(behavior: Behavior, method: str) -> Behavior:
     async def guarded(request: Any, context: Any) -> Any:
         set_request_id(context, _initial_id(context))
@@ -71,7 +60,10 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
         except grpc.aio.AbortError:
             raise  # a status that is already sent
         except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
-            await _end(context, error, method)
+            status = _status_of(error, context, method)
+        # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
+        # context it would keep all that the call had.
+        await _end(context, status)
 
     return guarded
 
@@ -82,20 +74,34 @@ def _guard_both_ways(behavior: Callable[[Any, Any], AsyncIterator[Any]], method:
         try:
             async for response in behavior(requests, context):
                 yield response
+            return
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  # as above
-            await _end(context, error, method)
+            status = _status_of(error, context, method)
+        await _end(context, status)
 
     return guarded
 
 
-async def _send_status(context: Any, status: RpcStatus, record: CallRecord | None) -> None:
+def _status_of(error: Exception, context: Any, method: str) -> RpcStatus:
+    """What the client is told of `error`; the log and the call's record hear of it here."""
+    request_id = request_id_of(context)
+    record = current_call.get()
+    if record is not None:
+        record.reason = reason_of(error)
+    if not is_foreseen(error):
+        _log.error("call failed", method=method, request_id=request_id, exc_info=error)
+    return to_status(error, request_id)
+
+
+async def _end(context: Any, status: RpcStatus) -> NoReturn:
     """Send `status` and raise grpc's AbortError; CancelledError where the client does not take it.
 
     The status waits behind a response that a client does not read, and grpc goes on holding it until the
     client reads or leaves. The call is over here long before.
     """
+    record = current_call.get()
     if record is not None:
         record.code = str(status.code.name)
     try:
@@ -103,6 +109,7 @@ async def _send_status(context: Any, status: RpcStatus, record: CallRecord | Non
             await context.abort_with_status(status)
     except (TimeoutError, grpc.aio.InternalError):
         raise asyncio.CancelledError from None
+    raise AssertionError("grpc's abort came back")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
