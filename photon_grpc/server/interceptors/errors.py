@@ -63,7 +63,7 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
             status = _status_of(error, context, method)
         # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
         # context it would keep all that the call had.
-        await _end(context, status)
+        return await _end(context, status)
 
     return guarded
 
