@@ -196,6 +196,13 @@ class QuotaExceededError(CapacityError):
         self.limit = limit
 
 
+class OutOfMemoryError(CapacityError):
+    """There is no memory for this request now; what is smaller, or comes later, may fit."""
+
+    def __init__(self, retry_after_s: float = 1.0) -> None:
+        super().__init__("the server has no memory for the request", retry_after_s)
+
+
 class LifecycleError(PhotonError):
     """The server is not in a state to take requests; another replica may be."""
 

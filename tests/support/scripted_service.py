@@ -20,7 +20,7 @@ from tests.support.builders import model_info
 from tests.support.grpc_harness import Harness, quick_options, running_server
 from tools.make_tiny_model import write_tokenizer
 
-_VOCAB_SIZE = 512
+VOCAB_SIZE = 512
 
 
 @asynccontextmanager
@@ -29,13 +29,14 @@ async def scripted_service(
     options: Options | None = None,
     *,
     step_s: float = 0.0,
+    max_model_len: int = 4096,
     call_observers: Sequence[CallObserver] = (),
 ) -> AsyncIterator[Harness]:
-    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer."""
+    """Serving, each step asleep for `step_s`. `folder` takes the tokenizer."""
     options = options or quick_options()
-    model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
+    model = model_info(vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
     metrics = Metrics(photon_grpc.__version__)
-    write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
+    write_tokenizer(folder, VOCAB_SIZE, add_bos=False)
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(

@@ -8,7 +8,6 @@ Event loop only.
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -17,10 +16,9 @@ from typing import Any
 import grpc
 import structlog
 
-from photon_grpc.errors import ForbiddenError, PhotonError, UnauthenticatedError
+from photon_grpc.errors import AccessError, ForbiddenError, UnauthenticatedError
 from photon_grpc.server.callers import Caller, Callers
 from photon_grpc.server.deserialize import Behavior
-from photon_grpc.server.status import to_status
 from photon_grpc.telemetry.pseudonyms import Pseudonyms
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -72,7 +70,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if handler.unary_stream:
             return handler._replace(unary_stream=self._guard(handler.unary_stream, method))
         if handler.stream_stream:
-            return self._guard_both_ways(handler, method)
+            return handler._replace(stream_stream=self._guard_both_ways(handler.stream_stream, method))
         return None  # a kind of method that no service has: unimplemented rather than open
 
     def _guard(self, behavior: Behavior, method: str) -> Behavior:
@@ -85,20 +83,17 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return guarded
 
-    def _guard_both_ways(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
-        """The error interceptor leaves these alone, so a refusal gets its status here."""
-        behavior, deserialize = handler.stream_stream, handler.request_deserializer
-
+    def _guard_both_ways(self, behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
         async def guarded(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             try:
                 self._admit(context, method)
-            except PhotonError as error:
+            except AccessError:
                 await _skip_one(messages)
-                await context.abort_with_status(to_status(error, uuid.uuid4().hex))
-            async for response in behavior((deserialize(message) async for message in messages), context):
+                raise
+            async for response in behavior(messages, context):
                 yield response
 
-        return handler._replace(request_deserializer=None, stream_stream=guarded)
+        return guarded
 
     def _admit(self, context: Any, method: str) -> Caller:
         """Who calls. Raises UnauthenticatedError or ForbiddenError."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
 
 import grpc
 import structlog
 
 from photon_grpc.server.deserialize import Behavior
 from photon_grpc.server.status import REQUEST_ID_KEY, RpcStatus, is_foreseen, reason_of, to_status
-from photon_grpc.telemetry.call_record import CallRecord, current_call
+from photon_grpc.telemetry.call_record import current_call
 from photon_grpc.telemetry.tracebacks import without_words
 
 # How long a handler waits for its client to take a status.
@@ -61,24 +61,49 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
         except grpc.aio.AbortError:
             raise  # a status that is already sent
         except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
-            request_id = request_id_of(context)
-            record = current_call.get()
-            if record is not None:
-                record.reason = reason_of(error)
-            if not is_foreseen(error):
-                where = without_words(error)
-                _log.error("call failed", method=method, request_id=request_id, traceback=where)
-            await _end(context, to_status(error, request_id), record)
+            status = _status_of(error, context, method)
+        # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
+        # context it would keep all that the call had.
+        return await _end(context, status)
 
     return guarded
 
 
-async def _end(context: Any, status: RpcStatus, record: CallRecord | None) -> None:
+def _guard_both_ways(behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+    async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+        set_request_id(context, _initial_id(context))
+        try:
+            async for response in behavior(requests, context):
+                yield response
+            return
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001  # as above
+            status = _status_of(error, context, method)
+        await _end(context, status)
+
+    return guarded
+
+
+def _status_of(error: Exception, context: Any, method: str) -> RpcStatus:
+    """What the client is told of `error`; the log and the call's record hear of it here."""
+    request_id = request_id_of(context)
+    record = current_call.get()
+    if record is not None:
+        record.reason = reason_of(error)
+    if not is_foreseen(error):
+        where = without_words(error)
+        _log.error("call failed", method=method, request_id=request_id, traceback=where)
+    return to_status(error, request_id)
+
+
+async def _end(context: Any, status: RpcStatus) -> NoReturn:
     """Send `status` and raise grpc's AbortError; CancelledError where the client does not take it.
 
     The status waits behind a response that a client does not read, and grpc goes on holding it until the
     client reads or leaves. The call is over here long before.
     """
+    record = current_call.get()
     if record is not None:
         record.code = str(status.code.name)
     try:
@@ -86,10 +111,11 @@ async def _end(context: Any, status: RpcStatus, record: CallRecord | None) -> No
             await context.abort_with_status(status)
     except (TimeoutError, grpc.aio.InternalError):
         raise asyncio.CancelledError from None
+    raise AssertionError("grpc's abort came back")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Wraps every handler that answers one request; bidirectional ones keep their own protocol."""
+    """Wraps every handler; of those that take a stream of requests there are only bidirectional ones."""
 
     async def intercept_service(
         self,
@@ -97,9 +123,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
         method = handler_call_details.method
+        if handler.request_streaming:
+            return handler._replace(stream_stream=_guard_both_ways(handler.stream_stream, method))
         if handler.response_streaming:
             return handler._replace(unary_stream=_guard(handler.unary_stream, method))
         return handler._replace(unary_unary=_guard(handler.unary_unary, method))

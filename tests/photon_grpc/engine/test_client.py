@@ -516,7 +516,7 @@ def test_no_failure_is_without_an_error() -> None:
 # --- the end of the engine ------------------------------------------------------------------------
 
 
-async def test_when_a_step_breaks_every_stream_gets_a_status() -> None:
+async def test_fault_02_when_a_step_breaks_every_stream_gets_a_status() -> None:
     async with engine(crash_at_step=3) as (running, watch):
         streams = [running.submit(f"r{i}", engine_request(PROMPT, 50, n=2)) for i in range(12)]
         results = await asyncio.gather(*(read_all(s, 2) for s in streams), return_exceptions=True)

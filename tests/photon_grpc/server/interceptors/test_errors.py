@@ -75,6 +75,25 @@ async def test_an_error_is_awaited_into_an_abort() -> None:
     assert context.aborted.code is grpc.StatusCode.INTERNAL
 
 
+async def test_an_error_of_a_bidirectional_method_is_an_abort_too() -> None:
+    async def behavior(requests: Any, context: Any) -> Any:
+        yield b"first"
+        raise ValueError
+
+    async def continuation(_: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(behavior)
+
+    handler = await ErrorInterceptor().intercept_service(continuation, Details())
+    assert handler is not None
+    context = Context()
+    responses = handler.stream_stream(None, context)
+    assert await anext(responses) == b"first"
+    with pytest.raises(grpc.aio.AbortError):
+        await anext(responses)
+    assert context.aborted is not None
+    assert context.aborted.code is grpc.StatusCode.INTERNAL
+
+
 async def fail(request: Any, context: Any) -> None:
     raise SlowConsumerError
 
@@ -109,17 +128,11 @@ async def test_a_status_that_is_not_taken_is_recorded_and_given_up(
     assert (record.code, record.reason) == ("ABORTED", "CLIENT_STALLED")
 
 
-async def test_unknown_methods_and_bidirectional_ones_are_left_alone() -> None:
+async def test_unknown_methods_are_left_alone() -> None:
     async def none(_: Any) -> None:
         return None
 
     assert await ErrorInterceptor().intercept_service(none, Details()) is None
-    handler = grpc.stream_stream_rpc_method_handler(lambda *_: None)
-
-    async def bidirectional(_: Any) -> Any:
-        return handler
-
-    assert await ErrorInterceptor().intercept_service(bidirectional, Details()) is handler
 
 
 @pytest.mark.parametrize(
