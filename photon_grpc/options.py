@@ -127,8 +127,12 @@ class LimitOptions:
     max_priority: int = _opt(9, "highest priority")
     max_chunk_tokens: int = _opt(256, "chunk_policy.max_tokens")
     max_chunk_delay_s: float = _opt(1.0, "chunk_policy.max_delay")
-    max_queued_requests: int = _opt(1024, "completions waiting for a place in the batch")
-    max_queued_tokens: int = _opt(1 << 20, "prompt tokens of requests whose first token has not come")
+    max_queued_requests: int = _opt(
+        1024, "completions waiting for a place in the batch; twice as many of several tenants"
+    )
+    max_queued_tokens: int = _opt(
+        1 << 20, "prompt tokens of requests whose first token has not come; twice as many of several tenants"
+    )
     default_deadline_s: float = _opt(300.0, "deadline of a call that brings none")
     max_deadline_s: float = _opt(900.0, "longest that any call may run")
     slow_consumer_timeout_s: float = _opt(30.0, "a single write pending for longer ends the call")

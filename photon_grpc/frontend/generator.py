@@ -111,7 +111,10 @@ class Generator:
 
     def load(self) -> EngineLoad:
         """The latest snapshot, and what it comes to."""
-        return self._engine.load(self._clock())
+        load = self._engine.load(self._clock())
+        if self._text is None:
+            return load
+        return replace(load, estimated_queue_wait_s=self._admission.queue_wait())
 
     async def flush_cache(self, *, wait_idle: bool) -> int:
         """Forget every cached prefix, with `wait_idle` once no request lives; the number of blocks that
@@ -141,7 +144,7 @@ class Generator:
         text = self._require_taking()
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
-            self._admission.check()
+            self._admission.check(tenant)
             checked = await self._prepare(text, request, deadline, tenant)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
@@ -156,7 +159,13 @@ class Generator:
         return opened
 
     def _enter(self, request: EngineRequest) -> Ticket:
-        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n, request.deadlines)
+        return self._admission.enter(
+            len(request.prompt_token_ids),
+            request.sampling.n,
+            request.deadlines,
+            tenant=request.tenant,
+            weight=request.weight,
+        )
 
     async def generate(
         self,
