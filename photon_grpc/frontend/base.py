@@ -59,8 +59,12 @@ class FrontDoor(Protocol):
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
-        """Run `request` to its end; with `validate_only` check and count tokens, and stop there."""
+        """Run `request` to its end; with `validate_only` check and count tokens, and stop there.
+
+        `field_root` stands before the paths of fields in errors; None is the transport's usual one.
+        """
 
     async def tokenize(
         self,

@@ -135,13 +135,18 @@ class Generator:
         return await self._submit(request, deadline, tenant, request.chunk_policy)
 
     async def _submit(
-        self, request: GenerationRequest, deadline: float | None, tenant: str, policy: ChunkPolicy
+        self,
+        request: GenerationRequest,
+        deadline: float | None,
+        tenant: str,
+        policy: ChunkPolicy,
+        field_root: str | None = None,
     ) -> TextStream:
         text = self._require_taking()
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
             self._admission.check()
-            checked = await self._prepare(text, request, deadline)
+            checked = await self._prepare(text, request, deadline, field_root)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
             request_id = request.request_id or uuid.uuid4().hex
@@ -164,17 +169,20 @@ class Generator:
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
         if validate_only:
-            return await self._validate(request, deadline)
+            return await self._validate(request, deadline, field_root)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
-        with await self._submit(request, deadline, tenant, policy) as stream:
+        with await self._submit(request, deadline, tenant, policy, field_root) as stream:
             return await _collect(stream)
 
-    async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
-        checked = await self._prepare(self._require_taking(), request, deadline)
+    async def _validate(
+        self, request: GenerationRequest, deadline: float | None, field_root: str | None
+    ) -> GenerationResult:
+        checked = await self._prepare(self._require_taking(), request, deadline, field_root)
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -186,22 +194,21 @@ class Generator:
         )
 
     async def _prepare(
-        self, text: TextModel, request: GenerationRequest, deadline: float | None
+        self, text: TextModel, request: GenerationRequest, deadline: float | None, field_root: str | None
     ) -> CheckedRequest:
         arrival = self._clock()
-        text.validator.check(request, root=self._field_root)
+        root = self._field_root if field_root is None else field_root
+        text.validator.check(request, root=root)
         self._engine.check_duplicate(request.request_id)
         match request.prompt:
             case str() as prompt:
                 ids = await self._encode(text, prompt, request.add_special_tokens)
             case ChatInput() as chat:
-                ids = await self._in_text_pool(lambda: text.chat.encode(chat, field_root=self._field_root))
+                ids = await self._in_text_pool(lambda: text.chat.encode(chat, field_root=root))
             case token_ids:
                 assert token_ids is not None, "the validator refuses a missing prompt"
                 ids = token_ids
-        return text.validator.resolve(
-            request, ids, arrival_time=arrival, deadline=deadline, root=self._field_root
-        )
+        return text.validator.resolve(request, ids, arrival_time=arrival, deadline=deadline, root=root)
 
     # --- text only ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
+from photon_grpc.errors import DuplicateRequestError, MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
 # How much later than the call behind it a cancellation may reach us.
@@ -37,12 +37,15 @@ class Call:
         "_task",
         "_write_started",
         "deadline",
+        "is_batch",
         "request_id",
     )
 
     def __init__(self, calls: Calls, deadline: float, task: asyncio.Task[Any]) -> None:
         self.deadline = deadline
         self.request_id: str | None = None
+        # Its requests are the engine's under ids of their own.
+        self.is_batch = False
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
@@ -56,7 +59,7 @@ class Call:
 
         A client that repeats a call need not know how far the server is with the end of the first one, nor in
         which order grpc hands on a cancellation and the call sent behind it. A call of that id that goes on
-        is a duplicate, which the front door refuses.
+        is a duplicate: raises DuplicateRequestError.
         """
         earlier = self._calls.find(request_id)
         if earlier is not None and not earlier.is_ending:
@@ -64,9 +67,10 @@ class Call:
                 await asyncio.wait_for(earlier.wait_left(), _CANCELLATION_S)
         while (earlier := self._calls.find(request_id)) is not None and earlier.is_ending:
             await earlier.wait_left()
-        if earlier is None:
-            self.request_id = request_id
-            self._calls.name(self)
+        if earlier is not None:
+            raise DuplicateRequestError(request_id)
+        self.request_id = request_id
+        self._calls.name(self)
 
     @property
     def is_ending(self) -> bool:
@@ -163,6 +167,13 @@ class Calls:
         """End every live call with an error of its own."""
         for call in tuple(self._live):
             call.end(make_error())
+
+    def end_batches(self, error_class: Callable[[], PhotonError], request_id: str | None = None) -> int:
+        """End every live batch, or only the one of that id; the number ended."""
+        batches = [c for c in self._live if c.is_batch and request_id in (None, c.request_id)]
+        for call in batches:
+            call.end(error_class())
+        return len(batches)
 
     async def wait_idle(self) -> None:
         """Return once no call is live."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from photon_grpc.errors import InvalidRequestError, UnsupportedFeatureError
+from photon_grpc.errors import InvalidRequestError, OperatorAbortError, UnsupportedFeatureError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
@@ -43,8 +43,12 @@ class ControlServicer:
         if target == "request_id":
             if not message.request_id:
                 raise InvalidRequestError.of("request_id", "must not be empty")
-            aborted = self._front_door.abort(message.request_id)
+            # The engine knows the items of a batch, and not the batch.
+            aborted = self._calls.end_batches(OperatorAbortError, message.request_id)
+            aborted = aborted or self._front_door.abort(message.request_id)
         elif target == "all":
+            # Batches first, or their next items would take the places of those that are ended.
+            self._calls.end_batches(OperatorAbortError)
             aborted = self._front_door.abort_all()
         else:
             raise InvalidRequestError.of("target", "one of request_id and all is required")

@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.rpc import status_pb2 as _status_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -51,6 +52,14 @@ class StreamGenerateRequest(_message.Message):
     chunk_policy: ChunkPolicy
     resumable: bool
     def __init__(self, request_id: _Optional[str] = ..., spec: _Optional[_Union[GenerationSpec, _Mapping]] = ..., chunk_policy: _Optional[_Union[ChunkPolicy, _Mapping]] = ..., resumable: _Optional[bool] = ...) -> None: ...
+
+class BatchGenerateRequest(_message.Message):
+    __slots__ = ("request_id", "specs")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SPECS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    specs: _containers.RepeatedCompositeFieldContainer[GenerationSpec]
+    def __init__(self, request_id: _Optional[str] = ..., specs: _Optional[_Iterable[_Union[GenerationSpec, _Mapping]]] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
     __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "constraint", "output", "scheduling", "cache", "adapter", "add_special_tokens", "truncate_input_tokens", "experimental")
@@ -266,6 +275,16 @@ class Completion(_message.Message):
     logprobs: Logprobs
     finish: Finish
     def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+
+class BatchGenerateResponse(_message.Message):
+    __slots__ = ("item", "response", "error")
+    ITEM_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    item: int
+    response: GenerateResponse
+    error: _status_pb2.Status
+    def __init__(self, item: _Optional[int] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class StreamGenerateResponse(_message.Message):
     __slots__ = ("request_id", "seq", "started", "delta", "finished", "summary")

@@ -188,6 +188,7 @@ class FakeFrontDoor:
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
         self._record(request, deadline, tenant)
         self.calls.append(("generate", validate_only))

@@ -14,6 +14,7 @@ from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import Options
 from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.scheduler.output import RowFault
 from photon_grpc.server.interceptors.call_record import CallObserver
 from photon_grpc.telemetry.metrics import Metrics
 from tests.support.builders import model_info
@@ -29,9 +30,13 @@ async def scripted_service(
     options: Options | None = None,
     *,
     step_s: float = 0.0,
+    faults: dict[tuple[int, int], RowFault] | None = None,
     call_observers: Sequence[CallObserver] = (),
 ) -> AsyncIterator[Harness]:
-    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer."""
+    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer.
+
+    `faults` are those of the runner: by prompt length and output position.
+    """
     options = options or quick_options()
     model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
     metrics = Metrics(photon_grpc.__version__)
@@ -39,7 +44,7 @@ async def scripted_service(
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False),
+            lambda progress: ScriptedRunner(model, step_s=step_s, faults=faults, check_cache=False),
             options.scheduler,
             options.cache,
             options.limits,

@@ -103,7 +103,7 @@ async def test_server_info() -> None:
         ids.add(first.instance_id)
     assert len(ids) == 2
     assert first.version == __version__
-    assert (first.schema_revision, first.minimum_client_revision) == (2, 1)
+    assert (first.schema_revision, first.minimum_client_revision) == (3, 1)
     assert (first.kv_block_tokens, first.total_kv_blocks) == (16, 100)
     assert options.scheduler.max_num_seqs == 0
     assert first.max_running_requests == FakeFrontDoor().model_info.max_num_seqs
