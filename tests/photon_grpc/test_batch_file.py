@@ -18,7 +18,8 @@ def test_a_line_states_what_it_likes_and_the_default_has_the_rest() -> None:
         '{"text": "a"}',
         "",
         '{"id": "n-1", "messages": [{"role": "user", "content": "ü"}], "max_tokens": 3,'
-        ' "seed": 18446744073709551615, "temperature": 0, "top_p": 0.5, "top_k": 2, "stop": ["y", "z"], "ignore_eos": true}\r',
+        ' "seed": 18446744073709551615, "temperature": 0, "top_p": 0.5, "top_k": 2,'
+        ' "stop": ["y", "z"], "ignore_eos": true}\r',
     ]
     first, second = read_entries(lines, DEFAULT)
     assert first == Entry(0, None, Request(text="a", max_tokens=64, stop=("x",)), len(lines[0]))
