@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ async def scripted_service(
     *,
     step_s: float = 0.0,
     faults: dict[tuple[int, int], RowFault] | None = None,
+    has_chat_template: bool = True,
     call_observers: Sequence[CallObserver] = (),
 ) -> AsyncIterator[Harness]:
     """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer.
@@ -41,6 +43,11 @@ async def scripted_service(
     model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
     metrics = Metrics(photon_grpc.__version__)
     write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
+    if not has_chat_template:
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        del settings["chat_template"]
+        file.write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
