@@ -21,11 +21,18 @@ from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
 from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineRequest, EngineStats, SequenceOutput, SequenceTimings
 from photon_grpc.engine.validation import CheckedRequest, Validator
-from photon_grpc.errors import EngineStartingError
+from photon_grpc.errors import (
+    CapacityError,
+    DurationError,
+    EngineStartingError,
+    LifecycleError,
+    PhotonError,
+)
 from photon_grpc.frontend.admission import Admission, Ticket
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.detokenizer import Detokenizer
 from photon_grpc.frontend.events import (
+    AdmissionOutlook,
     Completion,
     Delta,
     Event,
@@ -173,14 +180,14 @@ class Generator:
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
         if validate_only:
-            return await self._validate(request, deadline, field_root)
+            return await self._validate(request, deadline, tenant, field_root)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
         with await self._submit(request, deadline, tenant, policy, field_root) as stream:
             return await _collect(stream)
 
     async def _validate(
-        self, request: GenerationRequest, deadline: float | None, field_root: str | None
+        self, request: GenerationRequest, deadline: float | None, tenant: str, field_root: str | None
     ) -> GenerationResult:
         checked = await self._prepare(self._require_taking(), request, deadline, field_root)
         num_tokens = len(checked.engine_request.prompt_token_ids)
@@ -191,7 +198,21 @@ class Generator:
             usage=Usage(prompt_tokens=num_tokens, cached_prompt_tokens=0, output_tokens=0),
             timings=Timings(queue=0, prefill=0, first_token=0, decode=0, total=0, preemptions=0),
             effective=checked.effective,
+            admission=self._try_admission(checked.engine_request, tenant),
         )
+
+    def _try_admission(self, request: EngineRequest, tenant: str) -> AdmissionOutlook:
+        """What `_submit` would say to a checked request; takes nothing, and no step is made."""
+        refusal: PhotonError | None = None
+        try:
+            self._tenants.check(tenant, _most_tokens(request))
+            self._admission.check()
+            # Nobody sees the place that is taken: it is given back before anything else runs.
+            self._enter(request).close()
+            self._engine.check_admission()
+        except (CapacityError, DurationError, LifecycleError) as error:
+            refusal = error
+        return AdmissionOutlook(self._admission.estimated_wait(), refusal)
 
     async def _prepare(
         self, text: TextModel, request: GenerationRequest, deadline: float | None, field_root: str | None

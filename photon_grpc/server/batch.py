@@ -21,7 +21,7 @@ from photon_grpc.frontend.events import GenerationResult
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
 from photon_grpc.server.interceptors.errors import is_usable_id
-from photon_grpc.server.status import code_of, is_foreseen, reason_of, to_item_status
+from photon_grpc.server.status import code_of, is_foreseen, reason_of, to_message
 from photon_grpc.telemetry.call_record import CallRecord, current_call
 from photon_grpc.types import Finish, GenerationRequest, Timings, Usage
 from photon_grpc.v1 import inference_pb2
@@ -48,7 +48,7 @@ class EndedItem:
                 item=self.index, response=convert.encode_result(self.outcome)
             )
         return inference_pb2.BatchGenerateResponse(
-            item=self.index, error=to_item_status(self.outcome, self.request_id)
+            item=self.index, error=to_message(self.outcome, self.request_id)
         )
 
 

@@ -19,6 +19,7 @@ from photon_grpc.engine.load import EngineLoad
 from photon_grpc.errors import FieldViolation, InvalidRequestError, UnsupportedFeatureError
 from photon_grpc.frontend import events
 from photon_grpc.options import LimitOptions
+from photon_grpc.server.status import to_message
 from photon_grpc.types import (
     CacheOptions,
     ChatInput,
@@ -377,6 +378,13 @@ def encode_result(result: events.GenerationResult) -> inference_pb2.GenerateResp
         )
         if completion.logprobs:
             _fill_logprobs(message.logprobs, completion.logprobs)
+    admission = result.admission
+    if admission is not None:
+        response.admission.SetInParent()
+        if admission.estimated_wait_s is not None:
+            response.admission.estimated_wait.CopyFrom(encode_duration(admission.estimated_wait_s))
+        if admission.refusal is not None:
+            response.admission.refusal.CopyFrom(to_message(admission.refusal, result.request_id))
     return response
 
 

@@ -222,8 +222,8 @@ def to_status(error: BaseException, request_id: str) -> RpcStatus:
     return RpcStatus(code, status.message, tuple(trailers))
 
 
-def to_item_status(error: BaseException, request_id: str) -> status_pb2.Status:
-    """The same status as a message, for an item of a batch; `request_id` is the item's."""
+def to_message(error: BaseException, request_id: str) -> status_pb2.Status:
+    """The same status for the inside of a response; `request_id` is that of the request it is about."""
     return _tell(error, request_id)[1]
 
 

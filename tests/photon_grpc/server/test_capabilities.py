@@ -384,7 +384,11 @@ def at_most(path: str, make: Any = lambda number: number) -> Any:
 
 def if_said(path: str, *values: Any) -> Any:
     def probes(said: bool) -> list[Probe]:
-        refusal = None if said else unsupported(SPEC + path.partition(".")[0])
+        first, _, _ = path.partition(".")
+        is_input = first in {
+            field.name for field in pb.GenerationSpec.DESCRIPTOR.oneofs_by_name["input"].fields
+        }
+        refusal = None if said else unsupported(SPEC + (first if is_input else path))
         return [(spec_with(path, value), refusal) for value in values]
 
     return probes
