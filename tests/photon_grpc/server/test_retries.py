@@ -1,4 +1,4 @@
-"""A call that is made again under its id: beside its first attempt, after it, and by the client's own policy."""
+"""A call that is made again under its id: beside its first attempt, after it, and by a client's policy."""
 
 from __future__ import annotations
 
