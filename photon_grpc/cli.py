@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from photon_grpc import __version__
+from photon_grpc.batch_file import chunks, read_entries, render
 from photon_grpc.bench import LoadReport, percentile, run_load
 from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tls, Tokens
 from photon_grpc.config import (
@@ -48,6 +49,8 @@ __all__ = ["app", "main"]
 
 DEFAULT_MAX_TOKENS = 256
 INTERRUPTED = 130
+# Half of what a server takes as one message.
+_MAX_BATCH_BYTES = 512 << 10
 
 app = typer.Typer(
     name="photon-grpc",
@@ -465,6 +468,67 @@ def chat(
             elif not quiet:
                 _print_ending(ending)
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Generate")
+def batch(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Requests, one JSON object a line; - is standard input.")
+    ] = "-",
+    address: Annotated[
+        str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to call.")
+    ] = "127.0.0.1:50051",
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
+    size: Annotated[int, typer.Option("--size", min=1, help="Requests of one call, at most.")] = 64,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", min=0.001, help="Seconds a call may take; else the server's.", show_default=False
+        ),
+    ] = None,
+    max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    seed: SeedFlag = None,
+    stop: StopFlag = None,
+    ignore_eos: IgnoreEosFlag = False,
+) -> None:
+    """Run many requests through a server; prints one JSON object a line for each, as they end.
+
+    A line of FILE has `text` or `messages`, and may have `id`, which its answer repeats, max_tokens,
+    temperature, top_p, top_k, seed, stop and ignore_eos; the flags are for lines that do not say. An answer
+    has `item`, the number of the request from 0, and `text` or `error`. Exit code 1 if any failed.
+    """
+    default = Request(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos or None,
+    )
+    raw = sys.stdin.buffer.read() if file == "-" else _read_file("FILE", Path(file))
+    try:
+        # Not splitlines, which ends a line at separators that JSON may hold as they are.
+        entries = read_entries(raw.decode().split("\n"), default)
+    except UnicodeDecodeError:
+        raise typer.BadParameter("the requests are not valid UTF-8") from None
+    num_failed = 0
+    with Client(address, tls=_tls(tls_ca, tls_cert, tls_key), token=_token(token_file)) as client:
+        for chunk in chunks(entries, size, _MAX_BATCH_BYTES):
+            requests = [entry.request for entry in chunk]
+            with closing(client.batch(requests, timeout_s=timeout_s)) as answers:
+                for answer in answers:
+                    num_failed += answer.error is not None
+                    _write(render(chunk[answer.item], answer) + "\n")
+    if num_failed:
+        _err.print(f"{num_failed} of {len(entries)} requests failed", style="red", highlight=False)
         raise typer.Exit(1)
 
 

@@ -60,8 +60,12 @@ class FrontDoor(Protocol):
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
-        """Run `request` to its end; with `validate_only` check and count tokens, and stop there."""
+        """Run `request` to its end; with `validate_only` check and count tokens, and stop there.
+
+        `field_root` stands before the paths of fields in errors; None is the transport's usual one.
+        """
 
     async def tokenize(
         self,
@@ -88,7 +92,7 @@ class FrontDoor(Protocol):
     def abort(self, request_id: str, *, tenant: str = "") -> int:
         """End a live request for an operator; the number ended. An empty tenant stands for all of them.
 
-        Raises RequestNotFoundError, and InvalidRequestError of `tenant` for an id that several tenants use.
+        Raises RequestNotFoundError, and InvalidRequestError for an id that several tenants use.
         """
 
     def abort_all(self, *, tenant: str = "") -> int:

@@ -115,44 +115,61 @@ class Tenants:
         """Tenants that are remembered."""
         return len(self._tenants)
 
+    def check(self, name: str, num_tokens: int) -> None:
+        """Raise what `enter`, and then `reserve`, would raise now; counts nothing."""
+        now = self._clock()
+        tenant = self._tenants.get(name) or self._new(now)
+        self._check_entry(tenant, now)
+        _check_tokens(tenant, now, num_tokens)
+
     def enter(self, name: str) -> Lease:
         """Count a request of the tenant `name`. Raises QuotaExceededError, and has counted nothing then."""
-        now, options = self._clock(), self._options
+        now = self._clock()
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._add(name, now)
-        if options.max_concurrent_requests and tenant.num_live >= options.max_concurrent_requests:
-            raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
-        if wait := tenant.requests.wait(now, 1):
-            raise QuotaExceededError("requests per second", wait)
+        self._check_entry(tenant, now)
         tenant.requests.take(now, 1)
         tenant.num_live += 1
         return Lease(self, tenant)
 
+    def _check_entry(self, tenant: _Tenant, now: float) -> None:
+        options = self._options
+        if options.max_concurrent_requests and tenant.num_live >= options.max_concurrent_requests:
+            raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
+        if wait := tenant.requests.wait(now, 1):
+            raise QuotaExceededError("requests per second", wait)
+
     def _add(self, name: str, now: float) -> _Tenant:
         if len(self._tenants) >= _MANY_TENANTS:
             self._tenants = {n: t for n, t in self._tenants.items() if not _is_idle(t, now)}
+        self._tenants[name] = tenant = self._new(now)
+        return tenant
+
+    def _new(self, now: float) -> _Tenant:
         options = self._options
-        tenant = _Tenant(
+        return _Tenant(
             requests=Bucket(options.requests_per_s, options.request_burst, now),
             tokens=Bucket(options.tokens_per_s, options.token_burst, now),
         )
-        self._tenants[name] = tenant
-        return tenant
 
     # --- from leases ----------------------------------------------------------------------------
 
     def reserve(self, tenant: _Tenant, num_tokens: int) -> None:
         """Take tokens of the bucket; called by the lease, once. Raises QuotaExceededError."""
         now = self._clock()
-        if wait := tenant.tokens.wait(now, num_tokens):
-            raise QuotaExceededError("tokens per second", wait)
+        _check_tokens(tenant, now, num_tokens)
         tenant.tokens.take(now, num_tokens)
 
     def left(self, tenant: _Tenant, num_unused: int) -> None:
         """A request has ended; called by the lease, once."""
         tenant.num_live -= 1
         tenant.tokens.give_back(self._clock(), num_unused)
+
+
+def _check_tokens(tenant: _Tenant, now: float, num_tokens: int) -> None:
+    if wait := tenant.tokens.wait(now, num_tokens):
+        raise QuotaExceededError("tokens per second", wait)
 
 
 def _is_idle(tenant: _Tenant, now: float) -> bool:

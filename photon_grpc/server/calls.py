@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import grpc
 
-from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
+from photon_grpc.errors import DuplicateRequestError, MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
 # How much later than the call behind it a cancellation may reach us.
@@ -43,6 +43,7 @@ class Call:
         "_task",
         "_write_started",
         "deadline",
+        "is_batch",
         "name",
     )
 
@@ -50,6 +51,8 @@ class Call:
         self.deadline = deadline
         # The tenant and the id that it chose; ids of two tenants have nothing to do with each other.
         self.name: tuple[str, str] | None = None
+        # Its requests are the engine's under ids of their own.
+        self.is_batch = False
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
@@ -65,7 +68,7 @@ class Call:
 
         A client that repeats a call need not know how far the server is with the end of the first one, nor in
         which order grpc hands on a cancellation and the call sent behind it. A call of that id that goes on
-        is a duplicate, which the front door refuses.
+        is a duplicate: raises DuplicateRequestError.
         """
         name = (tenant, request_id)
         earlier = self._calls.find(name)
@@ -74,9 +77,10 @@ class Call:
                 await asyncio.wait_for(earlier.wait_left(), _CANCELLATION_S)
         while (earlier := self._calls.find(name)) is not None and earlier.is_ending:
             await earlier.wait_left()
-        if earlier is None:
-            self.name = name
-            self._calls.add_name(self, name)
+        if earlier is not None:
+            raise DuplicateRequestError(request_id)
+        self.name = name
+        self._calls.add_name(self, name)
 
     @property
     def is_ending(self) -> bool:
@@ -195,6 +199,20 @@ class Calls:
         """End every live call with an error of its own."""
         for call in tuple(self._live):
             call.end(make_error())
+
+    def end_batches(self, make_error: Callable[[], PhotonError], tenant: str = "") -> None:
+        """End every live batch, or every one of a tenant."""
+        for (owner, _), call in tuple(self._by_name.items()):
+            if call.is_batch and tenant in ("", owner):
+                call.end(make_error())
+
+    def find_all(self, request_id: str, tenant: str = "") -> list[Call]:
+        """The live calls that have taken this id: one at most of each tenant, or of the one that is named."""
+        return [
+            call
+            for (owner, call_id), call in self._by_name.items()
+            if call_id == request_id and tenant in ("", owner)
+        ]
 
     async def wait_idle(self) -> None:
         """Return once no call is live."""

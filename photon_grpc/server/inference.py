@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from photon_grpc.errors import InternalError
@@ -10,11 +9,12 @@ from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.frontend.events import Finished, Summary
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
+from photon_grpc.server.batch import Batch, BatchTotals, check_batch
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
-from photon_grpc.server.interceptors.tenant import Origin, current_origin
+from photon_grpc.server.interceptors.tenant import current_origin
 from photon_grpc.server.status import REQUEST_ID_KEY
-from photon_grpc.types import Finish, GenerationRequest, Timings, Usage
+from photon_grpc.types import Finish, Timings, Usage
 from photon_grpc.v1 import inference_pb2
 
 
@@ -30,7 +30,9 @@ def _adopt_request_id(context: Any, request_id: str) -> str:
     return request_id
 
 
-def _set_success_trailers(context: Any, finishes: list[Finish], usage: Usage, timings: Timings) -> None:
+def _set_success_trailers(
+    context: Any, finishes: list[Finish], usage: Usage, timings: Timings, *more: tuple[str, str]
+) -> None:
     context.set_trailing_metadata(
         (
             (REQUEST_ID_KEY, request_id_of(context)),
@@ -40,15 +42,9 @@ def _set_success_trailers(context: Any, finishes: list[Finish], usage: Usage, ti
             ("photon-queue-ms", _milliseconds(timings.queue)),
             ("photon-ttft-ms", _milliseconds(timings.first_token)),
             ("photon-total-ms", _milliseconds(timings.total)),
+            *more,
         )
     )
-
-
-def _as_stated(request: GenerationRequest, origin: Origin) -> GenerationRequest:
-    """The request with the priority that a trusted hop has stated, whatever the caller behind it asks for."""
-    if origin.priority is None:
-        return request
-    return replace(request, scheduling=replace(request.scheduling, priority=origin.priority))
 
 
 def _milliseconds(seconds: float) -> str:
@@ -73,7 +69,7 @@ class InferenceServicer:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
             origin = current_origin.get()
-            request = _as_stated(request, origin)
+            request = origin.stamp(request)
             await call.take_id(origin.tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
@@ -98,7 +94,7 @@ class InferenceServicer:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
             origin = current_origin.get()
-            request = _as_stated(request, origin)
+            request = origin.stamp(request)
             await call.take_id(origin.tenant, request_id)
             result = await self._front_door.generate(
                 request, deadline=call.deadline, tenant=origin.tenant, validate_only=message.validate_only
@@ -106,6 +102,35 @@ class InferenceServicer:
             finishes = [completion.finish for completion in result.completions]
             _set_success_trailers(context, finishes, result.usage, result.timings)
             return convert.encode_result(result)
+
+    async def BatchGenerate(self, message: inference_pb2.BatchGenerateRequest, context: Any) -> None:
+        """Run every spec as a Generate of its own would run, and write each result or error as it comes."""
+        with self._calls.open(context) as call:
+            totals = BatchTotals()
+            request_id = _adopt_request_id(context, message.request_id)
+            check_batch(message, request_id, self._limits)
+            origin = current_origin.get()
+            call.is_batch = True
+            await call.take_id(origin.tenant, request_id)
+            async with Batch(
+                self._front_door,
+                self._limits,
+                message.specs,
+                request_id,
+                deadline=call.deadline,
+                origin=origin,
+            ) as batch:
+                async for ended in batch:
+                    totals.add(ended)
+                    await call.write(context, ended.encode())
+            _set_success_trailers(
+                context,
+                totals.finishes,
+                totals.usage,
+                totals.timings,
+                ("photon-items", str(totals.num_items)),
+                ("photon-failed-items", str(totals.num_failed)),
+            )
 
     async def Tokenize(
         self, message: inference_pb2.TokenizeRequest, context: Any

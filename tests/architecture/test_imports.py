@@ -65,6 +65,7 @@ ROOMS: dict[str, Room] = {
     ),
     "client": room("v1", "grpc grpc_health grpc_status google"),
     "bench": room("client"),
+    "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
         "errors frontend runner_factory server.server telemetry types",
@@ -75,7 +76,7 @@ ROOMS: dict[str, Room] = {
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
     "cli": room(
-        "__version__ app bench client config errors frontend.tokenizer model_report offline types "
+        "__version__ app batch_file bench client config errors frontend.tokenizer model_report offline types "
         "telemetry.logging",
         "rich typer",
     ),

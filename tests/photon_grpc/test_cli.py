@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from tests.support.grpc_harness import Harness, quick_options, running_server
 from tests.support.tiny_model import tiny_model_folder
 
 COMMANDS = (
-    *("serve", "generate", "chat", "tokenize", "info", "bench", "health"),
+    *("serve", "generate", "chat", "batch", "tokenize", "info", "bench", "health"),
     *("drain", "watch", "flush-cache", "version"),
 )
 
@@ -517,3 +518,50 @@ class TestOverTls:
             assert b"draining" in (await watching.stdout.readline()).lower()
             await harness.server.stop()
             await watching.communicate()
+
+
+class TestBatch:
+    LINES = b'{"id": "a", "text": "one"}\n\n{"text": "two", "max_tokens": 5}\n{"id": "c", "text": "three"}\n'
+
+    async def test_every_line_gets_its_answer(self, server: Harness, door: FakeFrontDoor) -> None:
+        arguments = ("--address", server.target, "--size", "2", "--temperature", "0", "--seed", "7")
+        result = await run("batch", *arguments, stdin=self.LINES)
+        assert result.code == 0, result.err
+        answers = {line["item"]: line for line in map(json.loads, result.out.splitlines())}
+        assert sorted(answers) == [0, 1, 2]
+        assert [answers[item].get("id") for item in range(3)] == ["a", None, "c"]
+        assert {line["text"] for line in answers.values()} == {" tok tok tok"}
+        assert answers[0]["output_tokens"] == 3
+        ran = {request.prompt: request for request in door.requests}
+        assert [ran[prompt].stop.max_tokens for prompt in ("one", "two", "three")] == [256, 5, 256]
+        assert {(r.sampling.temperature, r.sampling.seed) for r in ran.values()} == {(0.0, 7)}
+        # Two calls: the last line is the first of its own.
+        assert [r.request_id.rpartition(".")[2] for r in ran.values()] == ["0", "1", "0"]
+
+    async def test_a_file_and_no_file(self, server: Harness, tmp_path: Path) -> None:
+        file = tmp_path / "requests.jsonl"
+        file.write_bytes(self.LINES)
+        result = await run("batch", str(file), "--address", server.target)
+        assert (result.code, len(result.out.splitlines())) == (0, 3)
+        missing = await run("batch", str(tmp_path / "none"), "--address", server.target)
+        assert missing.code == 2
+        assert "No such file" in missing.err
+
+    async def test_an_item_that_the_server_refuses(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(error=OverloadedError("the queue is full", retry_after_s=1.0))
+        result = await run("batch", "--address", server.target, stdin=self.LINES)
+        assert result.code == 1
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        assert [line["error"]["reason"] for line in lines] == ["OVERLOADED"] * 3
+        assert "3 of 3 requests failed" in result.err
+
+    @pytest.mark.parametrize(
+        ("stdin", "words"), [(b'{"text": 3}\n', "line 1.text"), (b"\xff\n", "not valid UTF-8")]
+    )
+    async def test_what_is_no_request_is_refused_before_any_call(
+        self, server: Harness, door: FakeFrontDoor, stdin: bytes, words: str
+    ) -> None:
+        result = await run("batch", "--address", server.target, stdin=self.LINES + stdin)
+        assert result.code in (1, 2)
+        assert words.replace("line 1", "line 5") in result.err
+        assert not door.requests

@@ -12,6 +12,7 @@ from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.errors import EngineStartingError, RequestNotFoundError
 from photon_grpc.frontend.events import (
+    AdmissionOutlook,
     Completion,
     Delta,
     Event,
@@ -145,6 +146,7 @@ class FakeFrontDoor:
         self.tenants: list[str] = []
         self.calls: list[tuple[str, object]] = []
         self.live_ids: set[tuple[str, str]] = set()  # (tenant, request_id)
+        self.outlook = AdmissionOutlook(0.5, None)
         self.output_tokens_per_second: float | None = None
         self.estimated_queue_wait_s: float | None = None
         self.engine_stats = EngineStats(
@@ -188,6 +190,7 @@ class FakeFrontDoor:
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
         self._record(request, deadline, tenant)
         self.calls.append(("generate", validate_only))
@@ -208,6 +211,7 @@ class FakeFrontDoor:
             usage=Usage(4, 1, 0 if validate_only else num_deltas),
             timings=TIMINGS,
             effective=EFFECTIVE,
+            admission=self.outlook if validate_only else None,
         )
 
     async def tokenize(

@@ -35,7 +35,7 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.frontend.chat import ChatRenderer
-from photon_grpc.frontend.events import Delta, Event, Finished, Started, Summary
+from photon_grpc.frontend.events import AdmissionOutlook, Delta, Event, Finished, Started, Summary
 from photon_grpc.frontend.generator import Generator, TextStream
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
@@ -741,6 +741,7 @@ async def test_validate_only_counts_and_takes_no_step(tokenizer: Tokenizer) -> N
         assert (result.prompt.num_tokens, result.prompt.token_ids) == (len(ids), ids)
         assert (result.usage.prompt_tokens, result.usage.output_tokens) == (len(ids), 0)
         assert result.effective.stop.max_tokens == 512 - len(ids)
+        assert result.admission == AdmissionOutlook(0.0, None)
         assert it.engine.stats.steps == it.engine.stats.running == it.engine.stats.waiting == 0
         assert it.engine.num_live_requests == 0
 

@@ -37,6 +37,7 @@ GENERATE = inference_pb2.GenerateRequest(spec=inference_pb2.GenerationSpec(text=
 NEEDED = {
     "/photon.v1.InferenceService/StreamGenerate": "infer",
     "/photon.v1.InferenceService/Generate": "infer",
+    "/photon.v1.InferenceService/BatchGenerate": "infer",
     "/photon.v1.InferenceService/Tokenize": "infer",
     "/photon.v1.InferenceService/Detokenize": "infer",
     "/photon.v1.ModelService/GetModelInfo": "inspect",
