@@ -145,6 +145,7 @@ class LimitOptions:
 class TenantOptions:
     """What each tenant may use; `frontend/tenants.py` keeps the books. 0 is no limit."""
 
+    file: str = _opt("", "TOML with weights, quotas and caps of single tenants; empty: all are equal")
     max_concurrent_requests: int = _opt(0, "generations of one tenant at the same time; 0: any number")
     requests_per_s: float = _opt(0.0, "generations of one tenant per second; 0: any number")
     request_burst: int = _opt(100, "generations that a tenant who was idle may begin at once")

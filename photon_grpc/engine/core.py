@@ -169,4 +169,5 @@ def _sequence(seq_id: int, key: int, index: int, request: EngineRequest, cache_r
         bypass_prefix_cache=request.bypass_prefix_cache,
         tenant=request.tenant,
         weight=request.weight,
+        kv_share=request.kv_share,
     )

@@ -64,7 +64,8 @@ class EngineRequest:
     `max_tokens` ends it with `length_finish`. None as `top_logprobs` means no log-probabilities. `tenant`
     is whom the work is for, a name that nothing here looks into; empty where callers are not told apart.
     Requests share blocks only inside one tenant, and there only with an equal `cache_salt`. While several
-    tenants wait each gets `weight` shares of the engine.
+    tenants wait each gets `weight` shares of the engine, and none of them enters the batch with more than
+    `kv_share` of all KV blocks in its hands.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -83,6 +84,7 @@ class EngineRequest:
     bypass_prefix_cache: bool = False
     tenant: str = ""
     weight: float = 1.0
+    kv_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ from photon_grpc.frontend.events import (
     Tokenized,
 )
 from photon_grpc.frontend.stop_strings import StopMatcher
+from photon_grpc.frontend.tenant_terms import TenantTerms
 from photon_grpc.frontend.tenants import Lease, Tenants
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import LimitOptions, TenantOptions
@@ -156,8 +157,9 @@ class Generator:
         text = self._require_taking()
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
-            self._admission.check(tenant)
-            checked = await self._prepare(text, request, deadline, tenant, field_root)
+            self._admission.check(tenant, lease.terms.weight)
+            prepared = await self._prepare(text, request, deadline, tenant, field_root)
+            checked = _on_terms(prepared, lease.terms)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
             request_id = request.request_id or uuid.uuid4().hex
@@ -199,7 +201,8 @@ class Generator:
     async def _validate(
         self, request: GenerationRequest, deadline: float | None, tenant: str, field_root: str | None
     ) -> GenerationResult:
-        checked = await self._prepare(self._require_taking(), request, deadline, tenant, field_root)
+        prepared = await self._prepare(self._require_taking(), request, deadline, tenant, field_root)
+        checked = _on_terms(prepared, self._tenants.terms(tenant))
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -574,6 +577,18 @@ def _open_record(text: TextModel, request: GenerationRequest, checked: CheckedRe
     if call is not None:
         call.generation = record
     return record
+
+
+def _on_terms(checked: CheckedRequest, terms: TenantTerms) -> CheckedRequest:
+    """The request as its tenant may have it."""
+    request = checked.engine_request
+    priority = request.priority
+    if terms.max_priority is not None:
+        priority = min(priority, terms.max_priority)
+    return replace(
+        checked,
+        engine_request=replace(request, priority=priority, weight=terms.weight, kv_share=terms.kv_share),
+    )
 
 
 def _most_tokens(request: EngineRequest) -> int:

@@ -1,8 +1,8 @@
 """What each tenant may use: requests at the same time, requests per second, tokens per second.
 
 A tenant is a name that the transport vouches for; empty where callers are not told apart, and then all of
-them together are one tenant. Every tenant has the same limits; without any, nothing is kept of anybody.
-Event loop only; the clock is passed in.
+them together are one tenant. What it may use is in its terms, which may change while it is here: new terms
+count for what begins from then on. Event loop only; the clock is passed in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from photon_grpc.errors import QuotaExceededError
+from photon_grpc.frontend.tenant_terms import TenantTerms, TenantTermsOf
 from photon_grpc.options import TenantOptions
 
 __all__ = ["Bucket", "Lease", "Tenants"]
@@ -44,11 +45,14 @@ class Bucket:
 
     def take(self, now: float, amount: float) -> None:
         """Take what `wait` has said is there."""
-        self._refill(now)
-        self._level -= amount
+        if self._rate:
+            self._refill(now)
+            self._level -= amount
 
     def give_back(self, now: float, amount: float) -> None:
         """Of what was taken, this was not used."""
+        if not self._rate:
+            return
         self._refill(now)
         self._level = min(self._size, self._level + amount)
 
@@ -57,6 +61,13 @@ class Bucket:
         self._refill(now)
         return self._level >= self._size
 
+    def change(self, rate: float, size: float, now: float) -> None:
+        """From now on another rate and size; what is missing stays missing, as far as the size goes."""
+        self._refill(now)
+        missing = self._size - self._level if self._rate else 0.0
+        self._rate, self._size = rate, size
+        self._level = size - min(missing, size)
+
     def _refill(self, now: float) -> None:
         elapsed, self._updated = now - self._updated, now
         self._level = min(self._size, self._level + elapsed * self._rate)
@@ -64,6 +75,7 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
+    terms: TenantTerms
     requests: Bucket
     tokens: Bucket
     num_live: int = 0
@@ -75,6 +87,8 @@ class Lease:
 
     _tenants: Tenants
     _tenant: _Tenant
+    terms: TenantTerms
+    """Those of the moment at which the request came."""
     used_tokens: int = 0
     """Prompt and output; set by whoever knows, before the end."""
     _reserved: int = 0
@@ -107,7 +121,8 @@ class Tenants:
     """The books of all tenants."""
 
     def __init__(self, options: TenantOptions, *, clock: Callable[[], float]) -> None:
-        self._options = options
+        """Raises ConfigError for a `tenants.file` that cannot be used."""
+        self._terms_of = TenantTermsOf(options)
         self._clock = clock
         self._tenants: dict[str, _Tenant] = {}
 
@@ -115,43 +130,39 @@ class Tenants:
         """Tenants that are remembered."""
         return len(self._tenants)
 
+    def terms(self, name: str) -> TenantTerms:
+        """What the tenant may have now."""
+        return self._terms_of(name)
+
     def check(self, name: str, num_tokens: int) -> None:
         """Raise what `enter`, and then `reserve`, would raise now; counts nothing."""
-        now = self._clock()
-        tenant = self._tenants.get(name) or self._new(now)
-        self._check_entry(tenant, now)
+        now, terms = self._clock(), self._terms_of(name)
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = _new(terms, now)
+        else:
+            _follow(tenant, terms, now)
+        _check_entry(tenant, now)
         _check_tokens(tenant, now, num_tokens)
 
     def enter(self, name: str) -> Lease:
         """Count a request of the tenant `name`. Raises QuotaExceededError, and has counted nothing then."""
-        now = self._clock()
+        now, terms = self._clock(), self._terms_of(name)
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._add(name, now)
-        self._check_entry(tenant, now)
+            tenant = self._add(name, terms, now)
+        else:
+            _follow(tenant, terms, now)
+        _check_entry(tenant, now)
         tenant.requests.take(now, 1)
         tenant.num_live += 1
-        return Lease(self, tenant)
+        return Lease(self, tenant, terms)
 
-    def _check_entry(self, tenant: _Tenant, now: float) -> None:
-        options = self._options
-        if options.max_concurrent_requests and tenant.num_live >= options.max_concurrent_requests:
-            raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
-        if wait := tenant.requests.wait(now, 1):
-            raise QuotaExceededError("requests per second", wait)
-
-    def _add(self, name: str, now: float) -> _Tenant:
+    def _add(self, name: str, terms: TenantTerms, now: float) -> _Tenant:
         if len(self._tenants) >= _MANY_TENANTS:
             self._tenants = {n: t for n, t in self._tenants.items() if not _is_idle(t, now)}
-        self._tenants[name] = tenant = self._new(now)
+        self._tenants[name] = tenant = _new(terms, now)
         return tenant
-
-    def _new(self, now: float) -> _Tenant:
-        options = self._options
-        return _Tenant(
-            requests=Bucket(options.requests_per_s, options.request_burst, now),
-            tokens=Bucket(options.tokens_per_s, options.token_burst, now),
-        )
 
     # --- from leases ----------------------------------------------------------------------------
 
@@ -165,6 +176,30 @@ class Tenants:
         """A request has ended; called by the lease, once."""
         tenant.num_live -= 1
         tenant.tokens.give_back(self._clock(), num_unused)
+
+
+def _new(terms: TenantTerms, now: float) -> _Tenant:
+    return _Tenant(
+        terms=terms,
+        requests=Bucket(terms.requests_per_s, terms.request_burst, now),
+        tokens=Bucket(terms.tokens_per_s, terms.token_burst, now),
+    )
+
+
+def _follow(tenant: _Tenant, terms: TenantTerms, now: float) -> None:
+    """The file of tenants may have changed since the last request."""
+    if tenant.terms is not terms:
+        tenant.terms = terms
+        tenant.requests.change(terms.requests_per_s, terms.request_burst, now)
+        tenant.tokens.change(terms.tokens_per_s, terms.token_burst, now)
+
+
+def _check_entry(tenant: _Tenant, now: float) -> None:
+    limit = tenant.terms.max_concurrent_requests
+    if limit and tenant.num_live >= limit:
+        raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
+    if wait := tenant.requests.wait(now, 1):
+        raise QuotaExceededError("requests per second", wait)
 
 
 def _check_tokens(tenant: _Tenant, now: float, num_tokens: int) -> None:

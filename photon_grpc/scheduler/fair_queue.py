@@ -24,20 +24,25 @@ its tenant had, and not when a tenant's last sequence has ended.
 Turn. Of the tenants with a sequence that waits, for the first time or again, the one with the least
 counter comes first, with its sequence of the smallest rank; of equal counters the smallest rank counts.
 
+Cap. While others wait a tenant passes its turn if with the sequence that would enter it held more than its
+share of the KV blocks, unless it holds none, or all that wait would have to pass. When somebody else takes
+the turn instead, the counters of those who passed become those of whoever took it, if they were lower: a
+turn that a tenant could not take is no credit.
+
 Bound. Let U be the most that a tenant's sequences in the batch can still be charged for: prompt and
 `max_tokens` less what was charged, over the weight, summed up, at any moment. While two tenants are
 backlogged their counters differ by no more than the larger U, since whoever takes a turn has the least
 counter, and until its next turn is charged for what it has in the batch and no more. The weighted service
 of two tenants over a time in which both stay backlogged therefore differs by no more than U of the one and
-U of the other together. And nobody starves: the counter of a tenant that waits stands still, those of
-the others rise.
+U of the other together; of tenants that are not held back by a cap. And nobody starves: the counter of a
+tenant that waits stands still, those of the others rise.
 
 With one tenant this is a queue by rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from photon_grpc.scheduler.policy import Rank
 from photon_grpc.scheduler.ranked_queue import RankedQueue
@@ -73,6 +78,8 @@ class FairQueue:
         # Of these alone it can be somebody's turn.
         self._waiting: dict[str, _Account] = {}
         self._backlogged: dict[str, _Account] = {}
+        # Those who would have come before `first`, but for their caps.
+        self._passing: list[_Account] = []
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -101,8 +108,15 @@ class FairQueue:
         assert request.status is RequestStatus.PREEMPTED
         self._push(position, request)
 
+    def enter(self, position: Rank, request: Request) -> None:
+        """The sequence that `first` named takes its turn."""
+        counter = self._accounts[request.tenant].counter
+        for account in self._passing:
+            account.counter = max(account.counter, counter)
+        self.remove(position, request)
+
     def remove(self, position: Rank, request: Request) -> None:
-        """A sequence no longer waits: it enters the batch, or has ended."""
+        """A sequence no longer waits."""
         account = self._accounts[request.tenant]
         account.waiting.remove(position)
         self._num_waiting -= 1
@@ -117,12 +131,25 @@ class FairQueue:
         """A sequence has ended; if it was in the batch, it must have been charged."""
         self._accounts[request.tenant].num_live -= 1
 
-    def first(self) -> Request:
-        """Whose turn it is; there must be somebody. Only the batch as of the last `settle` counts."""
+    def first(self, is_over_cap: Callable[[Request], bool] = lambda request: False) -> Request:
+        """Whose turn it is; there must be somebody. Only the batch as of the last `settle` counts.
+
+        `is_over_cap` says of a sequence whether its tenant would hold too many blocks with it.
+        """
+        self._passing = []
         if len(self._waiting) == 1:
             (account,) = self._waiting.values()
             return account.waiting.first()
-        return min(self._waiting.values(), key=_turn).waiting.first()
+        best = min(self._waiting.values(), key=_turn)
+        first = best.waiting.first()
+        if first.kv_share < 1 and is_over_cap(first):
+            for account in sorted(self._waiting.values(), key=_turn):
+                other = account.waiting.first()
+                if other.kv_share == 1 or not is_over_cap(other):
+                    return other
+                self._passing.append(account)
+            self._passing = []
+        return first
 
     def settle(self) -> None:
         """Charge for everything planned so far, if it can make a difference to whose turn it is."""

@@ -55,9 +55,11 @@ class Request:
     deadlines: Deadlines = field(default_factory=Deadlines)
     cache_root: bytes = b""
     bypass_prefix_cache: bool = False
-    # For whom, and how many shares of a contended engine that tenant has; a tenant's sequences may differ.
+    # For whom, how many shares of a contended engine that tenant has, and the part of all KV blocks with
+    # which it may enter while others wait; a tenant's sequences may differ.
     tenant: str = ""
     weight: float = 1.0
+    kv_share: float = 1.0
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)

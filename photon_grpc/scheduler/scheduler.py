@@ -220,13 +220,14 @@ class Scheduler:
     ) -> int:
         self._waiting.settle()
         while len(self._waiting) and len(self._running) < self._max_num_seqs and budget > 0:
-            request = self._waiting.first()
+            request = self._waiting.first(self._is_over_cap)
             if request.num_pending_tokens:
                 break
             prefix = self.kv.find_prefix(request)
             if not self.kv.fits(prefix, len(request.token_ids)):
                 break
-            self._dequeue(request)
+            self._waiting.enter(self._rank(request), request)
+            self._waiting_tokens -= len(request.token_ids)
             self._count_prefix(request, len(prefix) * self.kv.block_size)
             self.kv.adopt_prefix(request, prefix)
             # What others have computed costs its tenant nothing.
@@ -258,6 +259,12 @@ class Scheduler:
             self._waiting.charge(request)
             budget -= num_tokens
         return budget
+
+    def _is_over_cap(self, request: Request) -> bool:
+        """Whether its tenant, which holds blocks already, would with `request` hold more than its share."""
+        held = sum(len(other.block_ids) for other in self._running if other.tenant == request.tenant)
+        needed = self.kv.blocks_for(len(request.token_ids))
+        return held > 0 and held + needed > request.kv_share * self.kv.pool.num_blocks
 
     def _plan_row(self, request: Request, num_tokens: int) -> ScheduledSequence:
         self.kv.advance(request, num_tokens)

@@ -30,6 +30,7 @@ CALLERS = "".join(
     f"{CANARY}-{name} {'inspect' if name == 'inspector' else 'infer,inspect'} token:{token}\n"
     for name, token in TOKENS.items()
 )
+TENANTS = f"[tenants.{CANARY}-alice]\nmax_concurrent_requests = 2\nmax_priority = 3\n"
 GENERATE = "/photon.v1.InferenceService/Generate"
 REFLECT = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 
@@ -209,7 +210,7 @@ def callers_that_are_refused(clients: Clients) -> None:
 
 
 def calls_that_are_cut_short(clients: Clients) -> None:
-    """Two at a time are a tenant's quota here."""
+    """Two at a time are her quota here."""
     hers, his = clients.begin("alice", "r-1"), clients.begin("bob", "r-1")
     same = inference_pb2.GenerateRequest(request_id="r-1", spec=spec()).SerializeToString()
     assert clients.send(same, of("alice")) == "ALREADY_EXISTS"
@@ -233,7 +234,10 @@ def calls_that_are_cut_short(clients: Clients) -> None:
     assert clients.send(data, of("alice")) in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
-def the_file_of_callers_changes(clients: Clients, file: Path) -> None:
+def the_files_change(clients: Clients, file: Path, tenants: Path) -> None:
+    for terms in (f"[tenants.{CANARY}-alice]\nwieght = 2\n", TENANTS):
+        tenants.write_text(terms)
+        assert clients.send(generate(max_tokens=1), of("alice")) == "OK"
     for content in (
         f"{CANARY}-x infer token:{CANARY}-new",
         f"{CANARY}-x no-role token:{CANARY}-new\n",
@@ -259,6 +263,8 @@ def test_nothing_that_a_server_tells_repeats_a_text_a_name_or_a_token(
     """At the most talkative level, over all kinds of calls and all the ways in which they fail."""
     callers = tmp_path / "callers"
     callers.write_text(CALLERS)
+    tenants = tmp_path / "tenants"
+    tenants.write_text(TENANTS)
     with (
         Collector.running() as (endpoint, collector),
         server_process(
@@ -271,7 +277,7 @@ def test_nothing_that_a_server_tells_repeats_a_text_a_name_or_a_token(
             server__reflection="public",
             auth__callers_file=callers,
             auth__trusted_hops=f"{CANARY}-gateway",
-            tenants__max_concurrent_requests=2,
+            tenants__file=tenants,
         ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
@@ -284,7 +290,7 @@ def test_nothing_that_a_server_tells_repeats_a_text_a_name_or_a_token(
         )
         for step in steps:
             step(clients)
-        the_file_of_callers_changes(clients, callers)
+        the_files_change(clients, callers, tenants)
         server.wait_until_idle()
         with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as page:
             metrics = page.read().decode()
@@ -317,7 +323,7 @@ def check_log(log: str, clients: Clients) -> None:
     """It has a line for each call, and the lines of one tenant can be told from another's."""
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     events = Counter(line["event"] for line in lines)
-    assert events["callers refused, the last good ones stay"] == 2
+    assert events["file refused, the last good one stays"] == 3
     assert events["call forbidden"] == 1
     assert events["abort"] == 1
     finished = [line for line in lines if line["event"] == "call finished"]

@@ -8,7 +8,7 @@ figures are exact and a tie is one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -71,14 +71,27 @@ class FairShares:
         """Smaller comes first, among the first of each tenant."""
         return self.counters[service.call.tenant], service.rank
 
-    def first(self, waiting: Iterable[Service]) -> Service:
-        """Whose turn it is; there must be somebody."""
+    def first(self, waiting: Iterable[Service], is_over_cap: Callable[[Service], bool]) -> Service:
+        """Whose turn it is; there must be somebody. Tenants over their caps pass, unless all would."""
+        order = self._heads(waiting)
+        return next((service for service in order if not is_over_cap(service)), order[0])
+
+    def takes_turn(self, service: Service, waiting: Iterable[Service]) -> bool:
+        """`service`, not in `waiting`, is `first`: whoever passed keeps no lower counter. True if any did."""
+        passed = [other for other in self._heads(waiting) if self.turn(other) < self.turn(service)]
+        counter = self.counters[service.call.tenant]
+        for other in passed:
+            self.counters[other.call.tenant] = max(self.counters[other.call.tenant], counter)
+        return any(other.call.tenant != service.call.tenant for other in passed)
+
+    def _heads(self, waiting: Iterable[Service]) -> list[Service]:
+        """The first of each tenant, in the order of their turns."""
         heads: dict[str, Service] = {}
         for service in waiting:
             tenant = service.call.tenant
             if tenant not in heads or service.rank < heads[tenant].rank:
                 heads[tenant] = service
-        return min(heads.values(), key=self.turn)
+        return sorted(heads.values(), key=self.turn)
 
     def in_batch(self, services: Iterable[Service]) -> None:
         """These are in the batch of the step that is being planned, and not yet charged for it."""
@@ -89,7 +102,10 @@ class FairShares:
             self.largest[tenant] = max(self.largest[tenant], amount)
 
     def check_bound(self, backlogged: set[str]) -> None:
-        """Two tenants that stay backlogged are given as much as each other, but for what is in the batch."""
+        """Two tenants that stay backlogged are given as much as each other, but for what is in the batch.
+
+        `backlogged` are those without a cap.
+        """
         pairs = set(combinations(sorted(backlogged), 2))
         for pair in set(self.differences) - pairs:
             del self.differences[pair]

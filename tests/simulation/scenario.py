@@ -62,6 +62,7 @@ class Call:
     priority: int
     tenant: str
     weight: float
+    kv_share: float
     salt: str
     bypass_prefix_cache: bool
     top_logprobs: int | None
@@ -160,6 +161,12 @@ class _Maker:
         self.id_random = random.Random(f"ids of {seed}")
         names = "abc"[: self.tenant_random.choice((1, 2, 2, 3))]
         self.tenants = {name: self.tenant_random.choice((0.5, 1.0, 1.0, 2.0, 4.0)) for name in names}
+        # Caps of half of the pool or less, in some scenarios.
+        has_caps = self.tenant_random.random() < 0.4
+        self.kv_shares = {
+            name: self.tenant_random.choice((0.125, 0.25, 0.5, 1.0)) if has_caps else 1.0
+            for name in self.tenants
+        }
         self.shares = {name: rng.choice((0.0, 0.0, 0.0, 0.1, 0.4)) for name in _FEATURES}
         self.calls: list[Call] = []
 
@@ -237,6 +244,7 @@ class _Maker:
             priority=rng.randint(0, 9) if self.has("priority") else 0,
             tenant=tenant,
             weight=self.tenants[tenant],
+            kv_share=self.kv_shares[tenant],
             salt=rng.choice(self.salts),
             bypass_prefix_cache=self.has("bypass"),
             top_logprobs=rng.choice((0, 2)) if self.has("logprobs") else None,
@@ -253,7 +261,7 @@ class _Maker:
     def tenant(self) -> str:
         """Often the one of the call before: floods, and tenants that come late."""
         rng = self.tenant_random
-        return self.calls[-1].tenant if self.calls and rng.random() < 0.4 else rng.choice([*self.tenants])
+        return self.calls[-1].tenant if self.calls and rng.random() < 0.6 else rng.choice([*self.tenants])
 
     def prompt(self) -> tuple[int, ...]:
         rng = self.random

@@ -281,6 +281,23 @@ def a_preempted_sequence_s_tenant_is_lifted(patch: Patch) -> None:
     patch.setattr(FairQueue, "resume", lifting)
 
 
+def caps_are_ignored(patch: Patch) -> None:
+    patch.setattr(Scheduler, "_is_over_cap", lambda self, request: False)
+
+
+def a_tenant_that_holds_nothing_passes(patch: Patch) -> None:
+    def strict(self: Scheduler, request: Request) -> bool:
+        held = sum(len(r.block_ids) for r in self._running if r.tenant == request.tenant)
+        needed = self.kv.blocks_for(len(request.token_ids))
+        return held + needed > request.kv_share * self.kv.pool.num_blocks
+
+    patch.setattr(Scheduler, "_is_over_cap", strict)
+
+
+def a_turn_that_was_passed_is_a_credit(patch: Patch) -> None:
+    patch.setattr(FairQueue, "enter", FairQueue.remove)
+
+
 def nobody_enters_a_running_batch(patch: Patch) -> None:
     fits = KVCacheManager.fits
 
@@ -370,6 +387,9 @@ BUGS = [
     a_tenant_that_was_idle_is_not_lifted,
     a_tenant_that_still_runs_is_not_lifted,
     a_preempted_sequence_s_tenant_is_lifted,
+    caps_are_ignored,
+    a_tenant_that_holds_nothing_passes,
+    a_turn_that_was_passed_is_a_credit,
     nobody_enters_a_running_batch,
     tokens_under_way_do_not_count_towards_max_tokens,
     tokens_under_way_are_planned_again,

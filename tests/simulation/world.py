@@ -449,5 +449,6 @@ def _engine_request(call: Call) -> EngineRequest:
         cache_salt=call.salt,
         tenant=call.tenant,
         weight=call.weight,
+        kv_share=call.kv_share,
         bypass_prefix_cache=call.bypass_prefix_cache,
     )

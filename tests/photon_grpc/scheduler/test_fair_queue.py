@@ -241,6 +241,72 @@ def test_a_preempted_sequence_keeps_its_place() -> None:
     assert queue.counters() == {"a": 10.0, "b": 10.0}
 
 
+# --- caps -----------------------------------------------------------------------------------------
+
+
+def capped(core: EngineCore, key: int, **values: Any) -> None:
+    submit(core, key, "capped", **{"kv_share": 0.5, "weight": 4.0, "max_tokens": 2, **values})
+
+
+def running(core: EngineCore) -> set[int]:
+    return {r.key for r in live_requests(core).values() if r.status is RequestStatus.RUNNING}
+
+
+def test_a_tenant_at_its_cap_passes_its_turn_while_others_wait() -> None:
+    """16 blocks of 4; each sequence of ten tokens holds three."""
+    core = scripted_core(num_blocks=16, block_size=4, max_num_seqs=8, prefix_caching=False)
+    for key in range(1, 6):
+        capped(core, key)
+    submit(core, 10, "other", arrival_time=2000.0)
+    submit(core, 11, "other", arrival_time=2000.0)
+    core.step()
+    # Two of the capped hold six of their eight blocks; the third enters when nobody else waits.
+    assert running(core) == {1, 2, 10, 11, 3}
+    assert order_of(run_to_end(core))[:2] == [1, 2]
+
+
+def test_a_tenant_alone_has_the_whole_pool() -> None:
+    core = scripted_core(num_blocks=16, block_size=4, max_num_seqs=8, prefix_caching=False)
+    for key in range(1, 6):
+        capped(core, key)
+    core.step()
+    assert running(core) == {1, 2, 3, 4, 5}
+
+
+def test_a_sequence_larger_than_the_cap_runs_when_its_tenant_holds_nothing() -> None:
+    core = scripted_core(num_blocks=16, block_size=4, max_num_seqs=8, prefix_caching=False)
+    capped(core, 1, prompt=range(10, 50))
+    capped(core, 2, prompt=range(10, 50))
+    for key in range(10, 30):
+        submit(core, key, "other", PROMPT[:3], max_tokens=2, arrival_time=2000.0)
+    order = order_of(run_to_end(core))
+    assert len(order) == 22
+    assert order.index(2) < 21, "starved by its cap"
+
+
+def test_caps_of_all_leave_no_place_empty() -> None:
+    core = scripted_core(num_blocks=16, block_size=4, max_num_seqs=8, prefix_caching=False)
+    for key in range(1, 4):
+        submit(core, key, "a", kv_share=0.2)
+        submit(core, 10 + key, "b", kv_share=0.2)
+    core.step()
+    assert len(running(core)) == 5
+
+
+def test_turns_that_were_passed_are_no_credit() -> None:
+    core = scripted_core(num_blocks=16, block_size=4, max_num_seqs=2, prefix_caching=False)
+    capped(core, 1, max_tokens=30, kv_share=0.1)
+    capped(core, 2, kv_share=0.1)
+    for key in range(10, 20):
+        submit(core, key, "other", max_tokens=2)
+    for _ in range(10):
+        core.step()
+    assert running(core) >= {1}
+    # Passed again and again, it has as much on its counter as the other had at its latest turn.
+    assert counters(core)["other"] - counters(core)["capped"] <= 11
+    assert counters(core)["capped"] > 30
+
+
 # --- the bound ------------------------------------------------------------------------------------
 
 calls = st.builds(
