@@ -34,7 +34,13 @@ from photon_grpc import __version__
 from photon_grpc.batch_file import chunks, read_entries, render
 from photon_grpc.bench import LoadReport, percentile, run_load
 from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tls, Tokens
-from photon_grpc.config import Override, load_options, parse_assignment
+from photon_grpc.config import (
+    TOKEN_VARIABLE,
+    Override,
+    load_options,
+    parse_assignment,
+    token_from_environment,
+)
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
 from photon_grpc.telemetry.logging import configure_logging
@@ -115,7 +121,7 @@ TokenFlag = Annotated[
     typer.Option(
         "--token-file",
         metavar="FILE",
-        help="Send the bearer token in this file.",
+        help="Send the bearer token in this file; else that of PHOTON_TOKEN.",
         rich_help_panel=_CALL_PANEL,
         show_default=False,
     ),
@@ -368,7 +374,7 @@ def generate(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
-        _token(token_file),
+        token_file,
         config,
         assignments,
         model=model,
@@ -419,7 +425,7 @@ def chat(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
-        _token(token_file),
+        token_file,
         config,
         assignments,
         model=model,
@@ -544,9 +550,9 @@ def tokenize(
 ) -> None:
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
-    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
+    tls = _tls(tls_ca, tls_cert, tls_key)
     if address is None:
-        _refuse_without_address(tls, token)
+        _refuse_without_address(tls, token_file)
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
@@ -555,7 +561,7 @@ def tokenize(
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:
-        with Client(address, tls=tls, token=token) as client:
+        with Client(address, tls=tls, token=_token(token_file)) as client:
             tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
         print(*tokens.ids)
@@ -659,8 +665,8 @@ def health(
     token_file: TokenFlag = None,
 ) -> None:
     """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
-    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
-    with Client(address, tls=tls, token=token) as client:
+    tls = _tls(tls_ca, tls_cert, tls_key)
+    with Client(address, tls=tls, token=_token(token_file)) as client:
         if not client.wait_until_serving(wait_s):
             _err.print(f"{address} is not serving", markup=False, highlight=False)
             raise typer.Exit(1)
@@ -795,13 +801,17 @@ def _read_file(flag: str, path: Path) -> bytes:
 
 
 def _token(file: Path | None) -> str:
-    """The token in the file of --token-file; empty without one. Raises ConfigError."""
+    """The token in the file of --token-file, else in PHOTON_TOKEN; empty for none. Raises ConfigError."""
     if file is None:
-        return ""
-    token = _read_file("--token-file", file).decode(errors="replace").strip()
+        source, token = TOKEN_VARIABLE, token_from_environment().strip()
+        if not token:
+            return ""
+    else:
+        source = f"--token-file {file}"
+        token = _read_file("--token-file", file).decode(errors="replace").strip()
     # What metadata may hold, so that a wrong file is an error here and not inside grpc.
     if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"--token-file {file}: holds no token")
+        raise ConfigError(f"{source}: holds no token")
     return token
 
 
@@ -811,8 +821,9 @@ def _control(
     return ControlClient(address, tls=_tls(ca, certificate, key), token=_token(token_file))
 
 
-def _refuse_without_address(tls: Tls | None, token: str) -> None:
-    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * bool(token)
+def _refuse_without_address(tls: Tls | None, token_file: Path | None) -> None:
+    # Not PHOTON_TOKEN: it is there for whichever command needs it.
+    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * (token_file is not None)
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect without --address")
 
@@ -821,14 +832,14 @@ def _refuse_without_address(tls: Tls | None, token: str) -> None:
 def _source(
     address: str | None,
     tls: Tls | None,
-    token: str,
+    token_file: Path | None,
     config: Path | None,
     assignments: Sequence[str] | None,
     **flags: object,
 ) -> Iterator[TextSource]:
     """The server at `address`, or else the model loaded into this process."""
     if address is None:
-        _refuse_without_address(tls, token)
+        _refuse_without_address(tls, token_file)
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
@@ -847,7 +858,7 @@ def _source(
     given += ["--set"] if assignments else []
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
-    with Client(address, tls=tls, token=token) as client:
+    with Client(address, tls=tls, token=_token(token_file)) as client:
         yield client
 
 

@@ -100,6 +100,9 @@ class AuthOptions:
     callers_file: str = _opt(
         "", "who may call and in which roles, one `name role[,role] credential` a line; empty: everybody"
     )
+    trusted_hops: str = _opt(
+        "", "callers, separated by commas, that may state photon-tenant and photon-priority in the metadata"
+    )
 
 
 @dataclass(frozen=True, slots=True)

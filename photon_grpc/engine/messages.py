@@ -61,8 +61,9 @@ class EngineRequest:
     """A checked request of `sampling.n` completions: ids and numbers, no text.
 
     `stop_token_ids` and `eos_token_ids` (empty under ignore_eos) end a completion; reaching
-    `max_tokens` ends it with `length_finish`. `cache_scope` salts the prefix hashes: requests share
-    blocks only inside one scope. None as `top_logprobs` means no log-probabilities.
+    `max_tokens` ends it with `length_finish`. None as `top_logprobs` means no log-probabilities. `tenant`
+    is whom the work is for, a name that nothing here looks into; empty where callers are not told apart.
+    Requests share blocks only inside one tenant, and there only with an equal `cache_salt`.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -77,8 +78,9 @@ class EngineRequest:
     deadlines: Deadlines = field(default_factory=Deadlines)
     top_logprobs: int | None = None
     prompt_top_logprobs: int | None = None
-    cache_scope: bytes = b""
+    cache_salt: str = ""
     bypass_prefix_cache: bool = False
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

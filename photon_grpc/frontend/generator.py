@@ -125,13 +125,14 @@ class Generator:
         nobody holds and that kept one. Raises EngineStartingError, EngineDrainingError or EngineDeadError."""
         return await self._engine.flush_cache(wait_idle=wait_idle)
 
-    def abort(self, request_id: str) -> int:
-        """End a live request for an operator. Raises RequestNotFoundError."""
-        return self._engine.abort(request_id)
+    def abort(self, request_id: str, *, tenant: str = "") -> int:
+        """End a live request for an operator. Raises RequestNotFoundError, and InvalidRequestError for an
+        id that several tenants use where none is named."""
+        return self._engine.abort(request_id, tenant)
 
-    def abort_all(self) -> int:
-        """End every live request for an operator; the number ended."""
-        return self._engine.abort_all()
+    def abort_all(self, *, tenant: str = "") -> int:
+        """End every live request, or every one of a tenant, for an operator; the number ended."""
+        return self._engine.abort_all(tenant)
 
     # --- generation -----------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class Generator:
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
             self._admission.check()
-            checked = await self._prepare(text, request, deadline, field_root)
+            checked = await self._prepare(text, request, deadline, tenant, field_root)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
             request_id = request.request_id or uuid.uuid4().hex
@@ -189,7 +190,7 @@ class Generator:
     async def _validate(
         self, request: GenerationRequest, deadline: float | None, tenant: str, field_root: str | None
     ) -> GenerationResult:
-        checked = await self._prepare(self._require_taking(), request, deadline, field_root)
+        checked = await self._prepare(self._require_taking(), request, deadline, tenant, field_root)
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -215,12 +216,17 @@ class Generator:
         return AdmissionOutlook(self._admission.estimated_wait(), refusal)
 
     async def _prepare(
-        self, text: TextModel, request: GenerationRequest, deadline: float | None, field_root: str | None
+        self,
+        text: TextModel,
+        request: GenerationRequest,
+        deadline: float | None,
+        tenant: str,
+        field_root: str | None,
     ) -> CheckedRequest:
         arrival = self._clock()
         root = self._field_root if field_root is None else field_root
         text.validator.check(request, root=root)
-        self._engine.check_duplicate(request.request_id)
+        self._engine.check_duplicate(tenant, request.request_id)
         match request.prompt:
             case str() as prompt:
                 ids = await self._encode(text, prompt, request.add_special_tokens)
@@ -229,7 +235,9 @@ class Generator:
             case token_ids:
                 assert token_ids is not None, "the validator refuses a missing prompt"
                 ids = token_ids
-        return text.validator.resolve(request, ids, arrival_time=arrival, deadline=deadline, root=root)
+        return text.validator.resolve(
+            request, ids, arrival_time=arrival, deadline=deadline, tenant=tenant, root=root
+        )
 
     # --- text only ------------------------------------------------------------------------------
 

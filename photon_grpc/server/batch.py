@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -23,6 +23,7 @@ from photon_grpc.server import convert
 from photon_grpc.server.interceptors.errors import is_usable_id
 from photon_grpc.server.status import code_of, is_foreseen, reason_of, to_message
 from photon_grpc.telemetry.call_record import CallRecord, current_call
+from photon_grpc.telemetry.tracebacks import without_words
 from photon_grpc.types import Finish, GenerationRequest, Timings, Usage
 from photon_grpc.v1 import inference_pb2
 
@@ -86,13 +87,16 @@ class Batch:
         *,
         deadline: float,
         tenant: str,
+        as_stated: Callable[[GenerationRequest], GenerationRequest] = lambda request: request,
     ) -> None:
+        """`as_stated` puts into each request what the call's metadata says of it."""
         self._front_door = front_door
         self._limits = limits
         self._specs = specs
         self._request_id = request_id
         self._deadline = deadline
         self._tenant = tenant
+        self._as_stated = as_stated
         self._start = time.monotonic()
         self._num_left = len(specs)
         self._call = current_call.get()
@@ -142,8 +146,8 @@ class Batch:
         num_tokens = 0
         for index, spec in enumerate(self._specs):
             try:
-                request = convert.decode_item(
-                    spec, item_id(self._request_id, index), _root(index), self._limits
+                request = self._as_stated(
+                    convert.decode_item(spec, item_id(self._request_id, index), _root(index), self._limits)
                 )
                 checked = await self._generate(index, request, validate_only=True)
             except _OF_THE_CALL:
@@ -200,7 +204,7 @@ class Batch:
         else:
             record.code, record.reason = code_of(outcome).name, reason_of(outcome)
             if not is_foreseen(outcome):
-                _log.error("item failed", request_id=request_id, exc_info=outcome)
+                _log.error("item failed", request_id=request_id, traceback=without_words(outcome))
         self._ended.put_nowait(EndedItem(index, request_id, began_s, outcome))
 
     def _open_record(self, index: int) -> CallRecord:

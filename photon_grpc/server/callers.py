@@ -55,6 +55,13 @@ class Callers:
         except (OSError, ValueError) as error:
             raise ConfigError(f"auth.callers_file: {self._describe(error)}") from None
 
+    def has(self, name: str) -> bool:
+        """Whether some line is of this name."""
+        entries = self._current()
+        return any(caller.name == name for _, caller in entries.tokens) or any(
+            caller.name == name for caller in entries.sans.values()
+        )
+
     def by_token(self, token: str) -> Caller | None:
         """Whose token that is. Takes equally long for every token of a length."""
         digest = hashlib.sha256(token.encode()).digest()

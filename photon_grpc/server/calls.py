@@ -14,11 +14,21 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from photon_grpc.errors import DuplicateRequestError, MaxDurationError, PhotonError, SlowConsumerError
+import grpc
+
+from photon_grpc.errors import (
+    DuplicateRequestError,
+    InvalidRequestError,
+    MaxDurationError,
+    PhotonError,
+    SlowConsumerError,
+)
 from photon_grpc.options import LimitOptions
 
 # How much later than the call behind it a cancellation may reach us.
 _CANCELLATION_S = 0.1
+# How much later than a write that the transport gave back.
+_CLOSE_S = 2.0
 # A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
 _SWEEPS_PER_TIMEOUT = 4
 
@@ -33,44 +43,50 @@ class Call:
         "_calls",
         "_deadline_timer",
         "_error",
+        "_has_sent_headers",
         "_left",
+        "_sends_headers",
         "_task",
         "_write_started",
         "deadline",
         "is_batch",
-        "request_id",
+        "name",
     )
 
     def __init__(self, calls: Calls, deadline: float, task: asyncio.Task[Any]) -> None:
         self.deadline = deadline
-        self.request_id: str | None = None
+        # The tenant and the id that it chose; ids of two tenants have nothing to do with each other.
+        self.name: tuple[str, str] | None = None
         # Its requests are the engine's under ids of their own.
         self.is_batch = False
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
+        self._has_sent_headers = False
+        self._sends_headers = False
         self._write_started: float | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         # Made by whoever waits for the call's end.
         self._left: asyncio.Event | None = None
 
-    async def take_id(self, request_id: str) -> None:
-        """Make `request_id` the call's, once an earlier attempt of that id that is ending has ended.
+    async def take_id(self, tenant: str, request_id: str) -> None:
+        """Make `request_id` the call's, once an earlier attempt of the tenant that is ending has ended.
 
         A client that repeats a call need not know how far the server is with the end of the first one, nor in
         which order grpc hands on a cancellation and the call sent behind it. A call of that id that goes on
         is a duplicate: raises DuplicateRequestError.
         """
-        earlier = self._calls.find(request_id)
+        name = (tenant, request_id)
+        earlier = self._calls.find(name)
         if earlier is not None and not earlier.is_ending:
             with suppress(TimeoutError):
                 await asyncio.wait_for(earlier.wait_left(), _CANCELLATION_S)
-        while (earlier := self._calls.find(request_id)) is not None and earlier.is_ending:
+        while (earlier := self._calls.find(name)) is not None and earlier.is_ending:
             await earlier.wait_left()
         if earlier is not None:
             raise DuplicateRequestError(request_id)
-        self.request_id = request_id
-        self._calls.name(self)
+        self.name = name
+        self._calls.add_name(self, name)
 
     @property
     def is_ending(self) -> bool:
@@ -87,13 +103,35 @@ class Call:
         """End the call with `error`; the first reason given stands."""
         if self._error is None:
             self._error = error
-            self._task.cancel()
+            if not self._sends_headers:
+                self._task.cancel()
 
     async def write(self, context: Any, message: Any) -> None:
-        """Write one response, watched for a client that does not read."""
+        """Write one response, watched for a client that does not read.
+
+        The headers go ahead on their own, at the moment of the first response: with them in its batch, a
+        status that follows while that is pending would send them again, which grpc refuses, and the client
+        would wait for a status for ever.
+        """
         self._write_started = time.monotonic()
-        await context.write(message)
+        try:
+            if not self._has_sent_headers:
+                await self._send_headers(context)
+            await context.write(message)
+        except grpc.aio.InternalError:
+            # The client has left with the response pending; grpc cancels this task in a moment.
+            await asyncio.sleep(_CLOSE_S)
+            raise
         self._write_started = None
+
+    async def _send_headers(self, context: Any) -> None:
+        """Not to be interrupted: grpc would count headers that are on their way as unsent."""
+        self._sends_headers = True
+        await context.send_initial_metadata(())
+        self._sends_headers, self._has_sent_headers = False, True
+        if self._error is not None:
+            self._task.cancel()
+            await asyncio.sleep(0)
 
     def stalled_since(self, moment: float) -> bool:
         """Whether one write has been pending since before `moment`."""
@@ -132,7 +170,7 @@ class Calls:
     def __init__(self, limits: LimitOptions) -> None:
         self._limits = limits
         self._live: set[Call] = set()
-        self._by_id: dict[str, Call] = {}
+        self._by_name: dict[tuple[str, str], Call] = {}
         self._refusal: Callable[[], PhotonError] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -168,12 +206,28 @@ class Calls:
         for call in tuple(self._live):
             call.end(make_error())
 
-    def end_batches(self, error_class: Callable[[], PhotonError], request_id: str | None = None) -> int:
-        """End every live batch, or only the one of that id; the number ended."""
-        batches = [c for c in self._live if c.is_batch and request_id in (None, c.request_id)]
+    def end_batch(self, tenant: str, request_id: str, error: PhotonError) -> int:
+        """End the live batch of that id, of any tenant where `tenant` is empty; the number ended.
+
+        Raises InvalidRequestError where several tenants have a call of the id and none is named.
+        """
+        named = [
+            call
+            for (owner, name), call in self._by_name.items()
+            if name == request_id and tenant in ("", owner)
+        ]
+        batches = [call for call in named if call.is_batch]
+        if batches and len(named) > 1:
+            raise InvalidRequestError.of("tenant", "required: live requests of several tenants have this id")
         for call in batches:
-            call.end(error_class())
+            call.end(error)
         return len(batches)
+
+    def end_batches(self, tenant: str, make_error: Callable[[], PhotonError]) -> None:
+        """End every live batch, or every one of a tenant where `tenant` is not empty."""
+        for (owner, _), call in tuple(self._by_name.items()):
+            if call.is_batch and tenant in ("", owner):
+                call.end(make_error())
 
     async def wait_idle(self) -> None:
         """Return once no call is live."""
@@ -186,20 +240,19 @@ class Calls:
         if self._sweep_timer is None:
             self._schedule_sweep()
 
-    def find(self, request_id: str) -> Call | None:
-        """The live call that has taken this id."""
-        return self._by_id.get(request_id)
+    def find(self, name: tuple[str, str]) -> Call | None:
+        """The live call of this tenant that has taken this id."""
+        return self._by_name.get(name)
 
-    def name(self, call: Call) -> None:
+    def add_name(self, call: Call, name: tuple[str, str]) -> None:
         """Make `call` findable; done by its taking an id."""
-        assert call.request_id is not None
-        self._by_id[call.request_id] = call
+        self._by_name[name] = call
 
     def remove(self, call: Call) -> None:
         """Forget `call`; done by leaving it."""
         self._live.discard(call)
-        if call.request_id is not None:
-            del self._by_id[call.request_id]
+        if call.name is not None:
+            del self._by_name[call.name]
         if not self._live:
             self._idle.set()
 

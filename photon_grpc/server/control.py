@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from photon_grpc.errors import InvalidRequestError, OperatorAbortError, UnsupportedFeatureError
+from photon_grpc.errors import InvalidRequestError, OperatorAbortError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
@@ -36,20 +36,21 @@ class ControlServicer:
         self._limits = limits
 
     async def Abort(self, message: control_pb2.AbortRequest, context: Any) -> control_pb2.AbortResponse:
-        """End one live request, or all. A request that ends by itself meanwhile is ALREADY_FINISHED."""
-        if message.tenant:
-            raise UnsupportedFeatureError("tenant", "tenants are not supported")
+        """End one live request or all, of every tenant or of the one that is named.
+
+        A request that ends by itself meanwhile is ALREADY_FINISHED.
+        """
         target = message.WhichOneof("target")
         if target == "request_id":
             if not message.request_id:
                 raise InvalidRequestError.of("request_id", "must not be empty")
             # The engine knows the items of a batch, and not the batch.
-            aborted = self._calls.end_batches(OperatorAbortError, message.request_id)
-            aborted = aborted or self._front_door.abort(message.request_id)
+            aborted = self._calls.end_batch(message.tenant, message.request_id, OperatorAbortError())
+            aborted = aborted or self._front_door.abort(message.request_id, tenant=message.tenant)
         elif target == "all":
             # Batches first, or their next items would take the places of those that are ended.
-            self._calls.end_batches(OperatorAbortError)
-            aborted = self._front_door.abort_all()
+            self._calls.end_batches(message.tenant, OperatorAbortError)
+            aborted = self._front_door.abort_all(tenant=message.tenant)
         else:
             raise InvalidRequestError.of("target", "one of request_id and all is required")
         _log.info("abort", target=target, aborted=aborted, reason=message.reason[:_MAX_LOGGED_REASON_CHARS])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from photon_grpc.errors import InternalError
@@ -11,10 +13,10 @@ from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
 from photon_grpc.server.batch import Batch, BatchTotals, check_batch
 from photon_grpc.server.calls import Calls
-from photon_grpc.server.interceptors.auth import current_caller
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
+from photon_grpc.server.interceptors.tenant import Origin, current_origin
 from photon_grpc.server.status import REQUEST_ID_KEY
-from photon_grpc.types import Finish, Timings, Usage
+from photon_grpc.types import Finish, GenerationRequest, Timings, Usage
 from photon_grpc.v1 import inference_pb2
 
 
@@ -47,6 +49,13 @@ def _set_success_trailers(
     )
 
 
+def _as_stated(request: GenerationRequest, origin: Origin) -> GenerationRequest:
+    """The request with the priority that a trusted hop has stated, whatever the caller behind it asks for."""
+    if origin.priority is None:
+        return request
+    return replace(request, scheduling=replace(request.scheduling, priority=origin.priority))
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f}"
 
@@ -68,13 +77,13 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
-            await call.take_id(request_id)
+            origin = current_origin.get()
+            request = _as_stated(request, origin)
+            await call.take_id(origin.tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
-            with await self._front_door.open(
-                request, deadline=call.deadline, tenant=current_caller.get()
-            ) as stream:
+            with await self._front_door.open(request, deadline=call.deadline, tenant=origin.tenant) as stream:
                 async for event in stream:
                     seq += 1
                     if isinstance(event, Finished):
@@ -93,12 +102,11 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
-            await call.take_id(request_id)
+            origin = current_origin.get()
+            request = _as_stated(request, origin)
+            await call.take_id(origin.tenant, request_id)
             result = await self._front_door.generate(
-                request,
-                deadline=call.deadline,
-                tenant=current_caller.get(),
-                validate_only=message.validate_only,
+                request, deadline=call.deadline, tenant=origin.tenant, validate_only=message.validate_only
             )
             finishes = [completion.finish for completion in result.completions]
             _set_success_trailers(context, finishes, result.usage, result.timings)
@@ -110,15 +118,17 @@ class InferenceServicer:
             totals = BatchTotals()
             request_id = _adopt_request_id(context, message.request_id)
             check_batch(message, request_id, self._limits)
+            origin = current_origin.get()
             call.is_batch = True
-            await call.take_id(request_id)
+            await call.take_id(origin.tenant, request_id)
             async with Batch(
                 self._front_door,
                 self._limits,
                 message.specs,
                 request_id,
                 deadline=call.deadline,
-                tenant=current_caller.get(),
+                tenant=origin.tenant,
+                as_stated=partial(_as_stated, origin=origin),
             ) as batch:
                 async for ended in batch:
                     totals.add(ended)

@@ -39,21 +39,24 @@ class Result:
     err: str
 
 
-def environment() -> dict[str, str]:
+def environment(token: str = "") -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PHOTON_")}
+    if token:
+        kept["PHOTON_TOKEN"] = token
     return {**kept, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
 
 
-async def start(*arguments: str) -> asyncio.subprocess.Process:
+async def start(*arguments: str, token: str = "") -> asyncio.subprocess.Process:
+    """`token` stands in PHOTON_TOKEN."""
     pipe = asyncio.subprocess.PIPE
     command = (sys.executable, "-m", "photon_grpc", *arguments)
     return await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment()
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment(token)
     )
 
 
-async def run(*arguments: str, stdin: bytes = b"") -> Result:
-    process = await start(*arguments)
+async def run(*arguments: str, stdin: bytes = b"", token: str = "") -> Result:
+    process = await start(*arguments, token=token)
     out, err = await process.communicate(stdin)
     assert process.returncode is not None
     return Result(process.returncode, out.decode(), err.decode())
@@ -396,6 +399,37 @@ class TestWithAToken:
         assert (await run("tokenize", "ab", "--ids", *flags)).code == 0
         assert (await run("bench", "-c", "1", "-r", "1", *flags)).code == 0
         assert "serves" in (await run("health", *flags)).out
+
+    async def test_it_may_stand_in_the_environment(self, guarded: Harness, tmp_path: Path) -> None:
+        token, flags = "correct-horse-battery", ("--address", guarded.target)
+        assert (await run("generate", "hi", "-q", *flags, token=token)).out == " tok tok tok\n"
+        assert (await run("tokenize", "ab", "--ids", *flags, token=token)).code == 0
+        assert (await run("bench", "-c", "1", "-r", "1", *flags, token=token)).code == 0
+        assert "serves" in (await run("health", *flags, token=token)).out
+        # The file is the nearer of the two.
+        (tmp_path / "token").write_text("another-token-altogether")
+        refused = await run(
+            "generate", "hi", *flags, "--token-file", str(tmp_path / "token"), token="correct-horse-battery"
+        )
+        assert refused.err.startswith("UNAUTHENTICATED")
+
+    async def test_a_token_in_the_environment_bothers_no_command_that_has_no_use_for_it(
+        self, model: Path
+    ) -> None:
+        for arguments in (
+            ("tokenize", "ab", "--ids", "--model", str(model)),
+            ("generate", "ab", "-q", "-n", "2", "--model", str(model)),
+            ("info", "--model", str(model)),
+        ):
+            result = await run(*arguments, token="correct-horse-battery")
+            assert result.code == 0, result.err
+            assert "correct-horse" not in result.out + result.err
+
+    async def test_a_variable_without_a_token(self, guarded: Harness) -> None:
+        result = await run("health", "--address", guarded.target, token="two\nlines")
+        assert result.code == 2
+        assert "PHOTON_TOKEN: holds no token" in result.err
+        assert "two" not in result.err
 
     async def test_without_one_the_server_refuses(self, guarded: Harness) -> None:
         result = await run("generate", "hi", "--address", guarded.target)

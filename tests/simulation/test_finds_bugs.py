@@ -66,7 +66,7 @@ def _release_without_check(self: BlockPool, block_ids: Sequence[int]) -> None:
 
 
 def prefixes_are_found_across_scopes(patch: Patch) -> None:
-    patch.setattr(engine_core, "scope_root", lambda scope: b"")
+    patch.setattr(engine_core, "scope_root", lambda key, tenant, cache_salt: b"")
 
 
 def a_block_s_name_forgets_what_came_before(patch: Patch) -> None:

@@ -446,6 +446,6 @@ def _engine_request(call: Call) -> EngineRequest:
         deadlines=Deadlines(*(None if within is None else call.at + within for within in clocks)),
         top_logprobs=call.top_logprobs,
         prompt_top_logprobs=call.prompt_top_logprobs,
-        cache_scope=call.scope,
+        cache_salt=call.scope.decode(),
         bypass_prefix_cache=call.bypass_prefix_cache,
     )

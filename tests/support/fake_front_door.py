@@ -145,7 +145,7 @@ class FakeFrontDoor:
         self.deadlines: list[float | None] = []
         self.tenants: list[str] = []
         self.calls: list[tuple[str, object]] = []
-        self.live_ids: set[str] = set()
+        self.live_ids: set[tuple[str, str]] = set()  # (tenant, request_id)
         self.outlook = AdmissionOutlook(0.5, None)
         self.output_tokens_per_second: float | None = None
         self.estimated_queue_wait_s: float | None = None
@@ -241,13 +241,14 @@ class FakeFrontDoor:
         self.calls.append(("flush_cache", wait_idle))
         return 7
 
-    def abort(self, request_id: str) -> int:
-        if request_id not in self.live_ids:
+    def abort(self, request_id: str, *, tenant: str = "") -> int:
+        meant = {name for name in self.live_ids if name[1] == request_id and tenant in ("", name[0])}
+        if not meant:
             raise RequestNotFoundError(request_id)
-        self.live_ids.remove(request_id)
-        return 1
+        self.live_ids -= meant
+        return len(meant)
 
-    def abort_all(self) -> int:
-        number = len(self.live_ids)
-        self.live_ids.clear()
-        return number
+    def abort_all(self, *, tenant: str = "") -> int:
+        meant = {name for name in self.live_ids if tenant in ("", name[0])}
+        self.live_ids -= meant
+        return len(meant)

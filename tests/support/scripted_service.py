@@ -22,7 +22,7 @@ from tests.support.builders import model_info
 from tests.support.grpc_harness import Harness, quick_options, running_server
 from tools.make_tiny_model import write_tokenizer
 
-_VOCAB_SIZE = 512
+VOCAB_SIZE = 512
 
 
 @asynccontextmanager
@@ -31,18 +31,19 @@ async def scripted_service(
     options: Options | None = None,
     *,
     step_s: float = 0.0,
+    max_model_len: int = 4096,
     faults: dict[tuple[int, int], RowFault] | None = None,
     has_chat_template: bool = True,
     call_observers: Sequence[CallObserver] = (),
 ) -> AsyncIterator[Harness]:
-    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer.
+    """Serving, each step asleep for `step_s`. `folder` takes the tokenizer.
 
     `faults` are those of the runner: by prompt length and output position.
     """
     options = options or quick_options()
-    model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
+    model = model_info(vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
     metrics = Metrics(photon_grpc.__version__)
-    write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
+    write_tokenizer(folder, VOCAB_SIZE, add_bos=False)
     if not has_chat_template:
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.engine.client import AsyncEngine, RequestStream
+from photon_grpc.engine.messages import EngineRequest
 from photon_grpc.errors import (
     ContextLengthError,
     DuplicateRequestError,
@@ -185,6 +186,25 @@ async def test_started_deltas_finished_summary(tokenizer: Tokenizer) -> None:
         assert started.effective.stop.max_tokens == 509
 
 
+async def test_the_engine_hears_for_whom_it_works(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tokenizer) as it:
+        heard: list[str] = []
+        submit = it.engine.submit
+
+        def listening(request_id: str, request: EngineRequest) -> RequestStream:
+            heard.append(request.tenant)
+            return submit(request_id, request)
+
+        monkeypatch.setattr(it.engine, "submit", listening)
+        it.say("a")
+        await it.events(asking(), tenant="alice")
+        await it.generator.generate(asking(), tenant="bob")
+        await it.events(asking())
+        assert heard == ["alice", "bob", ""]
+
+
 async def test_no_delta_ends_inside_a_character(tokenizer: Tokenizer) -> None:
     """Bug of two ancestors: one decode per token broke emoji and CJK."""
     async with house(tokenizer, step_s=0.001) as it:
@@ -203,7 +223,7 @@ async def test_what_ends_in_the_middle_of_a_character_is_flushed(tokenizer: Toke
         assert text_of(events).endswith("\ufffd")
 
 
-async def test_usage_is_the_ids_emitted(tokenizer: Tokenizer) -> None:
+async def test_fault_22_usage_is_the_ids_emitted(tokenizer: Tokenizer) -> None:
     """Bug of two ancestors: `tokens` echoed max_tokens, or counted characters."""
     async with house(tokenizer, block_size=16) as it:
         (ids,) = it.say(TEXT)
@@ -380,7 +400,7 @@ async def test_a_stop_id_is_cut_unless_it_is_wanted(tokenizer: Tokenizer) -> Non
 
 @pytest.mark.parametrize("step_s", [0.0, 0.002])
 @pytest.mark.parametrize("include", [False, True])
-async def test_a_stop_string_across_tokens_and_deltas(
+async def test_fault_21_a_stop_string_across_tokens_and_deltas(
     tokenizer: Tokenizer, include: bool, step_s: float
 ) -> None:
     """Bug of an ancestor: stop strings were matched on ids, so one that is split otherwise was missed."""

@@ -32,6 +32,7 @@ from tests.support.grpc_harness import (
 )
 from tests.support.scripted_service import scripted_service
 
+CANARY = "canary-20ce"
 METHOD = "/photon.v1.InferenceService/BatchGenerate"
 
 
@@ -281,7 +282,7 @@ async def test_an_unforeseen_error_of_an_item_tells_the_client_nothing() -> None
     class Failing(FakeFrontDoor):
         async def generate(self, request: Any, *, validate_only: bool = False, **arguments: Any) -> Any:
             if request.request_id == "b.1" and not validate_only:
-                raise ValueError("the secret")
+                raise ValueError(CANARY)
             return await super().generate(request, validate_only=validate_only, **arguments)
 
     with capture_logs() as records:
@@ -293,12 +294,13 @@ async def test_an_unforeseen_error_of_an_item_tells_the_client_nothing() -> None
         "INTERNAL",
         "internal error",
     )
-    assert b"secret" not in items[1].SerializeToString()
+    assert CANARY.encode() not in items[1].SerializeToString()
     assert items[0].HasField("response")
     assert items[2].HasField("response")
     (logged,) = [record for record in records if record["event"] == "item failed"]
     assert logged["request_id"] == "b.1"
-    assert "the secret" in repr(logged["exc_info"])
+    assert "ValueError" in repr(logged["traceback"])
+    assert CANARY not in repr(records)
 
 
 # What is wrong with the whole call.

@@ -100,6 +100,7 @@ TABLE = [
         QUOTA,
         pushback=(-1, -1),
     ),
+    Row(errors.OutOfMemoryError(), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", RETRY, pushback=(1000, 1000)),
     Row(errors.OverloadedError("full", 1.0), "UNAVAILABLE", "OVERLOADED", RETRY, pushback=(750, 1250)),
     Row(
         errors.DeadlineUnreachableError(3.5),
