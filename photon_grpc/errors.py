@@ -102,6 +102,11 @@ class InvalidRequestError(RequestError):
         """The common case of a single violation."""
         return cls([FieldViolation(field, description)])
 
+    @classmethod
+    def ambiguous_id(cls) -> InvalidRequestError:
+        """An operator named an id that live requests of several tenants have. Says nothing of whose."""
+        return cls.of("tenant", "required: live requests of several tenants have this id")
+
 
 class ContextLengthError(RequestError):
     """The prompt leaves no room for a single output token."""

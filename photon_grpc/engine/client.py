@@ -420,7 +420,7 @@ class AsyncEngine:
         if not keys:
             raise RequestNotFoundError(request_id)
         if len(keys) > 1:
-            raise InvalidRequestError.of("tenant", "required: live requests of several tenants have this id")
+            raise InvalidRequestError.ambiguous_id()
         self.post(Abort(keys[0], reason=AbortReason.OPERATOR))
         return 1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from photon_grpc.frontend.events import GenerationResult
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
 from photon_grpc.server.interceptors.errors import is_usable_id
+from photon_grpc.server.interceptors.tenant import Origin
 from photon_grpc.server.status import code_of, is_foreseen, reason_of, to_message
 from photon_grpc.telemetry.call_record import CallRecord, current_call
 from photon_grpc.telemetry.tracebacks import without_words
@@ -86,17 +87,14 @@ class Batch:
         request_id: str,
         *,
         deadline: float,
-        tenant: str,
-        as_stated: Callable[[GenerationRequest], GenerationRequest] = lambda request: request,
+        origin: Origin,
     ) -> None:
-        """`as_stated` puts into each request what the call's metadata says of it."""
         self._front_door = front_door
         self._limits = limits
         self._specs = specs
         self._request_id = request_id
         self._deadline = deadline
-        self._tenant = tenant
-        self._as_stated = as_stated
+        self._origin = origin
         self._start = time.monotonic()
         self._num_left = len(specs)
         self._call = current_call.get()
@@ -146,9 +144,10 @@ class Batch:
         num_tokens = 0
         for index, spec in enumerate(self._specs):
             try:
-                request = self._as_stated(
-                    convert.decode_item(spec, item_id(self._request_id, index), _root(index), self._limits)
+                request = convert.decode_item(
+                    spec, item_id(self._request_id, index), _root(index), self._limits
                 )
+                request = self._origin.stamp(request)
                 checked = await self._generate(index, request, validate_only=True)
             except _OF_THE_CALL:
                 raise
@@ -174,7 +173,7 @@ class Batch:
         return await self._front_door.generate(
             request,
             deadline=self._deadline,
-            tenant=self._tenant,
+            tenant=self._origin.tenant,
             validate_only=validate_only,
             field_root=f"{_root(index)}.",
         )

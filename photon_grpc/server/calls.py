@@ -16,13 +16,7 @@ from typing import Any, Self
 
 import grpc
 
-from photon_grpc.errors import (
-    DuplicateRequestError,
-    InvalidRequestError,
-    MaxDurationError,
-    PhotonError,
-    SlowConsumerError,
-)
+from photon_grpc.errors import DuplicateRequestError, MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
 # How much later than the call behind it a cancellation may reach us.
@@ -206,28 +200,19 @@ class Calls:
         for call in tuple(self._live):
             call.end(make_error())
 
-    def end_batch(self, tenant: str, request_id: str, error: PhotonError) -> int:
-        """End the live batch of that id, of any tenant where `tenant` is empty; the number ended.
-
-        Raises InvalidRequestError where several tenants have a call of the id and none is named.
-        """
-        named = [
-            call
-            for (owner, name), call in self._by_name.items()
-            if name == request_id and tenant in ("", owner)
-        ]
-        batches = [call for call in named if call.is_batch]
-        if batches and len(named) > 1:
-            raise InvalidRequestError.of("tenant", "required: live requests of several tenants have this id")
-        for call in batches:
-            call.end(error)
-        return len(batches)
-
-    def end_batches(self, tenant: str, make_error: Callable[[], PhotonError]) -> None:
-        """End every live batch, or every one of a tenant where `tenant` is not empty."""
+    def end_batches(self, make_error: Callable[[], PhotonError], tenant: str = "") -> None:
+        """End every live batch, or every one of a tenant."""
         for (owner, _), call in tuple(self._by_name.items()):
             if call.is_batch and tenant in ("", owner):
                 call.end(make_error())
+
+    def find_all(self, request_id: str, tenant: str = "") -> list[Call]:
+        """The live calls that have taken this id: one at most of each tenant, or of the one that is named."""
+        return [
+            call
+            for (owner, call_id), call in self._by_name.items()
+            if call_id == request_id and tenant in ("", owner)
+        ]
 
     async def wait_idle(self) -> None:
         """Return once no call is live."""

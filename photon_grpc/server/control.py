@@ -44,12 +44,10 @@ class ControlServicer:
         if target == "request_id":
             if not message.request_id:
                 raise InvalidRequestError.of("request_id", "must not be empty")
-            # The engine knows the items of a batch, and not the batch.
-            aborted = self._calls.end_batch(message.tenant, message.request_id, OperatorAbortError())
-            aborted = aborted or self._front_door.abort(message.request_id, tenant=message.tenant)
+            aborted = self._abort_one(message.request_id, message.tenant)
         elif target == "all":
             # Batches first, or their next items would take the places of those that are ended.
-            self._calls.end_batches(message.tenant, OperatorAbortError)
+            self._calls.end_batches(OperatorAbortError, message.tenant)
             aborted = self._front_door.abort_all(tenant=message.tenant)
         else:
             raise InvalidRequestError.of("target", "one of request_id and all is required")
@@ -60,6 +58,17 @@ class ControlServicer:
             else control_pb2.AbortResponse.OUTCOME_ALREADY_FINISHED
         )
         return control_pb2.AbortResponse(outcome=outcome, aborted=aborted)
+
+    def _abort_one(self, request_id: str, tenant: str) -> int:
+        """The number ended. Raises RequestNotFoundError or InvalidRequestError."""
+        calls = self._calls.find_all(request_id, tenant)
+        if len(calls) > 1:
+            raise InvalidRequestError.ambiguous_id()
+        # The engine knows the items of a batch, and not the batch.
+        if calls and calls[0].is_batch:
+            calls[0].end(OperatorAbortError())
+            return 1
+        return self._front_door.abort(request_id, tenant=tenant)
 
     async def Drain(self, message: control_pb2.DrainRequest, context: Any) -> control_pb2.DrainResponse:
         """Begin a drain, or take it back. Answers at once with the calls that are in flight."""

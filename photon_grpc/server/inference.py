@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from photon_grpc.errors import InternalError
@@ -14,9 +12,9 @@ from photon_grpc.server import convert
 from photon_grpc.server.batch import Batch, BatchTotals, check_batch
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
-from photon_grpc.server.interceptors.tenant import Origin, current_origin
+from photon_grpc.server.interceptors.tenant import current_origin
 from photon_grpc.server.status import REQUEST_ID_KEY
-from photon_grpc.types import Finish, GenerationRequest, Timings, Usage
+from photon_grpc.types import Finish, Timings, Usage
 from photon_grpc.v1 import inference_pb2
 
 
@@ -49,13 +47,6 @@ def _set_success_trailers(
     )
 
 
-def _as_stated(request: GenerationRequest, origin: Origin) -> GenerationRequest:
-    """The request with the priority that a trusted hop has stated, whatever the caller behind it asks for."""
-    if origin.priority is None:
-        return request
-    return replace(request, scheduling=replace(request.scheduling, priority=origin.priority))
-
-
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f}"
 
@@ -78,7 +69,7 @@ class InferenceServicer:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
             origin = current_origin.get()
-            request = _as_stated(request, origin)
+            request = origin.stamp(request)
             await call.take_id(origin.tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
@@ -103,7 +94,7 @@ class InferenceServicer:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
             origin = current_origin.get()
-            request = _as_stated(request, origin)
+            request = origin.stamp(request)
             await call.take_id(origin.tenant, request_id)
             result = await self._front_door.generate(
                 request, deadline=call.deadline, tenant=origin.tenant, validate_only=message.validate_only
@@ -127,8 +118,7 @@ class InferenceServicer:
                 message.specs,
                 request_id,
                 deadline=call.deadline,
-                tenant=origin.tenant,
-                as_stated=partial(_as_stated, origin=origin),
+                origin=origin,
             ) as batch:
                 async for ended in batch:
                     totals.add(ended)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Set
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from photon_grpc.server.deserialize import Behavior
 from photon_grpc.server.interceptors.auth import HEALTH_SERVICE, current_caller
 from photon_grpc.telemetry.call_record import current_call
 from photon_grpc.telemetry.pseudonyms import Pseudonyms
+from photon_grpc.types import GenerationRequest
 
 TENANT_KEY = "photon-tenant"
 PRIORITY_KEY = "photon-priority"
@@ -37,6 +38,12 @@ class Origin:
 
     tenant: str = ""
     priority: int | None = None
+
+    def stamp(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with what was stated of it, whatever the caller behind the hop asks for."""
+        if self.priority is None:
+            return request
+        return replace(request, scheduling=replace(request.scheduling, priority=self.priority))
 
 
 _NOBODY = Origin()

@@ -100,7 +100,6 @@ TABLE = [
         QUOTA,
         pushback=(-1, -1),
     ),
-    Row(errors.OutOfMemoryError(), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", RETRY, pushback=(1000, 1000)),
     Row(errors.OverloadedError("full", 1.0), "UNAVAILABLE", "OVERLOADED", RETRY, pushback=(750, 1250)),
     Row(
         errors.DeadlineUnreachableError(3.5),
@@ -120,6 +119,7 @@ TABLE = [
     Row(errors.EngineStartingError(), "UNAVAILABLE", "STARTING", RETRY, pushback=(1000, 1000)),
     Row(errors.EngineDrainingError(), "UNAVAILABLE", "DRAINING", RETRY, pushback=(100, 100)),
     Row(errors.EngineDeadError(), "UNAVAILABLE", "ENGINE_DEAD", RETRY, pushback=(100, 100)),
+    Row(errors.OutOfMemoryError(), "UNAVAILABLE", "OUT_OF_MEMORY", RETRY, pushback=(1000, 1000)),
     Row(errors.QueueTimeoutError(), "DEADLINE_EXCEEDED", "QUEUE_TIMEOUT"),
     Row(errors.FirstTokenTimeoutError(), "DEADLINE_EXCEEDED", "FIRST_TOKEN_TIMEOUT"),
     Row(errors.MaxDurationError(), "DEADLINE_EXCEEDED", "MAX_DURATION"),
