@@ -127,8 +127,12 @@ class LimitOptions:
     max_priority: int = _opt(9, "highest priority")
     max_chunk_tokens: int = _opt(256, "chunk_policy.max_tokens")
     max_chunk_delay_s: float = _opt(1.0, "chunk_policy.max_delay")
-    max_queued_requests: int = _opt(1024, "completions waiting for a place in the batch")
-    max_queued_tokens: int = _opt(1 << 20, "prompt tokens of requests whose first token has not come")
+    max_queued_requests: int = _opt(
+        1024, "completions waiting for a place in the batch; twice as many of several tenants"
+    )
+    max_queued_tokens: int = _opt(
+        1 << 20, "prompt tokens of requests whose first token has not come; twice as many of several tenants"
+    )
     max_batch_items: int = _opt(128, "specs of one BatchGenerate")
     max_batch_tokens: int = _opt(1 << 20, "prompts and max_tokens of one BatchGenerate in all")
     max_batch_concurrency: int = _opt(32, "specs of one BatchGenerate that run at the same time")

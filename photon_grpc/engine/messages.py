@@ -63,7 +63,8 @@ class EngineRequest:
     `stop_token_ids` and `eos_token_ids` (empty under ignore_eos) end a completion; reaching
     `max_tokens` ends it with `length_finish`. None as `top_logprobs` means no log-probabilities. `tenant`
     is whom the work is for, a name that nothing here looks into; empty where callers are not told apart.
-    Requests share blocks only inside one tenant, and there only with an equal `cache_salt`.
+    Requests share blocks only inside one tenant, and there only with an equal `cache_salt`. While several
+    tenants wait each gets `weight` shares of the engine.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -81,6 +82,7 @@ class EngineRequest:
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

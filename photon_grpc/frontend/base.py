@@ -92,7 +92,7 @@ class FrontDoor(Protocol):
     def abort(self, request_id: str, *, tenant: str = "") -> int:
         """End a live request for an operator; the number ended. An empty tenant stands for all of them.
 
-        Raises RequestNotFoundError, and InvalidRequestError of `tenant` for an id that several tenants use.
+        Raises RequestNotFoundError, and InvalidRequestError for an id that several tenants use.
         """
 
     def abort_all(self, *, tenant: str = "") -> int:

@@ -118,7 +118,10 @@ class Generator:
 
     def load(self) -> EngineLoad:
         """The latest snapshot, and what it comes to."""
-        return self._engine.load(self._clock())
+        load = self._engine.load(self._clock())
+        if self._text is None:
+            return load
+        return replace(load, estimated_queue_wait_s=self._admission.queue_wait())
 
     async def flush_cache(self, *, wait_idle: bool) -> int:
         """Forget every cached prefix, with `wait_idle` once no request lives; the number of blocks that
@@ -126,8 +129,8 @@ class Generator:
         return await self._engine.flush_cache(wait_idle=wait_idle)
 
     def abort(self, request_id: str, *, tenant: str = "") -> int:
-        """End a live request for an operator. Raises RequestNotFoundError, and InvalidRequestError for an
-        id that several tenants use where none is named."""
+        """End a live request for an operator. Raises RequestNotFoundError, and InvalidRequestError for
+        an id that several tenants use where none is named."""
         return self._engine.abort(request_id, tenant)
 
     def abort_all(self, *, tenant: str = "") -> int:
@@ -153,7 +156,7 @@ class Generator:
         text = self._require_taking()
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
-            self._admission.check()
+            self._admission.check(tenant)
             checked = await self._prepare(text, request, deadline, tenant, field_root)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
@@ -168,7 +171,13 @@ class Generator:
         return opened
 
     def _enter(self, request: EngineRequest) -> Ticket:
-        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n, request.deadlines)
+        return self._admission.enter(
+            len(request.prompt_token_ids),
+            request.sampling.n,
+            request.deadlines,
+            tenant=request.tenant,
+            weight=request.weight,
+        )
 
     async def generate(
         self,
@@ -207,13 +216,13 @@ class Generator:
         refusal: PhotonError | None = None
         try:
             self._tenants.check(tenant, _most_tokens(request))
-            self._admission.check()
+            self._admission.check(tenant, request.weight)
             # Nobody sees the place that is taken: it is given back before anything else runs.
             self._enter(request).close()
             self._engine.check_admission()
         except (CapacityError, DurationError, LifecycleError) as error:
             refusal = error
-        return AdmissionOutlook(self._admission.estimated_wait(), refusal)
+        return AdmissionOutlook(self._admission.estimated_wait(tenant, request.weight), refusal)
 
     async def _prepare(
         self,

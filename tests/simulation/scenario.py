@@ -60,7 +60,9 @@ class Call:
     stop_ids: tuple[int, ...]
     length_finish: FinishReason
     priority: int
-    scope: bytes
+    tenant: str
+    weight: float
+    salt: str
     bypass_prefix_cache: bool
     top_logprobs: int | None
     prompt_top_logprobs: int | None
@@ -151,8 +153,13 @@ class _Maker:
         self.step_s = rng.choice((0.001, 0.01, 0.03))
         self.gap_s = rng.choice((0.0, 0.1, 1.0, 4.0)) * self.step_s
         self.documents = [self.tokens(self.longest_prompt) for _ in range(rng.choice((1, 1, 2, 3)))]
-        self.scopes = [b"a", b"b"][: rng.choice((1, 2))]
+        self.salts = ["", "b"][: rng.choice((1, 2))]
         self.eos_is_common = self.chance(0.7)
+        # Whose calls they are is drawn apart, so that one tenant or three see the same calls.
+        self.tenant_random = random.Random(f"tenants of {seed}")
+        self.id_random = random.Random(f"ids of {seed}")
+        names = "abc"[: self.tenant_random.choice((1, 2, 2, 3))]
+        self.tenants = {name: self.tenant_random.choice((0.5, 1.0, 1.0, 2.0, 4.0)) for name in names}
         self.shares = {name: rng.choice((0.0, 0.0, 0.0, 0.1, 0.4)) for name in _FEATURES}
         self.calls: list[Call] = []
 
@@ -209,9 +216,13 @@ class _Maker:
         if leave is not None and leave.state is State.IN_FLIGHT and self.chance(0.3):
             # The row whose caller has just left is the faulty one.
             faults = {(n - 1, leave.tokens)}
+        tenant = self.tenant()
         request_id = f"r{number}"
         if self.calls and self.chance(0.05):
             request_id = rng.choice(self.calls).request_id
+        others = [call.request_id for call in self.calls if call.tenant != tenant]
+        if others and self.id_random.random() < 0.3:
+            request_id = self.id_random.choice(others)
         return Call(
             number=number,
             at=at,
@@ -224,7 +235,9 @@ class _Maker:
             stop_ids=STOP_IDS if self.has("stop_ids") else (),
             length_finish=rng.choice((FinishReason.MAX_TOKENS, FinishReason.CONTEXT_LIMIT)),
             priority=rng.randint(0, 9) if self.has("priority") else 0,
-            scope=rng.choice(self.scopes),
+            tenant=tenant,
+            weight=self.tenants[tenant],
+            salt=rng.choice(self.salts),
             bypass_prefix_cache=self.has("bypass"),
             top_logprobs=rng.choice((0, 2)) if self.has("logprobs") else None,
             prompt_top_logprobs=rng.choice((0, 1)) if self.has("prompt_logprobs") else None,
@@ -236,6 +249,11 @@ class _Maker:
             read_every=rng.choice((1, 1, 1, 3, 10)),
             faults=frozenset(faults),
         )
+
+    def tenant(self) -> str:
+        """Often the one of the call before: floods, and tenants that come late."""
+        rng = self.tenant_random
+        return self.calls[-1].tenant if self.calls and rng.random() < 0.4 else rng.choice([*self.tenants])
 
     def prompt(self) -> tuple[int, ...]:
         rng = self.random
