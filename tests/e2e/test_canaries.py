@@ -177,7 +177,15 @@ def requests_that_are_wrong(clients: Clients) -> None:
     templated.chat.template_args[CANARY] = {CANARY: CANARY}
     salted.cache.cache_salt = f"{CANARY} salt"
     stopped.stop.strings.extend([CANARY * 40] * 20)
-    for bad in (constrained, adapted, experimental, templated, salted, stopped, spec(text=PROMPT * 200)):
+    wrong = (constrained, adapted, experimental, templated, salted, stopped, spec(text=PROMPT * 200))
+    batch = inference_pb2.BatchGenerateRequest(request_id="batch", specs=[*wrong, spec()])
+    call = clients.stub.BatchGenerate(batch, metadata=alice, timeout=60)
+    items = {item.item: item for item in call}
+    assert [items[n].WhichOneof("result") for n in range(len(items))] == ["error"] * len(wrong) + ["response"]
+    clients.told.append(repr([item.error for item in items.values()]))
+    clients.completions.append(items[len(wrong)].response.completions[0].text)
+    assert clients.end(call) == "OK"
+    for bad in wrong:
         code = clients.send(inference_pb2.GenerateRequest(spec=bad).SerializeToString(), alice)
         assert code in ("INVALID_ARGUMENT", "UNIMPLEMENTED"), bad
     for data in (

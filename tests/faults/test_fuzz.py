@@ -156,7 +156,7 @@ async def test_the_fuzzer_finds_what_escapes_as_an_internal_error(
         return decode(message, *arguments)
 
     monkeypatch.setattr(convert, "decode_stream_generate", careless)
-    await fuzzer.run(1, range(600))
+    await fuzzer.run(1, range(NUM_MESSAGES))
     assert fuzzer.findings
     assert all("--seed 1 --only" in finding and "INTERNAL" in finding for finding in fuzzer.findings)
 

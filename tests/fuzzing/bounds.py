@@ -17,10 +17,13 @@ from photon_grpc.v1 import inference_pb2 as pb
 
 __all__ = ["NOT_OF_A_REQUEST", "Bound", "bounds", "plain", "with_value"]
 
-# Limits of what a server holds, or of how long, and not of what one request may say; and the size of a
-# message, which grpc judges before there is a request.
+# Limits of what a server holds, or of how long, and not of what one request may say; of calls that carry
+# many; and the size of a message, which grpc judges before there is a request.
 NOT_OF_A_REQUEST = {
     "default_deadline_s",
+    "max_batch_concurrency",
+    "max_batch_items",
+    "max_batch_tokens",
     "max_message_bytes",
     "max_queued_requests",
     "max_queued_tokens",

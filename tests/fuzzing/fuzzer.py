@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.descriptor import Descriptor, FileDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -27,7 +28,7 @@ from photon_grpc.server.status import TABLE
 from photon_grpc.v1 import control_pb2, inference_pb2, model_pb2
 from tests.fuzzing.bounds import bounds, plain
 from tests.fuzzing.wire import LENGTH, mutate, random_message, tagged
-from tests.support.grpc_harness import Harness, quick_options, rich_error, until
+from tests.support.grpc_harness import Harness, quick_options, rich_error, rich_item_error, until
 from tests.support.scripted_service import VOCAB_SIZE, scripted_service
 
 __all__ = [
@@ -72,6 +73,8 @@ LIMITS = {
     "max_allowed_token_ids": 100,
     "max_deadline_s": 600.0,
     "max_queued_requests": 64,
+    "max_batch_items": 8,
+    "max_batch_concurrency": 3,
 }
 MAX_MODEL_LEN = 160
 # No message takes this long; a call that does is a finding.
@@ -128,8 +131,9 @@ def _methods() -> Iterator[Method]:
 METHODS: dict[str, Method] = {method.path: method for method in _methods()}
 _GENERATE = "/photon.v1.InferenceService/Generate"
 _STREAM = "/photon.v1.InferenceService/StreamGenerate"
+_BATCH = "/photon.v1.InferenceService/BatchGenerate"
 # The first carry most of what a stranger can say.
-_OFTEN = (_GENERATE, _STREAM, _STREAM, "/photon.v1.InferenceService/Tokenize")
+_OFTEN = (_GENERATE, _STREAM, _STREAM, _BATCH, "/photon.v1.InferenceService/Tokenize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,10 @@ def _data(rng: random.Random, method: Method, kind: str) -> bytes:
 def _as(method: Method, request: inference_pb2.StreamGenerateRequest) -> bytes:
     if method.path == _STREAM:
         return request.SerializeToString()
+    if method.path == _BATCH:
+        return inference_pb2.BatchGenerateRequest(
+            request_id=request.request_id, specs=[plain().spec, request.spec]
+        ).SerializeToString()
     return inference_pb2.GenerateRequest(request_id=request.request_id, spec=request.spec).SerializeToString()
 
 
@@ -177,7 +185,7 @@ _AT_BOUNDS = [request for bound in BOUNDS for request in (*bound.good, *bound.ba
 
 
 def _at_a_bound(rng: random.Random, method: Method) -> bytes:
-    if method.path in (_GENERATE, _STREAM):
+    if method.path in (_GENERATE, _STREAM, _BATCH):
         data = _as(method, rng.choice(_AT_BOUNDS))
         if rng.random() < 0.25:
             data += _as(method, rng.choice(_AT_BOUNDS))
@@ -205,6 +213,12 @@ def _valid(rng: random.Random, method: Method) -> Message:
     match method.path.rpartition("/")[2]:
         case "Generate" | "StreamGenerate":
             _fill_generation(rng, message)
+        case "BatchGenerate":
+            for _ in range(rng.choice((1, 2, 5, 9))):
+                one = inference_pb2.GenerateRequest()
+                _fill_generation(rng, one)
+                message.specs.append(one.spec)
+            message.request_id = one.request_id
         case "Tokenize" if rng.random() < 0.7:
             message.text = rng.choice(_TEXTS)
             message.return_offsets = rng.random() < 0.5
@@ -355,15 +369,29 @@ async def _call(harness: Harness, case: Case) -> grpc.StatusCode:
         response_class.FromString(await channel.unary_unary(method.path)(case.data, timeout=_ANSWER_S))
         return _Code.OK
     seq = 0
+    items: list[int] = []
     async for data in call:
         response: Any = response_class.FromString(data)
         seq += 1
         if method.path == _STREAM and response.seq != seq:
             raise ValueError(f"message {seq} of the stream is numbered {response.seq}")
+        if method.path == _BATCH:
+            items.append(response.item)
+            if response.HasField("error"):
+                _judge_item(response.error)
         if method.is_endless:
             call.cancel()
             return _Code.OK
+    if sorted(items) != list(range(len(items))):
+        raise ValueError(f"items {items}")
     return _Code(await call.code())
+
+
+def _judge_item(status: status_pb2.Status) -> None:
+    """Raises ValueError unless an item of a batch may end so."""
+    rich = rich_item_error(status)
+    if rich.code not in ALLOWED or rich.reason not in _REASONS or _PYTHON.search(rich.message):
+        raise ValueError(f"an item ends {rich.code.name}, {rich.reason}: {rich.message}")
 
 
 def _problem_of(case: Case, error: grpc.aio.AioRpcError) -> str:

@@ -22,7 +22,7 @@ from photon_grpc.v1 import inference_pb2 as pb
 from photon_grpc.v1 import inference_pb2_grpc
 from tests.fuzzing.bounds import bounds, plain, with_value
 from tests.fuzzing.wire import LENGTH, tagged
-from tests.security.ways import GenerateWay, LlmWay, OfflineWay, StreamWay, Way
+from tests.security.ways import BatchWay, GenerateWay, LlmWay, OfflineWay, StreamWay, Way
 from tests.support.grpc_harness import rich_error
 from tests.support.server_process import ServerProcess, server_process
 from tests.support.tiny_model import CHAT_TEMPLATE, tiny_model_folder
@@ -77,7 +77,10 @@ def _alive(request: pytest.FixtureRequest) -> Iterator[None]:
     if "server" in request.fixturenames:
         server = request.getfixturevalue("server")
         server.wait_until_idle()
-        answer = request.getfixturevalue("stub").Generate(pb.GenerateRequest(spec=plain().spec), timeout=60)
+        # A sampled token may be the end of the sequence.
+        spec = plain().spec
+        spec.stop.ignore_eos = True
+        answer = request.getfixturevalue("stub").Generate(pb.GenerateRequest(spec=spec), timeout=60)
         assert answer.usage.output_tokens == 2
         assert server.process.poll() is None
 
@@ -111,6 +114,10 @@ def stream_way(request: pytest.FixtureRequest) -> Iterator[Way]:
     yield StreamWay(request.getfixturevalue("stub"))
 
 
+def batch_way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    yield BatchWay(request.getfixturevalue("stub"))
+
+
 def options_of(model: Path) -> Options:
     return Options(
         model=ModelOptions(path=str(model), max_model_len=MAX_MODEL_LEN),
@@ -136,6 +143,7 @@ def offline_way(request: pytest.FixtureRequest) -> Iterator[Way]:
 WAYS: dict[str, tuple[Callable[[pytest.FixtureRequest], Iterator[Way]], set[str]]] = {
     "Generate": (generate_way, {"max_chunk_tokens", "max_chunk_delay_s"}),
     "StreamGenerate": (stream_way, set()),
+    "BatchGenerate": (batch_way, {"max_chunk_tokens", "max_chunk_delay_s", "max_request_id_chars"}),
     "LLM": (
         llm_way,
         {

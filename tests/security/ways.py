@@ -19,9 +19,9 @@ from photon_grpc.offline import OfflineSource
 from photon_grpc.types import ChatInput, ChatMessage, Prompt, Role
 from photon_grpc.v1 import inference_pb2 as pb
 from photon_grpc.v1 import inference_pb2_grpc
-from tests.support.grpc_harness import rich_error
+from tests.support.grpc_harness import RichError, rich_error, rich_item_error
 
-__all__ = ["GenerateWay", "LlmWay", "OfflineWay", "StreamWay", "Way"]
+__all__ = ["BatchWay", "GenerateWay", "LlmWay", "OfflineWay", "StreamWay", "Way"]
 
 _ANSWER_S = 60.0
 _ROLES = {1: Role.SYSTEM, 2: Role.USER, 3: Role.ASSISTANT, 4: Role.TOOL}
@@ -73,8 +73,33 @@ class StreamWay:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class BatchWay:
+    """The second item of a batch; the first must be served whatever becomes of it."""
+
+    stub: inference_pb2_grpc.InferenceServiceStub
+
+    def can_say(self, request: pb.StreamGenerateRequest) -> bool:
+        # The ids of items are longer than that of their call, which has a bound of its own.
+        return not request.HasField("chunk_policy") and not request.request_id
+
+    def refused_fields(self, request: pb.StreamGenerateRequest) -> list[str] | None:
+        first = pb.GenerationSpec(token_ids=pb.TokenIds(ids=[5, 6, 7]), stop=pb.StopParams(max_tokens=1))
+        message = pb.BatchGenerateRequest(specs=[first, request.spec])
+        items = {item.item: item for item in self.stub.BatchGenerate(message, timeout=_ANSWER_S)}
+        assert items[0].HasField("response")
+        if items[1].HasField("response"):
+            return None
+        fields = _fields_of(rich_item_error(items[1].error))
+        assert all(field.startswith("specs[1].") for field in fields)
+        return [field.replace("specs[1].", "spec.") for field in fields]
+
+
 def _invalid_fields(error: grpc.RpcError) -> list[str]:
-    rich = rich_error(error)
+    return _fields_of(rich_error(error))
+
+
+def _fields_of(rich: RichError) -> list[str]:
     assert rich.code is grpc.StatusCode.INVALID_ARGUMENT, rich
     return rich.fields
 
