@@ -49,7 +49,7 @@ class Callers:
         """Raises ConfigError, with the line, for a file that cannot be used."""
         self._file = Path(file)
         # Before the read: what is written in between is then read with the next question.
-        self._stamp = self._look()
+        self._stamp = self._unreadable = self._look()
         try:
             self._entries = _parse(self._file.read_bytes())
         except (OSError, ValueError) as error:
@@ -73,14 +73,25 @@ class Callers:
         stamp = self._look()
         if stamp == self._stamp:
             return self._entries
-        self._stamp = stamp
         try:
-            self._entries = _parse(self._file.read_bytes())
-        except (OSError, ValueError) as error:
-            _log.warning("callers refused, the last good ones stay", reason=self._describe(error))
+            content = self._file.read_bytes()
+        except OSError as error:
+            # It may be readable with the next question, unchanged: this process had no descriptor left.
+            if stamp != self._unreadable:
+                self._unreadable = stamp
+                self._warn(error)
+            return self._entries
+        self._stamp = self._unreadable = stamp
+        try:
+            self._entries = _parse(content)
+        except ValueError as error:
+            self._warn(error)
         else:
             _log.info("callers loaded", callers=len(self._entries.tokens) + len(self._entries.sans))
         return self._entries
+
+    def _warn(self, error: OSError | ValueError) -> None:
+        _log.warning("callers refused, the last good ones stay", reason=self._describe(error))
 
     def _look(self) -> tuple[int, int, int] | None:
         """What changes when the file is written or replaced; None while there is none."""
