@@ -154,6 +154,14 @@ def calls_that_go_well(clients: Clients) -> None:
     assert clients.send(counted, alice) == "OK"
     stream = inference_pb2.StreamGenerateRequest(spec=spec())
     assert clients.end(clients.stub.StreamGenerate(stream, metadata=gateway, timeout=60)) == "OK"
+    bad = spec()
+    bad.constraint.regex = CANARY
+    items = inference_pb2.BatchGenerateRequest(specs=[spec(), bad, spec(text=PROMPT * 200)])
+    batch = clients.stub.BatchGenerate(items, metadata=alice, timeout=60)
+    for item in batch:
+        clients.told.append(str(item.error))
+        clients.completions.extend(completion.text for completion in item.response.completions)
+    assert clients.end(batch) == "OK"
     for method, data in (
         ("InferenceService/Tokenize", inference_pb2.TokenizeRequest(text=PROMPT)),
         ("InferenceService/Detokenize", inference_pb2.DetokenizeRequest(token_ids=range(5, 60))),
@@ -314,7 +322,7 @@ def test_nothing_that_a_server_tells_repeats_a_text_a_name_or_a_token(
     }
     assert "photon_rpc_seconds" in metrics
     completions = [text for text in clients.completions if len(text) > 20]
-    assert len(completions) >= 3
+    assert len(completions) >= 4
     for place in (
         server.log.read_bytes(),
         metrics.encode(),
