@@ -11,7 +11,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import structlog
@@ -69,12 +69,12 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
             status = to_status(error, request_id)
         # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
         # context it would keep all that the call had.
-        await _end(context, status, record)
+        return await _end(context, status, record)
 
     return guarded
 
 
-async def _end(context: Any, status: RpcStatus, record: CallRecord | None) -> None:
+async def _end(context: Any, status: RpcStatus, record: CallRecord | None) -> NoReturn:
     """Send `status` and raise grpc's AbortError; CancelledError where the client does not take it.
 
     The status waits behind a response that a client does not read, and grpc goes on holding it until the
@@ -85,6 +85,7 @@ async def _end(context: Any, status: RpcStatus, record: CallRecord | None) -> No
     try:
         async with asyncio.timeout(_STATUS_S):
             await context.abort_with_status(status)
+        raise AssertionError("abort_with_status returned")
     except (TimeoutError, grpc.aio.InternalError):
         raise asyncio.CancelledError from None
 
