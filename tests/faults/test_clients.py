@@ -18,8 +18,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.call_stages import (
@@ -30,6 +28,7 @@ from tests.support.call_stages import (
     StagedServers,
     StageMissedError,
     open_channel,
+    reason_of,
     scripted_runner,
     scripted_server,
 )
@@ -47,15 +46,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagedServers]
         servers = StagedServers(tmp_path_factory.mktemp("servers"), stack)
         yield servers
         servers.stop()
-
-
-def reason_of(error: grpc.RpcError) -> str:
-    """Of its ErrorInfo."""
-    status = rpc_status.from_call(error)
-    assert status is not None, error
-    info = error_details_pb2.ErrorInfo()
-    assert any(detail.Unpack(info) for detail in status.details)
-    return str(info.reason)
 
 
 # --- 23 -------------------------------------------------------------------------------------------
