@@ -15,6 +15,8 @@ END_STREAM, ACK, END_HEADERS = 0x1, 0x1, 0x4
 ENHANCE_YOUR_CALM = 0xB
 CANCEL = 0x8
 _READ_S = 30.0
+# The largest frame that every server must take.
+_FRAME_BYTES = 16_384
 
 
 class Kind(enum.IntEnum):
@@ -101,10 +103,13 @@ class Connection:
 
     def call(self, method: str, data: bytes, *headers: tuple[str, str], stream: int = 1) -> bool:
         """Begin a call with its one message."""
-        return self.send(
-            frame(Kind.HEADERS, call_headers(method, *headers), flags=END_HEADERS, stream=stream)
-            + frame(Kind.DATA, message(data), flags=END_STREAM, stream=stream)
-        )
+        block = call_headers(method, *headers)
+        first, rest = block[:_FRAME_BYTES], block[_FRAME_BYTES:]
+        frames = frame(Kind.HEADERS, first, flags=0 if rest else END_HEADERS, stream=stream)
+        while rest:
+            part, rest = rest[:_FRAME_BYTES], rest[_FRAME_BYTES:]
+            frames += frame(Kind.CONTINUATION, part, flags=0 if rest else END_HEADERS, stream=stream)
+        return self.send(frames + frame(Kind.DATA, message(data), flags=END_STREAM, stream=stream))
 
     def frames(self) -> Iterator[Frame]:
         """What the server sends, until it closes. Raises TimeoutError when it is silent for long."""

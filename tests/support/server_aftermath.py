@@ -65,9 +65,11 @@ class Aftermath:
     The first calls make caches, threads and arenas, so a few are made before the baseline is taken.
     """
 
-    def __init__(self, server: ServerProcess) -> None:
+    def __init__(self, server: ServerProcess, channel: grpc.Channel | None = None) -> None:
+        """`channel`, which is closed, is for servers that take no plaintext."""
         self.server = server
-        _warm_up(server)
+        with channel or grpc.insecure_channel(server.address) as opened:
+            _warm_up(inference_pb2_grpc.InferenceServiceStub(opened))
         server.wait_until_idle()
         self._skipped = len(finished_calls(server.log))
         self._baseline = self._when_settled(lambda footprint: not any(footprint.objects.values()))
@@ -180,13 +182,11 @@ def state_of(server: ServerProcess) -> int:
         return state
 
 
-def _warm_up(server: ServerProcess) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        for text in ("a", "b " * 2000):
-            spec = inference_pb2.GenerationSpec(text=text, truncate_input_tokens=4)
-            spec.stop.max_tokens, spec.stop.ignore_eos = 4, True
-            list(stub.StreamGenerate(inference_pb2.StreamGenerateRequest(spec=spec), timeout=60))
-        call = stub.StreamGenerate(inference_pb2.StreamGenerateRequest(spec=spec), timeout=60)
-        next(call)
-        call.cancel()
+def _warm_up(stub: inference_pb2_grpc.InferenceServiceStub) -> None:
+    for text in ("a", "b " * 2000):
+        spec = inference_pb2.GenerationSpec(text=text, truncate_input_tokens=4)
+        spec.stop.max_tokens, spec.stop.ignore_eos = 4, True
+        list(stub.StreamGenerate(inference_pb2.StreamGenerateRequest(spec=spec), timeout=60))
+    call = stub.StreamGenerate(inference_pb2.StreamGenerateRequest(spec=spec), timeout=60)
+    next(call)
+    call.cancel()
