@@ -44,7 +44,7 @@ async def guard(behavior: Any) -> Any:
     async def continuation(_: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(behavior)
 
-    handler = await ErrorInterceptor().intercept_service(continuation, Details())
+    handler = await ErrorInterceptor(16 << 10).intercept_service(continuation, Details())
     assert handler is not None
     return handler.unary_unary
 
@@ -113,13 +113,13 @@ async def test_unknown_methods_and_bidirectional_ones_are_left_alone() -> None:
     async def none(_: Any) -> None:
         return None
 
-    assert await ErrorInterceptor().intercept_service(none, Details()) is None
+    assert await ErrorInterceptor(16 << 10).intercept_service(none, Details()) is None
     handler = grpc.stream_stream_rpc_method_handler(lambda *_: None)
 
     async def bidirectional(_: Any) -> Any:
         return handler
 
-    assert await ErrorInterceptor().intercept_service(bidirectional, Details()) is handler
+    assert await ErrorInterceptor(16 << 10).intercept_service(bidirectional, Details()) is handler
 
 
 @pytest.mark.parametrize(
