@@ -79,7 +79,7 @@ class Call:
     @property
     def is_ending(self) -> bool:
         """Whether the client has left, or the server ends the call, and its handler is on its way out."""
-        return self._task.cancelling() > 0
+        return self._error is not None or self._task.cancelling() > 0
 
     async def wait_left(self) -> None:
         """Return once the call's handling is over."""
