@@ -475,7 +475,10 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._stopped.wait(), timeout_s)
         except TimeoutError:
-            _log.error("engine_did_not_stop", timeout_s=timeout_s)
+            if self._info is None:
+                _log.warning("engine_left_loading")
+            else:
+                _log.error("engine_did_not_stop", timeout_s=timeout_s)
         return await loop.run_in_executor(None, self._host.join, max(0.0, give_up_at - loop.time()))
 
     def post(self, message: Abort) -> None:

@@ -301,7 +301,7 @@ class Server:
         listener = grpc.aio.server(
             interceptors=(
                 CallRecordInterceptor(self._call_observers),
-                ErrorInterceptor(),
+                ErrorInterceptor(_HARD_METADATA_BYTES),
                 *self._guards(name),
             ),
             options=channel_options(options.server, options.limits, max_admitted),

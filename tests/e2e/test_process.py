@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import grpc
@@ -30,68 +29,6 @@ def request(max_tokens: int) -> inference_pb2.StreamGenerateRequest:
     spec.stop.max_tokens = max_tokens
     spec.stop.ignore_eos = True
     return inference_pb2.StreamGenerateRequest(spec=spec)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_when_idle_ends_with_zero(model: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with server_process(model, tmp_path / "log") as server:
-        assert server.stop(number) == 0
-
-
-def test_drain_lets_a_running_call_finish_and_refuses_new_ones(model: Path, tmp_path: Path) -> None:
-    with server_process(model, tmp_path / "log") as server, grpc.insecure_channel(server.address) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        running = stub.StreamGenerate(request(1500))
-        next(running)
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        server.process.send_signal(signal.SIGTERM)
-        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        refused = None
-        while refused is None:
-            try:
-                list(stub.StreamGenerate(request(1)))
-            except grpc.RpcError as error:
-                refused = error
-        assert refused.code() is grpc.StatusCode.UNAVAILABLE
-        last = list(running)[-1]
-        assert last.summary.usage.output_tokens == 1500
-        assert server.process.wait(20) == 0
-
-
-def test_second_signal_cuts_the_drain_short(model: Path, tmp_path: Path) -> None:
-    with server_process(model, tmp_path / "log") as server, grpc.insecure_channel(server.address) as channel:
-        running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(8000))
-        next(running)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(grpc.RpcError) as raised:
-            list(running)
-        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "draining" in raised.value.details()
-        assert server.process.wait(20) == 0
-
-
-def test_signal_while_loading_ends_with_zero(model: Path, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "photon_grpc", "serve", "--model", str(model), "--port", "0"]
-    log = tmp_path / "log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            [*arguments, "--set", "server.admin_port=-1", "--set", "server.drain_propagation_s=0"],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while "listening" not in log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_health_is_quick_while_the_engine_decodes(model: Path, tmp_path: Path) -> None:
@@ -141,14 +78,6 @@ def test_unknown_architecture_ends_with_two_and_lists_the_known(model: Path, tmp
     assert "GPT2LMHeadModel" in result.stderr
     for known in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         assert known in result.stderr
-
-
-def test_port_in_use_ends_with_two(model: Path, tmp_path: Path) -> None:
-    with server_process(model, tmp_path / "log") as server:
-        port = server.address.rpartition(":")[2]
-        result = start("--model", str(model), "--port", port, "--set", "server.admin_port=-1")
-        assert result.returncode == 2
-        assert "cannot bind" in result.stderr
 
 
 def test_cuda_without_its_kernels_is_refused_by_name(model: Path) -> None:
@@ -207,20 +136,3 @@ def test_fault_07_a_killed_engine_is_told_to_callers_and_ends_the_server(model: 
         assert "engine has stopped" in raised.value.details()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert server.process.wait(20) == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the engine ends after its step")
-def test_a_killed_server_takes_its_engine_with_it(model: Path, tmp_path: Path) -> None:
-    with (
-        server_process(model, tmp_path / "log", engine__process="own") as server,
-        grpc.insecure_channel(server.address) as channel,
-    ):
-        running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(8000))
-        next(running)
-        child = engine_process(psutil.Process(server.process.pid))
-        server.process.kill()
-        server.process.wait()
-        deadline = time.monotonic() + 10
-        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from photon_grpc.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 from tests.support.builders import model_info
@@ -83,6 +85,15 @@ def scripted_runner(
 def open_channel(address: str, *options: tuple[str, int]) -> grpc.Channel:
     """A channel with a connection of its own."""
     return grpc.insecure_channel(address, options=[*_OWN_CONNECTION, *options])
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """The reason of its ErrorInfo."""
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    return str(info.reason)
 
 
 @dataclass(frozen=True)

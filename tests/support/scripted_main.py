@@ -57,7 +57,7 @@ def main() -> None:
     factory: RunnerFactory = pickle.loads(base64.b64decode(sys.argv[1]))
     app.RunnerFactory = lambda folder, options, own_process: factory  # type: ignore[misc,assignment]
     signal.signal(signal.SIGUSR1, _write_census)
-    cli.app(sys.argv[2:], prog_name="photon-grpc")
+    cli.main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -115,13 +115,13 @@ import signal
 import sys
 import grpc
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
-address, count, max_tokens, prompt_tokens, read = sys.argv[1], *map(int, sys.argv[2:])
+address, count, max_tokens, prompt_tokens, read, first = sys.argv[1], *map(int, sys.argv[2:])
 # A job of a shell that is not interactive begins with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 channel = grpc.insecure_channel(address)
 stub = inference_pb2_grpc.InferenceServiceStub(channel)
 spec = inference_pb2.GenerationSpec()
-spec.token_ids.ids.extend([5 + i % 90 for i in range(prompt_tokens)])
+spec.token_ids.ids.extend([first, *(5 + i % 90 for i in range(prompt_tokens - 1))])
 spec.stop.max_tokens, spec.stop.ignore_eos = max_tokens, True
 calls = [stub.StreamGenerate(inference_pb2.StreamGenerateRequest(spec=spec)) for _ in range(count)]
 if read:
@@ -135,10 +135,20 @@ for call in calls:
 
 
 class ClientProcess:
-    """`count` streams in a process of its own; with `read` each has brought a message when it is ready."""
+    """`count` streams in a process of its own; with `read` each has brought a message when it is ready.
+
+    `first_token` begins the prompt: prompts with another one have no cached prefix in common.
+    """
 
     def __init__(
-        self, address: str, *, count: int = 1, max_tokens: int, prompt_tokens: int = 4, read: bool = True
+        self,
+        address: str,
+        *,
+        count: int = 1,
+        max_tokens: int,
+        prompt_tokens: int = 4,
+        read: bool = True,
+        first_token: int = 5,
     ) -> None:
         self.process = subprocess.Popen(
             [
@@ -150,6 +160,7 @@ class ClientProcess:
                 str(max_tokens),
                 str(prompt_tokens),
                 str(int(read)),
+                str(first_token),
             ],
             stdout=subprocess.PIPE,
             text=True,

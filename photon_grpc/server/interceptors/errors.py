@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
 import grpc
@@ -53,9 +53,17 @@ def _initial_id(context: Any) -> str:
     return uuid.uuid4().hex
 
 
-def _guard(behavior: Behavior, method: str) -> Behavior:
+def metadata_bytes(metadata: Iterable[tuple[str, str | bytes]]) -> int:
+    """The size of metadata as SETTINGS_MAX_HEADER_LIST_SIZE counts it, RFC 9113 section 6.5.2."""
+    return sum(len(key) + len(value) + 32 for key, value in metadata)
+
+
+def _guard(behavior: Behavior, method: str, max_metadata_bytes: int) -> Behavior:
     async def guarded(request: Any, context: Any) -> Any:
         set_request_id(context, _initial_id(context))
+        if metadata_bytes(context.invocation_metadata() or ()) > max_metadata_bytes:
+            # As grpc's own refusal, which has no details either.
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the metadata is too large")
         try:
             return await behavior(request, context)
         except grpc.aio.AbortError:
@@ -115,7 +123,14 @@ async def _end(context: Any, status: RpcStatus) -> NoReturn:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Wraps every handler; of those that take a stream of requests there are only bidirectional ones."""
+    """Wraps every handler; of those that take a stream of requests there are only bidirectional ones.
+
+    Calls with more than `max_metadata_bytes` of metadata go no further. Clients of grpc are told that limit
+    and keep to it; of others grpc takes a megabyte in several frames in spite of it.
+    """
+
+    def __init__(self, max_metadata_bytes: int) -> None:
+        self._max_metadata_bytes = max_metadata_bytes
 
     async def intercept_service(
         self,
@@ -129,5 +144,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         if handler.request_streaming:
             return handler._replace(stream_stream=_guard_both_ways(handler.stream_stream, method))
         if handler.response_streaming:
-            return handler._replace(unary_stream=_guard(handler.unary_stream, method))
-        return handler._replace(unary_unary=_guard(handler.unary_unary, method))
+            return handler._replace(unary_stream=self._guarded(handler.unary_stream, method))
+        return handler._replace(unary_unary=self._guarded(handler.unary_unary, method))
+
+    def _guarded(self, behavior: Behavior, method: str) -> Behavior:
+        return _guard(behavior, method, self._max_metadata_bytes)

@@ -44,7 +44,7 @@ async def guard(behavior: Any) -> Any:
     async def continuation(_: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(behavior)
 
-    handler = await ErrorInterceptor().intercept_service(continuation, Details())
+    handler = await ErrorInterceptor(16 << 10).intercept_service(continuation, Details())
     assert handler is not None
     return handler.unary_unary
 
@@ -83,7 +83,7 @@ async def test_an_error_of_a_bidirectional_method_is_an_abort_too() -> None:
     async def continuation(_: Any) -> Any:
         return grpc.stream_stream_rpc_method_handler(behavior)
 
-    handler = await ErrorInterceptor().intercept_service(continuation, Details())
+    handler = await ErrorInterceptor(16 << 10).intercept_service(continuation, Details())
     assert handler is not None
     context = Context()
     responses = handler.stream_stream(None, context)
@@ -132,7 +132,7 @@ async def test_unknown_methods_are_left_alone() -> None:
     async def none(_: Any) -> None:
         return None
 
-    assert await ErrorInterceptor().intercept_service(none, Details()) is None
+    assert await ErrorInterceptor(16 << 10).intercept_service(none, Details()) is None
 
 
 @pytest.mark.parametrize(
