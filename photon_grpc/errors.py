@@ -18,6 +18,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         OverloadedError           UNAVAILABLE
         DeadlineUnreachableError  UNAVAILABLE
         QuotaExceededError        RESOURCE_EXHAUSTED
+        OutOfMemoryError          UNAVAILABLE
       LifecycleError
         EngineStartingError       UNAVAILABLE
         EngineDrainingError       UNAVAILABLE
