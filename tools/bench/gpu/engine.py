@@ -336,25 +336,31 @@ def kernel_figures(spans: Sequence[tuple[str, float, float]], steps: int) -> dic
     """Sums by name of `(name, start, end)` in microseconds, per step, longest first.
 
     `sum_us` counts kernels that overlap twice, `busy_us` once; `span_us` is the time from the first
-    start to the last end, so what it has beyond `busy_us` is idle.
+    start to the last end, so what it has beyond `busy_us` is idle. A kernel's `exposed_us_per_step` is by
+    how much it moves the end of all that began before it: these add up to `busy_us`.
     """
     time_of: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    for name, start, end in spans:
+    exposed: Counter[str] = Counter()
+    reached = float("-inf")
+    for name, start, end in sorted(spans, key=lambda one: one[1]):
         time_of[name] += end - start
         calls[name] += 1
-    busy, reached = 0.0, float("-inf")
-    for _, start, end in sorted(spans, key=lambda one: one[1]):
-        busy += max(0.0, end - max(start, reached))
+        exposed[name] += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     span = max(end for *_, end in spans) - min(start for _, start, _ in spans)
     return {
         "steps": steps,
         "sum_us": sum(time_of.values()) / steps,
-        "busy_us": busy / steps,
+        "busy_us": sum(exposed.values()) / steps,
         "span_us": span / steps,
         "kernels": [
-            {"name": name, "calls_per_step": calls[name] / steps, "us_per_step": total / steps}
+            {
+                "name": name,
+                "calls_per_step": calls[name] / steps,
+                "us_per_step": total / steps,
+                "exposed_us_per_step": exposed[name] / steps,
+            }
             for name, total in time_of.most_common()
         ],
     }
