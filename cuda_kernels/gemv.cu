@@ -300,17 +300,17 @@ __device__ __forceinline__ void multiply(float (&sums)[2][4], u32 slot, u32 toke
 
 // Arguments from `out` to `out_row_stride` are those of struct Output.
 extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
-    gemv(void* out, photon::Storage* kv_cache, photon::Storage* scaled, float* squares, const void* input, const photon::Storage* __restrict__ weight,
+    gemv(void* out, photon::Storage* kv_cache, const void* input, const photon::Storage* __restrict__ weight,
          const photon::Storage* __restrict__ norm, const photon::Storage* __restrict__ bias,
-         const photon::Storage* __restrict__ next_norm, const float* __restrict__ angles,
-         const photon::Index* positions, const photon::i64* slots, int tokens, int n, int num_heads, int num_kv_heads, int head_dim, int block_size, photon::i64 input_row_stride,
+         const float* __restrict__ angles, const photon::Index* positions, const photon::i64* slots, int tokens,
+         int n, int num_heads, int num_kv_heads, int head_dim, int block_size, photon::i64 input_row_stride,
          photon::i64 out_row_stride, float eps) {
     using namespace photon;
     extern __shared__ uint4 dynamic_shared[];
     __shared__ Shared shared;
     const u32 ring = static_cast<u32>(__cvta_generic_to_shared(dynamic_shared)) + 16 * threadIdx.x;
     Storage* const staged_tokens = reinterpret_cast<Storage*>(dynamic_shared) + kRingBytes / 2;
-    const Output output = {out, bias, kv_cache, scaled, squares, next_norm, angles, positions, slots, n, num_heads, num_kv_heads, head_dim,
+    const Output output = {out, bias, kv_cache, angles, positions, slots, n, num_heads, num_kv_heads, head_dim,
                            block_size, out_row_stride};
     const int num_tiles = (num_pairs(output) + kPairs - 1) / kPairs;
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
@@ -394,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
     u32 slot = ring;
     int parity = 0;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        float4 operands = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float2 operands = make_float2(0.0f, 0.0f);
         if (finishes) operands = request_pair(output, tile * kPairs + my_pair, my_token, place);
 
         float sums[2][4] = {};

@@ -2,9 +2,6 @@
 //
 //     y[t, r] = sum over k of x[t, k] * weight[r, k]                        and on to photon/linear_output.cuh
 //
-// PHOTON_NORMED is 1 where x is what add_and_scale of linear_output.cuh left and waits for its division: sums are
-// divided by the root of the mean square of their token, over x_squares [tokens][k / 16] and eps.
-//
 // Layouts: x [tokens][k] with x_row_stride elements between tokens; weight [n][k] as in the checkpoint.
 //
 // Work: a CTA multiplies PHOTON_ROWS rows of the weight (a tile, in the order of linear_output.cuh's pairs) with
@@ -23,7 +20,7 @@
 // PHOTON_SHARED_BYTES of dynamic shared memory: with a cluster half of a multiprocessor's at most, so that two
 // CTAs hide each other's waiting; without one more than half, see photon_grpc/kernels/skinny_gemm.py.
 // Preconditions: 1 <= tokens <= PHOTON_TOKENS; k a multiple of 8; x and weight 16-byte aligned, x_row_stride a
-// multiple of 8; n * k below 2^32; with PHOTON_NORMED, and n for add_and_scale, k a multiple of 64.
+// multiple of 8; n * k below 2^32.
 // Arithmetic: products of 16-bit values, sums in float32. PHOTON_WARPGROUP is 1 for wgmma (sm_90a; elsewhere it
 // means nothing), 0 for mma.sync; the two add in different orders.
 // Bound by reading the weight up to 64 tokens. At 128 a CTA reads as many bytes of x from L2 as of the weight,
@@ -33,11 +30,10 @@
 #include "photon/attention_mma.cuh"
 #include "photon/dependent_launch.cuh"
 #include "photon/linear_output.cuh"
-#include "photon/reduce.cuh"
 #include "photon/row_cluster.cuh"
 
-#if !defined(PHOTON_WARPGROUP) || !defined(PHOTON_NORMED)
-#error "PHOTON_WARPGROUP and PHOTON_NORMED must be defined"
+#ifndef PHOTON_WARPGROUP
+#error "PHOTON_WARPGROUP must be defined"
 #endif
 #if PHOTON_WARPGROUP && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "photon/warpgroup_mma.cuh"
@@ -91,52 +87,7 @@ static_assert(kWarpRows % 16 == 0 && kWarpTokens % 16 == 0, "whole fragments, tw
 static_assert(kStages * kStageBytes == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
 static_assert(kCluster == 1 || kRows * kTokens * 4 <= PHOTON_SHARED_BYTES, "sums take the place of stages");
 
-static_assert(kCluster == 1 || kShare % 32 == 0, "a warp finishes one fragment at a time");
-
 typedef float Sums[kRowFragments][kTokenFragments][4];
-
-// What the sums of a token are multiplied with.
-__device__ __forceinline__ float scale_of(const float* scales, int token) {
-    return PHOTON_NORMED ? scales[token] : 1.0f;
-}
-
-// One over the root of the mean square of each token, from the sums of squares that add_and_scale left: a warp
-// adds those of every fourth token, each lane its own in order, then a fixed tree.
-__device__ __forceinline__ void find_scales(float* scales, const float* squares, int num_squares, int tokens,
-                                            float eps) {
-    constexpr int kTogether = 8, kTokensPerWarp = (kTokens + kWarps - 1) / kWarps;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll 1
-    for (int first = 0; first < kTokensPerWarp; first += kTogether) {
-        float sums[kTogether] = {};
-#pragma unroll 1
-        for (int start = 4 * lane; start < num_squares; start += 128) {
-            uint4 raw[kTogether];
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                const int token = warp + kWarps * (first + i);
-                raw[i] = make_uint4(0, 0, 0, 0);
-                if (token < tokens) {
-                    const float* address = squares + static_cast<i64>(token) * num_squares + start;
-                    raw[i] = load_activations(reinterpret_cast<const Storage*>(address)).words[0];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                sums[i] += (__uint_as_float(raw[i].x) + __uint_as_float(raw[i].y)) +
-                           (__uint_as_float(raw[i].z) + __uint_as_float(raw[i].w));
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-            const int token = warp + kWarps * (first + i);
-            const float sum = warp_sum(sums[i]);
-            if (lane == 0 && token < tokens) {
-                scales[token] = 1.0f / sqrtf(sum / static_cast<float>(num_squares * kSquaredRows) + eps);
-            }
-        }
-    }
-}
 
 #if PHOTON_HAS_WGMMA
 __device__ __forceinline__ void pin(Sums& sums) {
@@ -290,36 +241,23 @@ __device__ __forceinline__ void multiply(Sums& sums, u32 stage) {
 
 // The sums that this thread holds, to where they go; zeros take their place. They move past one copy of the
 // code, since all of it for each of them would not fit the instruction cache.
-__device__ __forceinline__ void finish_own(const Output& output, Sums& sums, const float* scales, int tile,
-                                           int tokens) {
+__device__ __forceinline__ void finish_own(const Output& output, Sums& sums, int tile, int tokens) {
 #pragma unroll 1
     for (int fragment = 0; fragment < kTokenFragments; ++fragment) {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
             const int token = token_of(threadIdx.x, fragment) + odd;
-            // All lanes that share a sum of squares have this token.
-            if (kOutput != add_and_scale && token >= tokens) continue;
-            const bool is_there = token < tokens;
-            const float scale = is_there ? scale_of(scales, token) : 0.0f;
-            Place place = {};
-            float4 operands[kRowFragments];
-            if (is_there) {
-                place = find_place(output, token);
+            if (token >= tokens) continue;
+            const Place place = find_place(output, token);
+            float2 operands[kRowFragments];
 #pragma unroll
-                for (int i = 0; i < kRowFragments; ++i) {
-                    operands[i] =
-                        request_pair(output, tile * (kRows / 2) + pair_of(threadIdx.x, i), token, place);
-                }
+            for (int i = 0; i < kRowFragments; ++i) {
+                operands[i] = request_pair(output, tile * (kRows / 2) + pair_of(threadIdx.x, i), token, place);
             }
 #pragma unroll
             for (int i = 0; i < kRowFragments; ++i) {
                 const int pair = tile * (kRows / 2) + pair_of(threadIdx.x, i);
-                float square = 0.0f;
-                if (is_there) {
-                    square = finish_pair(output, pair, token, place, operands[i], scale * sums[i][0][odd],
-                                         scale * sums[i][0][odd + 2]);
-                }
-                store_squares(output, pair, token, is_there, square);
+                finish_pair(output, pair, token, place, operands[i], sums[i][0][odd], sums[i][0][odd + 2]);
             }
         }
 #pragma unroll
@@ -349,8 +287,8 @@ __device__ __forceinline__ Item find_item(int local, int tile) {
 }
 
 // This CTA's share of the sums of the whole cluster, to where they go. `partials` takes the place of the stages.
-__device__ __forceinline__ void finish_share(const Output& output, const Sums& sums, const float* scales,
-                                             float4* partials, int tile, int tokens) {
+__device__ __forceinline__ void finish_share(const Output& output, const Sums& sums, float4* partials, int tile,
+                                             int tokens) {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) {
@@ -366,7 +304,7 @@ __device__ __forceinline__ void finish_share(const Output& output, const Sums& s
 #pragma unroll 1
     for (int first = threadIdx.x; first < kItems * kThreads; first += kTogether * kThreads) {
         Place places[kTogether][2];
-        float4 operands[kTogether][2];
+        float2 operands[kTogether][2];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
             const Item item = find_item(first + i * kThreads, tile);
@@ -404,18 +342,11 @@ __device__ __forceinline__ void finish_share(const Output& output, const Sums& s
         for (int i = 0; i < kTogether; ++i) {
             const Item item = find_item(first + i * kThreads, tile);
             const float4 total = totals[i];
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                const int token = item.token + odd;
-                const bool is_there = item.is_there && token < tokens;
-                float square = 0.0f;
-                if (is_there) {
-                    const float scale = scale_of(scales, token);
-                    square = finish_pair(output, item.pair, token, places[i][odd], operands[i][odd],
-                                         scale * (odd ? total.y : total.x), scale * (odd ? total.w : total.z));
-                }
-                // A share is whole warps, so all 32 lanes are in the same fragment.
-                store_squares(output, item.pair, token, is_there, square);
+            if (item.is_there && item.token < tokens) {
+                finish_pair(output, item.pair, item.token, places[i][0], operands[i][0], total.x, total.z);
+            }
+            if (item.is_there && item.token + 1 < tokens) {
+                finish_pair(output, item.pair, item.token + 1, places[i][1], operands[i][1], total.y, total.w);
             }
         }
     }
@@ -426,18 +357,16 @@ __device__ __forceinline__ void finish_share(const Output& output, const Sums& s
 }  // namespace photon
 
 extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads, 2)
-    skinny_gemm(void* out, photon::Storage* kv_cache, photon::Storage* scaled, float* squares,
-                const photon::Storage* x, const float* x_squares, const photon::Storage* __restrict__ weight,
-                const photon::Storage* __restrict__ bias, const photon::Storage* __restrict__ next_norm,
+    skinny_gemm(void* out, photon::Storage* kv_cache, const photon::Storage* x,
+                const photon::Storage* __restrict__ weight, const photon::Storage* __restrict__ bias,
                 const float* __restrict__ angles, const photon::Index* positions, const photon::i64* slots,
                 int tokens, int n, int num_heads, int num_kv_heads, int head_dim, int block_size, int k,
-                photon::i64 x_row_stride, photon::i64 out_row_stride, float eps) {
+                photon::i64 x_row_stride, photon::i64 out_row_stride) {
     using namespace photon;
     extern __shared__ __align__(1024) uint4 shared[];
     const u32 stages = static_cast<u32>(__cvta_generic_to_shared(shared));
-    __shared__ float scales[PHOTON_NORMED ? kTokens : 1];
-    const Output output = {out, bias, kv_cache, scaled, squares, next_norm, angles, positions, slots, n,
-                           num_heads, num_kv_heads, head_dim, block_size, out_row_stride};
+    const Output output = {out, bias, kv_cache, angles, positions, slots, n, num_heads, num_kv_heads, head_dim,
+                           block_size, out_row_stride};
 
     const int num_blocks = (k + kDepth - 1) / kDepth, rank = kCluster == 1 ? 0 : blockIdx.x;
     const int first_block = num_blocks * rank / kCluster, end_block = num_blocks * (rank + 1) / kCluster;
@@ -473,8 +402,6 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
         }
         read.advance(first_block, end_block);
     }
-    // While x is on its way; there is a barrier before anybody reads them.
-    if (PHOTON_NORMED) find_scales(scales, x_squares, k / kSquaredRows, tokens, eps);
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
 #pragma unroll
@@ -504,12 +431,10 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
         free_stage = stage;
         stage = stage + 1 == kStages ? 0 : stage + 1;
         if (kCluster == 1 && ++done == end_block - first_block) {
-            finish_own(output, sums, scales, tile, tokens);
+            finish_own(output, sums, tile, tokens);
             done = 0;
             tile += static_cast<int>(gridDim.y);
         }
     }
-    if (kCluster > 1) {
-        finish_share(output, sums, scales, reinterpret_cast<float4*>(shared), tile, tokens);
-    }
+    if (kCluster > 1) finish_share(output, sums, reinterpret_cast<float4*>(shared), tile, tokens);
 }

@@ -16,16 +16,11 @@ from photon_grpc.kernels.checks import index_name, require, require_index, requi
 from photon_grpc.kernels.launcher import Argument, Pointer
 
 OUTPUTS = ("store_rows", "add_rows", "float_rows", "silu_and_mul", "rope_and_store")
-"""Of every kernel; `add_and_scale` is skinny_gemm's alone."""
 PAIRS_PER_TILE = 8
-SQUARED_ROWS = 16
-"""Values of a token that share one sum of squares."""
-SCALED_STEP = 64
-"""Tokens that `add_and_scale` makes have a multiple of so many values."""
 
-POINTERS = (Pointer,) * 4
+POINTERS = (Pointer, Pointer)
 """Of `LinearOutput.targets`."""
-SOURCES = (Pointer,) * 5
+SOURCES = (Pointer,) * 4
 """Of `LinearOutput.sources`."""
 SIZES = (np.int32,) * 5
 """Of `LinearOutput.sizes`."""
@@ -33,40 +28,9 @@ SIZES = (np.int32,) * 5
 _HEAD_DIM_STEP = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ScaledRows:
-    """A residual times a norm's weight, still to be divided by its root mean square; see `add_and_scale`."""
-
-    rows: Tensor
-    """[tokens, n] bfloat16: residual * norm."""
-    squares: Tensor
-    """[tokens, n / SQUARED_ROWS] float32: sums of the residual's squares."""
-    norm: Tensor
-    """[n] bfloat16."""
-
-    @classmethod
-    def empty(cls, tokens: int, norm: Tensor) -> ScaledRows:
-        """Memory for them. Raises ValueError for what `can_scale` denies."""
-        if not can_scale(norm):
-            raise ValueError(f"no rows of {norm.shape[0]} {norm.dtype} values can be scaled")
-        squares = norm.new_empty(tokens, norm.shape[0] // SQUARED_ROWS, dtype=torch.float32)
-        return cls(norm.new_empty(tokens, norm.shape[0]), squares, norm)
-
-    def require(self, tokens: int, n: int) -> None:
-        """Check shapes and types. Raises ValueError."""
-        require("scaled rows", self.rows, torch.bfloat16, tokens, n)
-        require("squares", self.squares, torch.float32, tokens, n // SQUARED_ROWS)
-        require("next norm", self.norm, torch.bfloat16, n)
-
-
-def can_scale(norm: Tensor) -> bool:
-    """Whether a residual can be left scaled for a norm of this weight: float16 has no room for it."""
-    return norm.dtype is torch.bfloat16 and norm.shape[0] % SCALED_STEP == 0
-
-
 @dataclass(frozen=True, slots=True)
 class LinearOutput:
-    """One of the kinds of output with its tensors. Make it with one of the functions below; `kind` names it.
+    """One of OUTPUTS with its tensors. Make it with one of the functions below; `kind` names it.
 
     `n` is the number of rows of the weight, `tokens` that of the tokens, `row_stride` the elements between
     the rows of `out`.
@@ -79,7 +43,6 @@ class LinearOutput:
     row_stride: int
     bias: Tensor | None = None
     kv_cache: Tensor | None = None
-    scaled: ScaledRows | None = None
     table: Tensor | None = None
     positions: Tensor | None = None
     slots: Tensor | None = None
@@ -99,16 +62,13 @@ class LinearOutput:
     @property
     def targets(self) -> tuple[Argument, ...]:
         """The first arguments: what is written."""
-        scaled = self.scaled
-        rows, squares = (None, None) if scaled is None else (scaled.rows, scaled.squares)
-        return self.out.data_ptr(), _address(self.kv_cache), _address(rows), _address(squares)
+        return self.out.data_ptr(), _address(self.kv_cache)
 
     @property
     def sources(self) -> tuple[Argument, ...]:
-        """What is read besides x and the weight: bias, the next norm, table, positions, slots."""
+        """What is read besides x and the weight: bias, table, positions, slots."""
         return (
             _address(self.bias),
-            _address(None if self.scaled is None else self.scaled.norm),
             _address(self.table),
             _address(self.positions),
             _address(self.slots),
@@ -151,14 +111,6 @@ def add_rows(residual: Tensor, bias: Tensor | None = None) -> LinearOutput:
     return LinearOutput("add_rows", residual, n, tokens, n, bias)
 
 
-def add_and_scale(residual: Tensor, scaled: ScaledRows, bias: Tensor | None = None) -> LinearOutput:
-    """residual [tokens, n] float32 += y + bias, and `scaled` of what it has become."""
-    tokens, n = residual.shape
-    require("residual", residual, torch.float32, tokens, n)
-    scaled.require(tokens, n)
-    return LinearOutput("add_and_scale", residual, n, tokens, n, bias, scaled=scaled)
-
-
 def float_rows(out: Tensor) -> LinearOutput:
     """out [tokens, n] float32 = y; rows may lie apart, by any number of elements."""
     tokens, n = out.shape
@@ -198,17 +150,7 @@ def rope_and_store(
     n = (num_heads + 2 * num_kv_heads) * head_dim
     heads = (num_heads, num_kv_heads, head_dim, block_size)
     return LinearOutput(
-        "rope_and_store",
-        q_out,
-        n,
-        tokens,
-        stride,
-        bias,
-        kv_cache,
-        table=table,
-        positions=positions,
-        slots=slots,
-        heads=heads,
+        "rope_and_store", q_out, n, tokens, stride, bias, kv_cache, table, positions, slots, heads
     )
 
 

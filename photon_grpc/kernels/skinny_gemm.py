@@ -14,7 +14,7 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
-from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput, ScaledRows
+from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
 
 TOKEN_TILES = (16, 32, 48, 64, 96, 128)
 """Tokens that a variant has room for; see `token_tile`."""
@@ -50,7 +50,6 @@ _MACROS = (
     "PHOTON_STAGES",
     "PHOTON_SHARED_BYTES",
     "PHOTON_WARPGROUP",
-    "PHOTON_NORMED",
 )
 
 
@@ -108,19 +107,12 @@ def _stage_bytes(rows: int, tokens: int) -> int:
 
 
 def _macros(
-    storage: str,
-    kind: str,
-    tile: Tiling,
-    tokens: int,
-    index: str = "i64",
-    *,
-    warpgroup: bool = False,
-    normed: bool = False,
+    storage: str, kind: str, tile: Tiling, tokens: int, index: str = "i64", *, warpgroup: bool = False
 ) -> dict[str, int | str]:
     stages = num_stages(tile.rows, tokens, tile.cluster)
     shared_bytes = stages * _stage_bytes(tile.rows, tokens)
-    cut = (tokens, tile.rows, tile.cluster, stages, shared_bytes)
-    return dict(zip(_MACROS, (storage, index, kind, *cut, int(warpgroup), int(normed)), strict=True))
+    values = (storage, index, kind, tokens, tile.rows, tile.cluster, stages, shared_bytes, int(warpgroup))
+    return dict(zip(_MACROS, values, strict=True))
 
 
 SKINNY_GEMM = KernelSpec(
@@ -128,13 +120,12 @@ SKINNY_GEMM = KernelSpec(
     source="skinny_gemm",
     parameters=(
         *POINTERS,
-        *(Pointer,) * 3,
+        *(Pointer,) * 2,
         *SOURCES,
         np.int32,
         *SIZES,
         np.int32,
         *(np.int64,) * 2,
-        np.float32,
     ),
     max_threads=_THREADS,
     macros=_MACROS,
@@ -156,22 +147,6 @@ SKINNY_GEMM = KernelSpec(
         _macros("bf16", "add_rows", Tiling(128, 8), 128, warpgroup=True),
         _macros("bf16", "rope_and_store", Tiling(64, 4), 64, warpgroup=True),
         _macros("f16", "store_rows", Tiling(64, 2), 32, warpgroup=True),
-        *(
-            _macros("bf16", "add_and_scale", cut, tokens, warpgroup=warpgroup)
-            for cut in (Tiling(64, 4), Tiling(128, 8), Tiling(64, 1))
-            for tokens in (16, 64, 128)
-            for warpgroup in (False, True)
-        ),
-        *(
-            _macros("bf16", kind, cut, tokens, warpgroup=warpgroup, normed=True)
-            for kind, cut in (
-                ("rope_and_store", Tiling(64, 4)),
-                ("silu_and_mul", Tiling(128, 1)),
-                ("store_rows", Tiling(64, 2)),
-            )
-            for tokens in (16, 48, 64, 128)
-            for warpgroup in (False, True)
-        ),
     ),
     # 128 rows and 128 tokens are 128 sums to a thread; two CTAs of 128 threads leave it 255 registers.
     max_registers=255,
@@ -188,38 +163,11 @@ def skinny_gemm(output: LinearOutput, x: Tensor, weight: Tensor, *, warpgroup: b
     wgmma where there is one (compute capability 9.0), which adds in another order. Raises ValueError for
     anything else.
     """
-    k = _require_weight(output, weight)
-    x_stride = require_rows("x", x, weight.dtype, output.tokens, k)
-    _launch(output, x, x_stride, None, 0.0, weight, k, warpgroup)
-
-
-def scaled_skinny_gemm(
-    output: LinearOutput, scaled: ScaledRows, eps: float, weight: Tensor, *, warpgroup: bool = False
-) -> None:
-    """The same for x = RMSNorm of the residual that `scaled` was made of."""
-    k = _require_weight(output, weight)
-    scaled.require(output.tokens, k)
-    _launch(output, scaled.rows, k, scaled.squares, eps, weight, k, warpgroup)
-
-
-def _require_weight(output: LinearOutput, weight: Tensor) -> int:
     k = output.require_weight(weight)
+    tokens, n = output.tokens, output.n
     if not k:
         raise ValueError("the weight has rows of no elements")
-    return k
-
-
-def _launch(
-    output: LinearOutput,
-    x: Tensor,
-    x_stride: int,
-    squares: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    k: int,
-    warpgroup: bool,
-) -> None:
-    tokens, n = output.tokens, output.n
+    x_stride = require_rows("x", x, weight.dtype, tokens, k)
     padded = token_tile(tokens)
     if not tokens or not n:
         return
@@ -235,7 +183,6 @@ def _launch(
         padded,
         output.index,
         warpgroup=warpgroup and device.arch == "sm_90a",
-        normed=squares is not None,
     )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
@@ -247,7 +194,6 @@ def _launch(
         _THREADS,
         *output.targets,
         x.data_ptr(),
-        0 if squares is None else squares.data_ptr(),
         weight.data_ptr(),
         *output.sources,
         np.int32(tokens),
@@ -255,5 +201,4 @@ def _launch(
         np.int32(k),
         np.int64(x_stride),
         np.int64(output.row_stride),
-        np.float32(eps),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.layers import CheckpointTensors, Linear, rotary_table
-from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops, Projection, Reader, Rotary, Update
+from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops, Rotary
 
 
 class DecoderModel:
@@ -49,10 +49,9 @@ class DecoderModel:
         """
         rotary = self._ops.rotary(self._rotary_table, positions)
         residual = self._ops.embedding(token_ids, self._embedding)
-        update: Update = None
-        readers = (*(layer.reader for layer in self._layers[1:]), None)
-        for layer, layer_cache, reader in zip(self._layers, kv_cache.layers, readers, strict=True):
-            update = layer(update, residual, rotary, layer_cache, metadata, reader)
+        update: Tensor | None = None
+        for layer, layer_cache in zip(self._layers, kv_cache.layers, strict=True):
+            update = layer(update, residual, rotary, layer_cache, metadata)
         return self._ops.add_norm(update, residual, self._norm, self.config.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -106,27 +105,20 @@ class _DecoderLayer:
 
     def __call__(
         self,
-        update: Update,
+        update: Tensor | None,
         residual: Tensor,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-        reader: Reader | None,
-    ) -> Update:
-        """Take the previous layer's `update` into `residual`, in place, and return this layer's for `reader`.
+    ) -> Tensor | None:
+        """Take the previous layer's `update` into `residual`, in place, and return this layer's.
 
         Either may be None: some Ops add at once, others leave the addition to the norm that reads the sum.
         """
         ops = self._ops
-        mlp = Reader(self._post_norm, self._gate_up.projection)
-        update = self._attention(update, residual, self._input_norm, rotary, layer_cache, metadata, mlp)
+        update = self._attention(update, residual, self._input_norm, rotary, layer_cache, metadata)
         inner = ops.norm_gate_up_silu(update, residual, self._post_norm, self._eps, self._gate_up.projection)
-        return ops.linear_update(inner, residual, self._down.projection, reader)
-
-    @property
-    def reader(self) -> Reader:
-        """What this layer reads of the residual first."""
-        return Reader(self._input_norm, self._attention.projection)
+        return ops.linear_update(inner, residual, self._down.projection)
 
     def pack(self) -> None:
         for linear in (*self._attention.linears, self._gate_up, self._down):
@@ -171,14 +163,13 @@ class _Attention:
 
     def __call__(
         self,
-        update: Update,
+        update: Tensor | None,
         residual: Tensor,
         norm: Tensor,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-        reader: Reader,
-    ) -> Update:
+    ) -> Tensor | None:
         q, kv = self._ops.norm_qkv_rope_store_kv(
             update,
             residual,
@@ -193,12 +184,7 @@ class _Attention:
             metadata,
         )
         attended = self._ops.attention(q, kv, layer_cache, metadata, self._scale)
-        return self._ops.linear_update(attended, residual, self._output.projection, reader)
-
-    @property
-    def projection(self) -> Projection:
-        """To the heads of q, k and v."""
-        return self._qkv.projection
+        return self._ops.linear_update(attended, residual, self._output.projection)
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield from self._qkv.checkpoint_tensors(prefix)

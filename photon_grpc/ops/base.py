@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,18 +22,8 @@ from torch import Tensor
 Projection = tuple[Tensor, Tensor | None]
 """A weight [out, in], as `Ops.pack_linear` left it, and its bias."""
 
-Update = Any
-"""What a product leaves to whoever reads the residual next: nothing, the addend, or what the Ops prepared."""
-
 Rotary = tuple[Tensor, Tensor]
 """What `Ops.rotary` makes for the tokens of a step and `rope` of the same Ops takes; opaque elsewhere."""
-
-
-class Reader(NamedTuple):
-    """What reads a residual next: the weight of its norm, and the projection behind that."""
-
-    norm: Tensor
-    projection: Projection
 
 
 @dataclass(slots=True)
@@ -180,7 +170,7 @@ class Ops(ABC):
         self.store_kv(kv, layer_cache, metadata.slot_mapping)
         return q, kv
 
-    def add_norm(self, update: Update, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_norm(self, update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The norm of `residual`, after `update` is added to it in place where there is one."""
         if update is None:
             return self.rms_norm(residual, weight, eps)
@@ -188,12 +178,11 @@ class Ops(ABC):
 
     # The steps of a decoder layer, as a backend may fuse them: from one residual to the next. `projection` is
     # (weight, bias). An update is what a product adds to the residual. It is None where the backend has added
-    # it already, else whoever reads the residual next adds it, which fuses with the norm there. A backend
-    # that is told its reader may also prepare the residual for it; the update is then what it has prepared.
+    # it already, else whoever reads the residual next adds it, which fuses with the norm there.
 
     def norm_qkv_rope_store_kv(
         self,
-        update: Update,
+        update: Tensor | None,
         residual: Tensor,
         norm: Tensor,
         eps: float,
@@ -211,15 +200,13 @@ class Ops(ABC):
         return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
 
     def norm_gate_up_silu(
-        self, update: Update, residual: Tensor, norm: Tensor, eps: float, projection: Projection
+        self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
     ) -> Tensor:
         """Norm, projection to gate and up, and `silu_and_mul`: [num_tokens, inner]."""
         return self.silu_and_mul(self.linear(self.add_norm(update, residual, norm, eps), *projection))
 
-    def linear_update(
-        self, x: Tensor, residual: Tensor, projection: Projection, reader: Reader | None = None
-    ) -> Update:
-        """The update that `x` [num_tokens, in] brings `residual`, for `reader` where one is named."""
+    def linear_update(self, x: Tensor, residual: Tensor, projection: Projection) -> Tensor | None:
+        """The update that `x` [num_tokens, in] brings, or None where `residual` has it now."""
         return self.linear(x, *projection)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:

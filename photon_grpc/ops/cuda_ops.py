@@ -24,14 +24,14 @@ from photon_grpc.kernels import (
     skinny_gemm,
 )
 from photon_grpc.kernels.launcher import require_cuda
-from photon_grpc.kernels.linear_output import LinearOutput, ScaledRows, can_scale
+from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.paged_attention_decode import (
     DecodeWorkspace,
     allocate_workspace,
     paged_attention_decode,
 )
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
-from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Reader, Rotary, Update
+from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
@@ -97,7 +97,7 @@ class CudaOps(Ops):
 
     def norm_qkv_rope_store_kv(
         self,
-        update: Update,
+        update: Tensor | None,
         residual: Tensor,
         norm: Tensor,
         eps: float,
@@ -110,7 +110,7 @@ class CudaOps(Ops):
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         weight, bias = projection
-        if isinstance(update, Tensor) or not _has_few(residual, weight):
+        if update is not None or not _has_few(residual, weight):
             return super().norm_qkv_rope_store_kv(
                 update,
                 residual,
@@ -128,51 +128,37 @@ class CudaOps(Ops):
         if qk_norm is not None:
             # The norm of a head needs all of it, and a CTA of the product has a part.
             heads = weight.new_empty(tokens, weight.shape[0])
-            self._normed(linear_output.store_rows(heads, bias), update, residual, norm, eps, weight)
+            self._normed(linear_output.store_rows(heads, bias), residual, norm, eps, weight)
             heads = heads.view(tokens, -1, head_dim)
             return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
         q = weight.new_empty(tokens, num_heads, head_dim)
         output = linear_output.rope_and_store(q, layer_cache, *rotary, metadata.slot_mapping, bias)
-        self._normed(output, update, residual, norm, eps, weight)
+        self._normed(output, residual, norm, eps, weight)
         # Attention reads the cache alone.
         return q, q
 
     def norm_gate_up_silu(
-        self, update: Update, residual: Tensor, norm: Tensor, eps: float, projection: Projection
+        self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
     ) -> Tensor:
         weight, bias = projection
-        if isinstance(update, Tensor) or not _has_few(residual, weight):
+        if update is not None or not _has_few(residual, weight):
             return super().norm_gate_up_silu(update, residual, norm, eps, projection)
         out = weight.new_empty(residual.shape[0], weight.shape[0] // 2)
-        self._normed(linear_output.silu_and_mul(out, bias), update, residual, norm, eps, weight)
+        self._normed(linear_output.silu_and_mul(out, bias), residual, norm, eps, weight)
         return out
 
-    def linear_update(
-        self, x: Tensor, residual: Tensor, projection: Projection, reader: Reader | None = None
-    ) -> Update:
+    def linear_update(self, x: Tensor, residual: Tensor, projection: Projection) -> Tensor | None:
         weight, bias = projection
         if not _has_few(x, weight):
             return super().linear_update(x, residual, projection)
-        if reader is not None and _takes_scaled(x, reader):
-            scaled = ScaledRows.empty(x.shape[0], reader.norm)
-            _multiply(linear_output.add_and_scale(residual, scaled, bias), x, weight)
-            return scaled
         _multiply(linear_output.add_rows(residual, bias), x, weight)
         return None
 
     def _normed(
-        self,
-        output: LinearOutput,
-        update: ScaledRows | None,
-        residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        weight: Tensor,
+        self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
     ) -> None:
-        """`output` of the normed residual: one kernel where it was left scaled, or every CTA can norm it."""
-        if update is not None:
-            skinny_gemm.scaled_skinny_gemm(output, update, eps, weight, warpgroup=True)
-        elif residual.shape[0] <= gemv.MAX_TOKENS and gemv.can_norm(weight.shape[1]):
+        """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
+        if residual.shape[0] <= gemv.MAX_TOKENS and gemv.can_norm(weight.shape[1]):
             gemv.normed_gemv(output, residual, norm, eps, weight)
         else:
             _multiply(output, self.rms_norm(residual, norm, eps), weight)
@@ -283,15 +269,6 @@ def _has_few(x: Tensor, weight: Tensor) -> bool:
     if weight.dtype is torch.float32 or not 0 < tokens <= MAX_SKINNY_TOKENS:
         return False
     return tokens <= gemv.MAX_TOKENS or weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
-
-
-def _takes_scaled(x: Tensor, reader: Reader) -> bool:
-    """Whether the reader of a residual of as many tokens as `x` is a kernel that divides its sums.
-
-    That of a few tokens norms the residual itself.
-    """
-    weight, _ = reader.projection
-    return x.shape[0] > gemv.MAX_TOKENS and _has_few(x, weight) and can_scale(reader.norm)
 
 
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:

@@ -7,14 +7,9 @@
 //
 //     store_rows       out[token][row] = y + bias                          rows 16 i + g and 16 i + 8 + g
 //     add_rows         residual[token][row] += y + bias, float32           the same
-//     add_and_scale    the same, and what the norm behind it needs         the same
 //     float_rows       out[token][row] = y, float32 (logits)               the same
 //     silu_and_mul     out[token][p] = silu(y_low) * y_high                gate row p, up row p + n / 2
 //     rope_and_store   q heads to q[token], k and v heads to their slots   dimensions i and i + d / 2 of a head
-//
-// add_and_scale also writes scaled[token][row] = residual * norm[row] and, for each sixteen rows i, squares[token][i],
-// the sum of their residual^2: the reader of the residual multiplies `scaled`, and divides its sums by the root
-// of the mean square, so the norm needs no kernel. bf16 alone: f16 has no room for what is not divided yet.
 //
 // The last one rotates q and k as photon_grpc/kernels/rope_store_kv.py says, and has its layouts; there is
 // no q/k norm here. Everything is computed in float32 and rounded once. PHOTON_OUTPUT is one of the names,
@@ -32,12 +27,8 @@ namespace photon {
 typedef PHOTON_STORAGE Storage;
 typedef PHOTON_INDEX Index;
 
-enum OutputKind { store_rows, add_rows, add_and_scale, float_rows, silu_and_mul, rope_and_store };
+enum OutputKind { store_rows, add_rows, float_rows, silu_and_mul, rope_and_store };
 constexpr OutputKind kOutput = PHOTON_OUTPUT;
-constexpr bool kAdds = kOutput == add_rows || kOutput == add_and_scale;
-
-// Rows of the weight that share one sum of squares: those of an mma tile.
-constexpr int kSquaredRows = 16;
 
 // Arguments of the kernel that are the output's business, gathered in one place. Pointers that a kind does
 // not need are null.
@@ -45,9 +36,6 @@ struct Output {
     void* out;                // [tokens] rows, row_stride elements apart: results, residual or q
     const Storage* bias;      // [n] or null
     Storage* kv_cache;        // [blocks][kv heads][K, V][block_size][d]
-    Storage* scaled;          // [tokens][n]
-    float* squares;           // [tokens][n / kSquaredRows]
-    const Storage* norm;      // [n]
     const float* angles;      // [positions][d]: cos of all d / 2 pairs, then sin
     const Index* positions;   // [tokens]
     const i64* slots;         // [tokens], -1: stored nowhere
@@ -111,17 +99,13 @@ __device__ __forceinline__ float load_value(const Storage* address) {
 }
 
 // What finish_pair will need from memory, requested while the products are under way: the residual of both
-// rows and their factors of the norm, or cosine and sine. Behind wait_for_previous.
-__device__ __forceinline__ float4 request_pair(const Output& output, int pair, int token, const Place& place) {
-    float4 operands = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (kAdds) {
+// rows, or cosine and sine. Behind wait_for_previous.
+__device__ __forceinline__ float2 request_pair(const Output& output, int pair, int token, const Place& place) {
+    float2 operands = make_float2(0.0f, 0.0f);
+    if (kOutput == add_rows) {
         const int low = low_row(output, pair), high = high_row(output, pair);
         if (low < output.n) operands.x = load_residual(residual_at(output, token, low));
         if (high < output.n) operands.y = load_residual(residual_at(output, token, high));
-        if (kOutput == add_and_scale) {
-            if (low < output.n) operands.z = load_value(output.norm + low);
-            if (high < output.n) operands.w = load_value(output.norm + high);
-        }
     }
     if (kOutput == rope_and_store) {
         const int half_dim = output.head_dim / 2;
@@ -133,10 +117,8 @@ __device__ __forceinline__ float4 request_pair(const Output& output, int pair, i
     return operands;
 }
 
-// Returns the square of what the residual has become, both rows together; 0 for other kinds.
-__device__ __forceinline__ float finish_pair(const Output& output, int pair, int token, const Place& place,
-                                             float4 operands, float low, float high) {
-    float square = 0.0f;
+__device__ __forceinline__ void finish_pair(const Output& output, int pair, int token, const Place& place,
+                                            float2 operands, float low, float high) {
     const int low_index = low_row(output, pair), high_index = high_row(output, pair);
     const i64 row = token * output.row_stride;
     if (output.bias != nullptr) {
@@ -153,22 +135,9 @@ __device__ __forceinline__ float finish_pair(const Output& output, int pair, int
         if (low_index < output.n) out[low_index] = low;
         if (high_index < output.n) out[high_index] = high;
     }
-    if (kAdds) {
-        low += operands.x;
-        high += operands.y;
-        if (low_index < output.n) *residual_at(output, token, low_index) = low;
-        if (high_index < output.n) *residual_at(output, token, high_index) = high;
-    }
-    if (kOutput == add_and_scale) {
-        Storage* scaled = output.scaled + static_cast<i64>(token) * output.n;
-        if (low_index < output.n) {
-            store_value(scaled + low_index, low * operands.z);
-            square += low * low;
-        }
-        if (high_index < output.n) {
-            store_value(scaled + high_index, high * operands.w);
-            square += high * high;
-        }
+    if (kOutput == add_rows) {
+        if (low_index < output.n) *residual_at(output, token, low_index) = operands.x + low;
+        if (high_index < output.n) *residual_at(output, token, high_index) = operands.y + high;
     }
     if (kOutput == silu_and_mul) {
         if (pair < output.n / 2) {
@@ -198,21 +167,6 @@ __device__ __forceinline__ float finish_pair(const Output& output, int pair, int
             Storage* target = output.kv_cache + head_start * head_dim + dim;
             store_value(target, low);
             store_value(target + half_dim, high);
-        }
-    }
-    return square;
-}
-
-// Adds the squares of an mma tile's sixteen rows, which the lanes with the same lane % 4 hold between them, pair
-// by pair: a fixed tree. Every lane of the warp calls it, with 0 where it has nothing.
-__device__ __forceinline__ void store_squares(const Output& output, int pair, int token, bool is_there, float square) {
-    if (kOutput == add_and_scale) {
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) {
-            square += __shfl_xor_sync(0xFFFFFFFFu, square, distance);
-        }
-        if (is_there && pair % 8 == 0 && 2 * pair < output.n) {
-            output.squares[static_cast<i64>(token) * (output.n / kSquaredRows) + pair / 8] = square;
         }
     }
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from photon_grpc.kernels import linear_output
 from photon_grpc.kernels.launcher import Device
-from photon_grpc.kernels.linear_output import LinearOutput, ScaledRows, can_scale
+from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.rmsnorm import rms_norm
 from photon_grpc.kernels.skinny_gemm import (
     MAX_TOKENS,
@@ -19,7 +19,6 @@ from photon_grpc.kernels.skinny_gemm import (
     TOKEN_TILES,
     Tiling,
     num_stages,
-    scaled_skinny_gemm,
     skinny_gemm,
     tiling,
     token_tile,
@@ -156,86 +155,6 @@ def test_add_rows(shape: tuple[int, int], with_bias: bool, tokens: int) -> None:
     if bias is not None:
         exact = exact + bias.double()
     assert_close(launch_twice(run), exact, given.slack + 2e-7 * exact.abs() + 2e-7 * before.abs())
-    memory.check()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 9, 16, 35, 64, 100, 128])
-@pytest.mark.parametrize("warpgroup", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(2048, 2048), (2048, 8192), (896, 4864), (4096, 1024), (16384, 256), (64, 200)], ids=str
-)
-def test_add_and_scale(shape: tuple[int, int], with_bias: bool, warpgroup: bool, tokens: int) -> None:
-    n, k = shape
-    memory = Fenced()
-    given = products(memory, tokens, n, k, torch.bfloat16)
-    before = randn(tokens, n, dtype=torch.float32, seed=3).cuda() * 10
-    bias = memory.copy(randn(n, dtype=torch.bfloat16, seed=2)) if with_bias else None
-    norm = memory.copy(randn(n, dtype=torch.bfloat16, seed=4))
-    made: list[ScaledRows] = []
-
-    def run() -> Tensor:
-        residual = memory.copy(before)
-        scaled = ScaledRows(
-            memory.empty(tokens, n, dtype=torch.bfloat16),
-            memory.empty(tokens, n // 16, dtype=torch.float32),
-            norm,
-        )
-        output = linear_output.add_and_scale(residual, scaled, bias)
-        skinny_gemm(output, given.x, given.weight, warpgroup=warpgroup)
-        made.append(scaled)
-        return residual
-
-    residual = launch_twice(run)
-    plain = memory.copy(before)
-    skinny_gemm(linear_output.add_rows(plain, bias), given.x, given.weight, warpgroup=warpgroup)
-    # test_add_rows judges these.
-    assert torch.equal(residual, plain)
-    for scaled in made:
-        assert torch.equal(scaled.rows, (residual * norm.float()).bfloat16())
-        exact = residual.double().unflatten(1, (-1, 16)).square().sum(-1)
-        assert_close(scaled.squares, exact, 1e-6 * exact)
-    assert torch.equal(made[0].squares, made[1].squares)
-    memory.check()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 9, 16, 35, 48, 64, 100, 128])
-@pytest.mark.parametrize("warpgroup", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(2048, 2048), (3072, 2048), (16384, 2048), (1152, 896), (4096, 8192), (136, 64)], ids=str
-)
-def test_a_scaled_residual_is_normed(shape: tuple[int, int], warpgroup: bool, tokens: int) -> None:
-    n, k = shape
-    memory = Fenced()
-    eps = 1e-5
-    # Rows of very different sizes: each has its own root mean square.
-    residual = (
-        randn(tokens, k, dtype=torch.float32).double() * torch.logspace(-2, 3, tokens)[:, None]
-    ).cuda()
-    norm = memory.copy(randn(k, dtype=torch.bfloat16, seed=4))
-    rows = memory.copy((residual * norm.double()).bfloat16())
-    squares = memory.copy(residual.unflatten(1, (-1, 16)).square().sum(-1).float())
-    weight = weight_of(n, k, torch.bfloat16)
-    bias = memory.copy(randn(n, dtype=torch.bfloat16, seed=2))
-
-    def run() -> Tensor:
-        around, out = poisoned(memory, tokens, n, torch.bfloat16)
-        output = linear_output.store_rows(out, bias)
-        scaled_skinny_gemm(output, ScaledRows(rows, squares, norm), eps, weight, warpgroup=warpgroup)
-        assert bool(around[tokens:].isnan().all())
-        assert bool(around[:, n:].isnan().all())
-        return out
-
-    scale = 1 / (squares.double().sum(1, keepdim=True) / k + eps).sqrt()
-    exact = scale * (rows.double() @ weight.double().t()) + bias.double()
-    slack = 1e-5 * scale * (rows.double().abs() @ weight.double().abs().t()) + 2e-7 * exact.abs()
-    assert_close(launch_twice(run), exact, slack)
-    # And it is the norm: what differs is one rounding of x.
-    normed = torch.nn.functional.rms_norm(residual, (k,), norm.double(), eps)
-    ideal = normed @ weight.double().t() + bias.double()
-    assert float((exact - ideal).norm() / ideal.norm()) < 4e-3
     memory.check()
 
 
@@ -565,37 +484,6 @@ def test_the_variant_names_types_and_output(fake: FakeLauncher) -> None:
     assert macros.pop("PHOTON_INDEX") == "int"
     assert macros.pop("PHOTON_OUTPUT") == "rope_and_store"
     assert macros.pop("PHOTON_TOKENS") == 128
-
-
-def test_a_scaled_residual_is_another_variant(fake: FakeLauncher) -> None:
-    norm = zeros(128)
-    scaled = ScaledRows.empty(20, norm)
-    skinny_gemm(
-        linear_output.add_and_scale(zeros(20, 128, dtype=torch.float32), scaled),
-        zeros(20, 64),
-        zeros(128, 64),
-    )
-    scaled_skinny_gemm(linear_output.store_rows(zeros(20, 64)), scaled, 1e-5, zeros(64, 128))
-    first, second = fake.launches
-    assert (first.variant.macros["PHOTON_OUTPUT"], first.variant.macros["PHOTON_NORMED"]) == (
-        "add_and_scale",
-        0,
-    )
-    assert (second.variant.macros["PHOTON_OUTPUT"], second.variant.macros["PHOTON_NORMED"]) == (
-        "store_rows",
-        1,
-    )
-    with pytest.raises(ValueError, match="scaled rows must have shape"):
-        scaled_skinny_gemm(linear_output.store_rows(zeros(20, 64)), scaled, 1e-5, zeros(64, 64))
-
-
-@pytest.mark.parametrize(
-    ("size", "dtype"), [(96, torch.bfloat16), (128, torch.float16), (128, torch.float32)]
-)
-def test_a_residual_that_cannot_be_scaled_is_refused(size: int, dtype: torch.dtype) -> None:
-    assert not can_scale(zeros(size, dtype=dtype))
-    with pytest.raises(ValueError, match="can be scaled"):
-        ScaledRows.empty(20, zeros(size, dtype=dtype))
 
 
 def test_no_tokens_launch_nothing(fake: FakeLauncher) -> None:

@@ -336,31 +336,25 @@ def kernel_figures(spans: Sequence[tuple[str, float, float]], steps: int) -> dic
     """Sums by name of `(name, start, end)` in microseconds, per step, longest first.
 
     `sum_us` counts kernels that overlap twice, `busy_us` once; `span_us` is the time from the first
-    start to the last end, so what it has beyond `busy_us` is idle. A kernel's `exposed_us_per_step` is by
-    how much it moves the end of all that began before it: these add up to `busy_us`.
+    start to the last end, so what it has beyond `busy_us` is idle.
     """
     time_of: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    exposed: Counter[str] = Counter()
-    reached = float("-inf")
-    for name, start, end in sorted(spans, key=lambda one: one[1]):
+    for name, start, end in spans:
         time_of[name] += end - start
         calls[name] += 1
-        exposed[name] += max(0.0, end - max(start, reached))
+    busy, reached = 0.0, float("-inf")
+    for _, start, end in sorted(spans, key=lambda one: one[1]):
+        busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     span = max(end for *_, end in spans) - min(start for _, start, _ in spans)
     return {
         "steps": steps,
         "sum_us": sum(time_of.values()) / steps,
-        "busy_us": sum(exposed.values()) / steps,
+        "busy_us": busy / steps,
         "span_us": span / steps,
         "kernels": [
-            {
-                "name": name,
-                "calls_per_step": calls[name] / steps,
-                "us_per_step": total / steps,
-                "exposed_us_per_step": exposed[name] / steps,
-            }
+            {"name": name, "calls_per_step": calls[name] / steps, "us_per_step": total / steps}
             for name, total in time_of.most_common()
         ],
     }

@@ -202,14 +202,13 @@ def _print_kernels(console: Console, rows: Sequence[tuple[Case, dict[str, Any]]]
             f"{case.model}, batch {case.batch}: {result['span_us']:.0f} us a step, "
             f"{result['busy_us']:.0f} busy, kernels add up to {result['sum_us']:.0f}"
         )
-        table = _table(title, ("kernel", "calls/step", "us/step", "exposed us/step", "share"))
+        table = _table(title, ("kernel", "calls/step", "us/step", "share"))
         for kernel in result["kernels"][:_KERNELS_SHOWN]:
             table.add_row(
                 kernel["name"][:90],
                 f"{kernel['calls_per_step']:.1f}",
                 f"{kernel['us_per_step']:.1f}",
-                f"{kernel['exposed_us_per_step']:.1f}",
-                f"{kernel['exposed_us_per_step'] / result['busy_us']:.1%}",
+                f"{kernel['us_per_step'] / result['sum_us']:.1%}",
             )
         console.print(table)
 
