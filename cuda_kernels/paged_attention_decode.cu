@@ -13,6 +13,10 @@
 // last arriver of (row, kv head) folds them in split order. It also sets the counter back to zero, so
 // counters are cleared once, when they are allocated.
 //
+// With reads_early, all that a row sees but its newest token, and the tables, were written before the kernel that
+// writes that token began: they are read while it runs. That needs more than the order of the launches: a row
+// that begins in this step may share blocks that another row fills in it.
+//
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
 //
@@ -218,6 +222,33 @@ __device__ __forceinline__ void load_values(ValueTile& values, const Storage* __
     }
 }
 
+// One token of a tile anew; nothing where `token` is none of it.
+__device__ __forceinline__ void reload_keys(KeyTile& keys, const Storage* __restrict__ source, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            reload_streaming(keys.words[half][span], source + token * kHeadDim + 8 * t + 32 * span,
+                             is_dim && token == g + 8 * half);
+        }
+    }
+}
+
+__device__ __forceinline__ void reload_values(ValueTile& values, const Storage* __restrict__ source, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
+            reload_streaming(values.words[slot][pass], source + token * kHeadDim + 8 * g + 64 * pass,
+                             is_dim && token == 2 * t + (slot & 1) + 8 * (slot >> 1));
+        }
+    }
+}
+
 __device__ __forceinline__ u32 word(const uint4& value, int index) {
     return index == 0 ? value.x : index == 1 ? value.y : index == 2 ? value.z : value.w;
 }
@@ -304,17 +335,20 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
                            const photon::Storage* __restrict__ q,
                            const photon::Storage* __restrict__ kv_cache, const int* __restrict__ block_tables,
                            const int* __restrict__ context_lens, int rows, int block_table_stride,
-                           photon::i64 q_row_stride, float scale_log2) {
+                           photon::i64 q_row_stride, float scale_log2, int reads_early) {
     using namespace photon;
     __shared__ Shared shared;
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 
-    wait_for_previous();
-    // CTAs without an item leave their room to the next kernel, which has weights to request.
-    let_next_start();
+    const bool early = kOverlaps && reads_early;
+    if (!early) wait_for_previous();
     sum_splits(shared, context_lens, rows);
     const int num_items = shared.first_split[rows] * kKvHeads;
-    if (static_cast<int>(blockIdx.x) >= num_items) return;
+    if (static_cast<int>(blockIdx.x) >= num_items) {
+        // Its room goes to the next kernel, which has weights to request.
+        if (early) wait_for_previous();
+        return;
+    }
 
     Item item = locate(shared, rows, blockIdx.x);
     int block_ids = load_block_ids(item, 0, block_tables, block_table_stride);
@@ -337,8 +371,27 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
     };
 
+    // Less the newest token of the row, where the item has it: it is the last.
+    const bool waits_for_newest = early && item.stop == shared.context_lens[item.row];
+    if (waits_for_newest) --item.stop;
     request_keys(item, 0);
     request_values(item, 0);
+    if (early) {
+        wait_for_previous();
+        if (waits_for_newest) {
+            // Which of this warp's tiles the newest token is in, and where.
+            const int tile = (item.stop - item.start) / kTile / kWarps;
+            const Storage* const source = tile_keys(kv_cache, item, tile, block_ids);
+            const int token = item.stop - tile_start(item, tile);
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) {
+                reload_keys(keys[i], source, i == tile ? token : -1);
+                reload_values(values[i], source + kBlockSize * kHeadDim, i == tile ? token : -1);
+            }
+            ++item.stop;
+        }
+    }
+    let_next_start();
 
     while (true) {
         const bool has_next = item.index + static_cast<int>(gridDim.x) < num_items;

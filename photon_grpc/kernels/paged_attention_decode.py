@@ -92,7 +92,7 @@ def _macros(
 PAGED_ATTENTION_DECODE = KernelSpec(
     name="paged_attention_decode",
     source="paged_attention_decode",
-    parameters=(*(Pointer,) * 8, np.int32, np.int32, np.int64, np.float32),
+    parameters=(*(Pointer,) * 8, np.int32, np.int32, np.int64, np.float32, np.int32),
     max_threads=_THREADS,
     macros=_MACROS,
     # Llama 3.2 1B and 3B, Llama 3 8B, Qwen2.5 0.5B and 7B, Llama 2 7B, and the other groups and dims.
@@ -129,6 +129,8 @@ def paged_attention_decode(
     block_tables: Tensor,
     context_lens: Tensor,
     scale: float,
+    *,
+    reads_early: bool = False,
 ) -> None:
     """out [rows, num_heads, head_dim] = softmax(scale * q K^T) V over each row's own context.
 
@@ -136,6 +138,8 @@ def paged_attention_decode(
     [num_blocks, num_kv_heads, 2, block_size, head_dim]; `block_tables` int32 [rows, max_blocks], of which
     the entries behind a row's context are never used; `context_lens` int32 [rows], the new token counted
     in, 0 for an idle row, whose output is zero. Lengths may change between replays of a captured launch.
+    With `reads_early` the launch may begin to read while the one before it in the stream still runs: that one
+    writes nothing of these but `q` and each row's newest token.
     Raises ValueError for shapes that the kernel has not: bfloat16 and float16, up to 8 query heads per
     kv head, head_dim a multiple of 16 up to 128, block_size a multiple of 16.
     """
@@ -184,6 +188,7 @@ def paged_attention_decode(
         np.int32(block_tables.shape[1]),
         np.int64(stride),
         np.float32(scale * math.log2(math.e)),
+        np.int32(reads_early),
     )
 
 

@@ -239,6 +239,7 @@ class CudaOps(Ops):
                 plan.block_tables[:decodes],
                 plan.context_lens[:decodes],
                 scale,
+                reads_early=metadata.context_is_old,
             )
         if plan.query_starts is not None:
             paged_attention_prefill(

@@ -17,6 +17,7 @@ from photon_grpc.kernels.paged_attention_decode import (
     max_splits,
     paged_attention_decode,
 )
+from photon_grpc.kernels.rope_store_kv import store_kv
 from tests.support.kernels import FakeLauncher, Fenced, randn
 from tests.support.paged_attention import Rows, Shape, assert_close, attend, make_rows
 
@@ -66,7 +67,7 @@ class Decode:
         self.block_tables = self.memory.copy(rows.block_tables)
         self.out = self.memory.empty(*self.q.shape, dtype=shape.dtype)
 
-    def launch(self) -> Tensor:
+    def launch(self, *, reads_early: bool = False) -> Tensor:
         paged_attention_decode(
             self.out,
             self.workspace,
@@ -75,6 +76,7 @@ class Decode:
             self.block_tables,
             self.context_lens,
             self.shape.scale,
+            reads_early=reads_early,
         )
         return self.out
 
@@ -247,6 +249,58 @@ def test_a_captured_launch_follows_the_lengths() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_read_early_waits_for_the_newest_token(shape: Shape) -> None:
+    """The kernel before each launch writes q and the newest tokens, others every time, over NaN."""
+    lens = (1, 2, 15, 16, 17, 0, 31, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 769, 1025, 4097, 9000)
+    rows = make_rows(shape, lens, "cuda")
+    decode = Decode(rows)
+    present = [row for row, length in enumerate(lens) if length]
+    slots = torch.full((len(lens),), -1, dtype=torch.int64)
+    for row in present:
+        block, offset = divmod(lens[row] - 1, shape.block_size)
+        slots[row] = int(rows.block_tables[row, block]) * shape.block_size + offset
+    slots = slots.cuda()
+    size = (len(lens), 2, shape.num_kv_heads, shape.head_dim)
+    newest = [randn(*size, dtype=shape.dtype, seed=seed).cuda() for seed in range(3)]
+    queries = [decode.q.roll(seed, 0).contiguous() for seed in range(3)]
+    nothing = torch.full_like(newest[0], torch.nan)
+    expected = []
+    for kv, q in zip(newest, queries, strict=True):
+        store_kv(rows.kv_cache, kv, slots)
+        decode.q.copy_(q)
+        torch.cuda.synchronize()
+        expected.append(decode.run())
+
+    outs = [torch.full_like(decode.out, torch.nan) for _ in newest]
+
+    def steps() -> None:
+        for kv, q, out in zip(newest, queries, outs, strict=True):
+            # Not overlapping: these are what a launch that did not wait would see.
+            store_kv(rows.kv_cache, nothing, slots)
+            decode.q.fill_(torch.nan)
+            decode.q.copy_(q)
+            store_kv(rows.kv_cache, kv, slots)
+            decode.launch(reads_early=True)
+            out.copy_(decode.out)
+
+    steps()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            steps()
+    for _ in range(10):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for out, wanted in zip(outs, expected, strict=True):
+            assert torch.equal(bits(out), bits(wanted))
+    assert not decode.workspace.counters.any()
+    decode.memory.check()
+
+
+@pytest.mark.gpu
 def test_many_launches_one_after_another() -> None:
     """The counters are back at zero each time, and overlapping launches keep out of one workspace."""
     rows = make_rows(LLAMA_1B, (3000, 700, 257, 1) * 8, "cuda")
@@ -298,8 +352,8 @@ def test_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = fake.launches[0]
     assert launch.grid == (264, 1, 1)
     assert launch.num_threads == 256
-    rows, stride, q_stride, scale = launch.arguments[-4:]
-    assert (rows, stride, q_stride) == (3, 5, 512)
+    rows, stride, q_stride, scale, reads_early = launch.arguments[-5:]
+    assert (rows, stride, q_stride, reads_early) == (3, 5, 512, 0)
     assert scale == pytest.approx(0.125 * math.log2(math.e))
     assert launch.variant.macros["PHOTON_GROUP"] == 4
     assert launch.variant.macros["PHOTON_MAX_SPLITS"] == 64
