@@ -158,7 +158,7 @@ class CudaOps(Ops):
         self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
     ) -> None:
         """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
-        if residual.shape[0] <= gemv.MAX_TOKENS and gemv.can_norm(weight.shape[1]):
+        if gemv.can_norm(residual.shape[0], weight.shape[1]):
             gemv.normed_gemv(output, residual, norm, eps, weight)
         else:
             _multiply(output, self.rms_norm(residual, norm, eps), weight)
@@ -239,7 +239,8 @@ class CudaOps(Ops):
                 plan.block_tables[:decodes],
                 plan.context_lens[:decodes],
                 scale,
-                reads_early=metadata.context_is_old,
+                # Behind a product of many tokens there is little to gain, and memory is busy.
+                reads_early=metadata.context_is_old and decodes <= MAX_SKINNY_TOKENS,
             )
         if plan.query_starts is not None:
             paged_attention_prefill(
