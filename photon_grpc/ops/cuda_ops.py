@@ -168,7 +168,9 @@ class CudaOps(Ops):
             return F.linear(hidden, weight)
         if 0 < hidden.shape[0] <= MAX_SKINNY_TOKENS:
             out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-            _multiply(linear_output.float_rows(out), hidden, weight)
+            # So many rows that every CTA has tens of tiles: sharing x pays as soon as it is two mma wide.
+            few = hidden.shape[0] <= gemv.TOKEN_TILES[0]
+            _multiply(linear_output.float_rows(out), hidden, weight, by_gemv=few)
             return out
         # The product's own accumulator, not rounded to 16 bits on the way.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
@@ -273,8 +275,8 @@ def _has_few(x: Tensor, weight: Tensor) -> bool:
     return tokens <= gemv.MAX_TOKENS or weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
 
 
-def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
-    if x.shape[0] <= gemv.MAX_TOKENS:
+def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:
+    if by_gemv and x.shape[0] <= gemv.MAX_TOKENS:
         gemv.gemv(output, x, weight)
     else:
         # wgmma where there is one: 2 to 7 % faster, and the same bits for any number of tokens.
