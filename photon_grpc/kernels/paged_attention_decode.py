@@ -20,8 +20,15 @@ MAX_ROWS = 1024
 _THREADS = 256
 _TILE = 16
 _MAX_GROUP = 8
+# Of a warp's partial result in shared memory.
+_PARTIAL_PADDING = 8
 _DEPTH = 16
 _MAX_HEAD_DIM = 128
+# Two CTAs are resident on a multiprocessor, with half of the registers each.
+_SMALL_HEAD_DIM = 64
+_WARPS = 8
+_SHARERS = (8, 4, 2, 1)
+"""Warps that share an item."""
 # Splits of the longest rows times kv heads: two waves of CTAs on 132 multiprocessors, from a single row.
 _LONG_ROW_ITEMS = 256
 _MIN_SPLITS, _MOST_SPLITS = 8, 64
@@ -35,6 +42,7 @@ _MACROS = (
     "PHOTON_CHUNK",
     "PHOTON_MAX_SPLITS",
     "PHOTON_MAX_ROWS",
+    "PHOTON_SHARERS",
 )
 
 
@@ -73,8 +81,23 @@ def allocate_workspace(
     )
 
 
+def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_warps: int) -> int:
+    """Warps of a team: as many as find room among `num_warps` of the device if no row has two splits.
+
+    And no fewer than have room in shared memory for the splits of the longest row. Large groups of small
+    heads have no registers to spare.
+    """
+    if group > 4 and head_dim <= _SMALL_HEAD_DIM:
+        return _WARPS
+    fewest = 2 * max_splits(num_kv_heads) / (head_dim + _PARTIAL_PADDING)
+    for sharers in _SHARERS:
+        if rows * num_kv_heads * sharers <= num_warps or sharers // 2 < fewest:
+            return sharers
+    return _SHARERS[-1]
+
+
 def _macros(
-    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int
+    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int, sharers: int = _WARPS
 ) -> dict[str, int | str]:
     values = (
         storage,
@@ -85,6 +108,7 @@ def _macros(
         CHUNK_TOKENS,
         max_splits(num_kv_heads),
         MAX_ROWS,
+        sharers,
     )
     return dict(zip(_MACROS, values, strict=True))
 
@@ -112,10 +136,18 @@ PAGED_ATTENTION_DECODE = KernelSpec(
             (1, 1, 16, 16),
             (2, 6, 96, 16),
             (2, 5, 48, 16),
+            # Many rows.
+            *((*shape, sharers) for shape in ((8, 4, 64, 16), (8, 4, 128, 16)) for sharers in (4, 2, 1)),
+            *((4, 7, 128, 16, sharers) for sharers in (4, 2)),
+            (32, 1, 128, 16, 1),
+            (4, 2, 80, 16, 2),
         )
     ),
     # The loads in flight are held in registers.
     max_registers=255,
+    # Two CTAs of small heads have 128 to a thread. Which words of what an item needs once are left over depends
+    # on the compiler's mood; those of the loop over its tokens never are.
+    max_spill_bytes=32,
     overlaps=True,
 )
 SPECS = (PAGED_ATTENTION_DECODE,)
@@ -167,12 +199,13 @@ def paged_attention_decode(
     require("acc", workspace.acc, torch.float32, max_rows, num_kv_heads, splits, group, head_dim)
     require("stats", workspace.stats, torch.float32, max_rows, num_kv_heads, splits, group, 2)
     require_index("counters", workspace.counters, torch.int32, max_rows, num_kv_heads)
-    kernel = launcher.load(
-        PAGED_ATTENTION_DECODE.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size))
-    )
     # As many CTAs as are resident at a time, or as a batch of these rows can have items.
-    ctas_per_multiprocessor = 2 if head_dim == 64 else 1
-    ctas = min(kernel.device.num_multiprocessors * ctas_per_multiprocessor, rows * num_kv_heads * splits)
+    resident = launcher.require_cuda().num_multiprocessors * (2 if head_dim == _SMALL_HEAD_DIM else 1)
+    sharers = num_sharers(rows, num_kv_heads, group, head_dim, resident * _WARPS)
+    ctas = min(resident, -(-rows * num_kv_heads * splits * sharers // _WARPS))
+    kernel = launcher.load(
+        PAGED_ATTENTION_DECODE.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size, sharers))
+    )
     kernel(
         (ctas, 1, 1),
         _THREADS,

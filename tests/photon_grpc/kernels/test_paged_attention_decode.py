@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from photon_grpc.kernels import paged_attention_decode as module
 from photon_grpc.kernels.paged_attention_decode import (
     CHUNK_TOKENS,
     MAX_ROWS,
@@ -15,6 +16,7 @@ from photon_grpc.kernels.paged_attention_decode import (
     DecodeWorkspace,
     allocate_workspace,
     max_splits,
+    num_sharers,
     paged_attention_decode,
 )
 from photon_grpc.kernels.rope_store_kv import store_kv
@@ -143,6 +145,25 @@ def test_long_contexts(shape: Shape) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sharers", [4, 2, 1])
+@pytest.mark.parametrize(
+    "shape", [LLAMA_1B, LLAMA_8B, Shape(32, 1, 128, 16), Shape(8, 4, 64, 32, F16)], ids=str
+)
+def test_smaller_teams(shape: Shape, sharers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fewer warps: every boundary, several items to a team, and rows that are folded."""
+    monkeypatch.setattr(module, "num_sharers", lambda *_: sharers)
+    edges = (shape.block_size, 32 * sharers, CHUNK_TOKENS, 2 * CHUNK_TOKENS)
+    growth = max_splits(shape.num_kv_heads) * CHUNK_TOKENS
+    lens = (1, 2, 0, *(edge + step for edge in edges for step in (-1, 0, 1)), 4097, growth + 300, 20_000)
+    decode = Decode(make_rows(shape, lens + tuple(range(1, 600, 7)), "cuda"))
+
+    first, second = decode.run(), decode.run()
+
+    decode.check(first)
+    assert torch.equal(bits(first), bits(second))
+
+
+@pytest.mark.gpu
 def test_splits_of_more_tokens_than_a_warp_has_lanes_for() -> None:
     """Eight splits of 5,000 tokens: more than 32 tiles for each of eight warps."""
     shape = Shape(32, 1, 16, 16)
@@ -249,9 +270,16 @@ def test_a_captured_launch_follows_the_lengths() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_is_read_early_waits_for_the_newest_token(shape: Shape) -> None:
+@pytest.mark.parametrize(
+    ("shape", "sharers"),
+    [*((shape, 8) for shape in SHAPES), (LLAMA_1B, 4), (LLAMA_1B, 2), (LLAMA_1B, 1), (LLAMA_8B, 1)],
+    ids=str,
+)
+def test_what_is_read_early_waits_for_the_newest_token(
+    shape: Shape, sharers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel before each launch writes q and the newest tokens, others every time, over NaN."""
+    monkeypatch.setattr(module, "num_sharers", lambda *_: sharers)
     lens = (1, 2, 15, 16, 17, 0, 31, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 769, 1025, 4097, 9000)
     rows = make_rows(shape, lens, "cuda")
     decode = Decode(rows)
@@ -364,6 +392,17 @@ def test_grid_is_no_larger_than_the_work_can_be(monkeypatch: pytest.MonkeyPatch)
     paged_attention_decode(**_arguments(rows=1, num_heads=4, num_kv_heads=1))  # type: ignore[arg-type]
     paged_attention_decode(**_arguments(rows=4, head_dim=128))  # type: ignore[arg-type]
     assert [launch.grid for launch in fake.launches] == [(64, 1, 1), (132, 1, 1)]
+
+
+def test_teams_are_as_large_as_there_is_room_for() -> None:
+    resident = 264 * 8
+    assert [num_sharers(rows, 8, 4, 64, resident) for rows in (1, 32, 33, 64, 128, 256, 1024)] == [
+        *(8, 8, 8, 4, 2, 1, 1)
+    ]
+    # Scratch for 64 splits takes two warps' room at 64 dims, one's at 128.
+    assert num_sharers(1024, 2, 4, 64, resident) == 2
+    assert num_sharers(1024, 4, 4, 128, resident) == 1
+    assert num_sharers(1024, 2, 7, 64, resident) == 8
 
 
 def test_splits_are_a_function_of_the_model_alone() -> None:
