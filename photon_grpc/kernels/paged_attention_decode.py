@@ -145,8 +145,8 @@ PAGED_ATTENTION_DECODE = KernelSpec(
     ),
     # The loads in flight are held in registers.
     max_registers=255,
-    # Two CTAs of small heads have 128 to a thread. Which words of what an item needs once are left over depends
-    # on the compiler's mood; those of the loop over its tokens never are.
+    # Two CTAs of small heads have 128 to a thread. Some words that an item needs once are left over, by which
+    # release of the compiler it is; those of the loop over its tokens never were.
     max_spill_bytes=32,
     overlaps=True,
 )
