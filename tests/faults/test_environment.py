@@ -323,8 +323,8 @@ def test_fault_43_no_memory_for_a_message(tmp_path: Path) -> None:
         send = channel.unary_unary(GENERATE)
         message = many_messages(500_000)
         size = psutil.Process(server.process.pid).memory_info().vms
-        # Room for the bytes themselves.
-        with limited(server, resource.RLIMIT_AS, size + (8 << 20)):
+        # Room for the bytes themselves and a thread's stack, and not for the 23 MiB that they make.
+        with limited(server, resource.RLIMIT_AS, size + (14 << 20)):
             for _ in range(3):
                 told = refused(lambda: send(message, timeout=60))
                 assert told == (grpc.StatusCode.UNAVAILABLE, "OUT_OF_MEMORY")
