@@ -116,8 +116,10 @@ def test_fault_31_sigterm_loaded_with_calls_that_do_not_end(tmp_path: Path) -> N
         calls = [stream(unread, requests[0])]
         while not census_of(server)["stalled"]:
             time.sleep(0.05)
-        calls += [stream(channel, request) for request in requests[1:]]
+        calls.append(stream(channel, requests[1]))
         next(calls[1])
+        calls.append(stream(channel, requests[2]))
+        server.wait_for("loaded", lambda load: (load.running, load.queued) == (2, 1))
         server.process.send_signal(signal.SIGTERM)
         for call in calls[1:]:
             error = failure(call)

@@ -24,6 +24,7 @@ from photon_grpc import app, cli
 from photon_grpc.engine.client import RequestStream
 from photon_grpc.engine.host import RunnerFactory
 from photon_grpc.frontend.generator import TextStream
+from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.scheduler.request import Request
 from photon_grpc.server.calls import Call
 
@@ -55,6 +56,9 @@ def _write_census(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line."""
     factory: RunnerFactory = pickle.loads(base64.b64decode(sys.argv[1]))
+    load = Tokenizer.load
+    # No torch for the tokenizer's sake, wherever the engine runs: most of the start is its import.
+    Tokenizer.load = lambda folder, **_: load(folder, spare_torch=True)  # type: ignore[method-assign]
     app.RunnerFactory = lambda folder, options, own_process: factory  # type: ignore[misc,assignment]
     signal.signal(signal.SIGUSR1, _write_census)
     cli.main(sys.argv[2:])

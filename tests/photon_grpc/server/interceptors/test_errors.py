@@ -22,7 +22,7 @@ class Context:
         self.trailers: tuple[Any, ...] = ()
         self.aborted: RpcStatus | None = None
 
-    def invocation_metadata(self) -> None:
+    def invocation_metadata(self) -> Any:
         return None
 
     def trailing_metadata(self) -> tuple[Any, ...]:
@@ -126,6 +126,36 @@ async def test_a_status_that_is_not_taken_is_recorded_and_given_up(
     finally:
         current_call.reset(token)
     assert (record.code, record.reason) == ("ABORTED", "CLIENT_STALLED")
+
+
+class Laden(Context):
+    """Of a call with one field of metadata that counts `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+        self.code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> Any:
+        return (("x", "y" * (self._size - 33)),)
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+async def test_metadata_over_the_limit_goes_no_further() -> None:
+    handled: list[Any] = []
+
+    async def behavior(request: Any, context: Any) -> None:
+        handled.append(context)
+
+    fitting, laden = Laden(16 << 10), Laden((16 << 10) + 1)
+    await (await guard(behavior))(b"", fitting)
+    with pytest.raises(grpc.aio.AbortError):
+        await (await guard(behavior))(b"", laden)
+    assert laden.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert handled == [fitting]
 
 
 async def test_unknown_methods_are_left_alone() -> None:
