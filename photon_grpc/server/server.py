@@ -43,6 +43,9 @@ _SOFT_METADATA_BYTES = 8 << 10
 _HARD_METADATA_BYTES = 16 << 10
 # An abuse cap only: past it calls queue silently in the client, so admission must refuse long before.
 _STREAMS_PER_ADMITTED = 4
+# Calls that the event loop has not come to yet count as well, and grpc resets what is above the cap, without
+# a word of when to come back. A loop that is held up for a second must not come to that.
+_MIN_STREAMS = 1024
 # Sequences that run at the same time where the settings leave it to the backend, at most.
 MOST_RUNNING = 256
 # So that a connection's age never cuts a call that its own deadline would have let finish.
@@ -82,7 +85,7 @@ def channel_options(server: ServerOptions, limits: LimitOptions, max_admitted: i
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(server.min_ping_interval_s)),
         ("grpc.max_connection_age_ms", _milliseconds(server.max_connection_age_s)),
         ("grpc.max_connection_age_grace_ms", _milliseconds(limits.max_deadline_s + _AGE_GRACE_MARGIN_S)),
-        ("grpc.max_concurrent_streams", _STREAMS_PER_ADMITTED * max_admitted),
+        ("grpc.max_concurrent_streams", max(_MIN_STREAMS, _STREAMS_PER_ADMITTED * max_admitted)),
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", _MAX_SEND_BYTES),
         ("grpc.max_metadata_size", _SOFT_METADATA_BYTES),

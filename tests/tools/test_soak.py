@@ -262,6 +262,24 @@ def test_where_log_and_clients_disagree_is_said(more: list[str], seen: Tally, pr
 
 
 @pytest.mark.parametrize(
+    ("message", "is_error"),
+    [
+        (
+            'Failed "execute_batch": (<grpc._cython.cygrpc.SendStatusFromServerOperation object at 0x7f>,)',
+            False,
+        ),
+        ("Failed grpc_call_start_batch: 8 with grpc_call_error value: 'TOO_MANY_OPERATIONS'", True),
+        ('Failed "execute_batch": (<grpc._cython.cygrpc.SendMessageOperation object at 0x7f>,)', True),
+    ],
+)
+def test_a_status_for_a_client_that_has_left_is_no_error(message: str, is_error: bool) -> None:
+    event = "ExecuteBatchError raised in core by servicer method [/x]"
+    exception = [{"exc_type": "ExecuteBatchError", "exc_value": message}]
+    log = soak_log.read([json.dumps({"event": event, "level": "error", "exception": exception})])
+    assert (log.num_errors, log.num_unheard) == ((1, 0) if is_error else (0, 1))
+
+
+@pytest.mark.parametrize(
     ("log", "exit_code", "problem"),
     [
         (QUIET_LOG, 1, "left with 1"),

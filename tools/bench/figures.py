@@ -28,11 +28,13 @@ __all__ = ["CallRecord", "Distribution", "LoadSummary", "Objective", "Refusal", 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """What a failed call's trailers said. `reason` is empty where they had no ErrorInfo: the server did not
-    answer, or the client ended the call. `retry_after_ms` is from RetryInfo, `pushback_ms` gRPC's own."""
+    answer, or the client ended the call; what grpc says then is in `text`. `retry_after_ms` is from
+    RetryInfo, `pushback_ms` gRPC's own."""
 
     reason: str
     retry_after_ms: int | None
     pushback_ms: int | None
+    text: str = ""
 
     @property
     def says_when(self) -> bool:

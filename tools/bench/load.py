@@ -178,8 +178,8 @@ def _run(parts: Sequence[tuple[Load, int, int]], before: Any, after: Any) -> lis
     return results
 
 
-def read_refusal(trailers: Iterable[tuple[str, Any]]) -> Refusal:
-    """What the trailers of a failed call say."""
+def read_refusal(trailers: Iterable[tuple[str, Any]], text: str = "") -> Refusal:
+    """What the trailers of a failed call say, and its message where there is nobody else to ask."""
     found = dict(trailers)
     reason, retry_after_ms = "", None
     for detail in status_pb2.Status.FromString(found.get(_DETAILS_KEY, b"")).details:
@@ -189,7 +189,8 @@ def read_refusal(trailers: Iterable[tuple[str, Any]]) -> Refusal:
         elif detail.Unpack(retry):
             retry_after_ms = retry.retry_delay.ToMilliseconds()
     pushback = found.get(_PUSHBACK_KEY)
-    return Refusal(reason, retry_after_ms, None if pushback is None else int(pushback))
+    pushback_ms = None if pushback is None else int(pushback)
+    return Refusal(reason, retry_after_ms, pushback_ms, "" if reason else text)
 
 
 @dataclass(slots=True)
@@ -200,6 +201,7 @@ class _RawCall:
     code: str = ""
     messages: list[tuple[float, bytes]] | None = None
     trailers: tuple[tuple[str, Any], ...] | None = None
+    text: str = ""
 
 
 def _client_process(connection: Connection, load: Load, first: int, step: int) -> None:
@@ -279,6 +281,7 @@ async def _call(method: Any, request: bytes, intended: float, load: Load) -> _Ra
     except grpc.aio.AioRpcError as error:
         call.code = error.code().name
         call.trailers = tuple(error.trailing_metadata() or ())
+        call.text = error.details() or ""
     call.ended = now()
     return call
 
@@ -290,5 +293,5 @@ def _record(call: _RawCall) -> CallRecord:
         response = inference_pb2.StreamGenerateResponse.FromString(data)
         if response.delta.num_tokens:
             tokens.append((received, response.delta.num_tokens))
-    refusal = None if call.trailers is None else read_refusal(call.trailers)
+    refusal = None if call.trailers is None else read_refusal(call.trailers, call.text)
     return CallRecord(call.intended, call.sent, call.ended, call.code, len(messages), tuple(tokens), refusal)

@@ -137,8 +137,8 @@ class OverloadRow:
     health: Distribution | None
     send_lateness: Distribution | None
     tenants: tuple[TenantRow, ...]
-    num_wrong: int
-    """Calls that ended with neither OK nor a refusal that says when to come back."""
+    wrong: dict[str, int]
+    """Calls that ended with neither OK nor a refusal that says when to come back, by what was said."""
     cpu_us_per_shed_call: float | None
     """Of the server but its engine, beyond what the served calls cost at the peak."""
 
@@ -171,6 +171,11 @@ def is_told_when(record: CallRecord) -> bool:
     if record.code == "OK":
         return True
     return record.code in REFUSALS and record.refusal is not None and record.refusal.says_when
+
+
+def _words(record: CallRecord) -> str:
+    refusal = record.refusal
+    return record.code if refusal is None else f"{record.code} {refusal.reason or refusal.text}"
 
 
 def max_min_shares(demands: Sequence[float], capacity: float) -> list[float]:
@@ -303,7 +308,7 @@ def _overload(plan: OverloadPlan, server: ServerHandle, factor: float, peak: Pea
         health=Distribution.of([seconds for asked, seconds in health.answers if begin <= asked < end]),
         send_lateness=Distribution.of([r.sent - r.intended for r in records if begin <= r.intended < end]),
         tenants=_tenant_rows(plan, [result.records for result in results], begin, end),
-        num_wrong=sum(not is_told_when(record) for record in records),
+        wrong=dict(Counter(_words(record) for record in records if not is_told_when(record))),
         cpu_us_per_shed_call=(
             (cpu.seconds - num_ok * peak.cpu_s_per_call) / len(shed) * 1e6 if shed else None
         ),
@@ -329,7 +334,9 @@ def promises(rows: Sequence[OverloadRow]) -> list[Bar]:
     """What is promised of every load above the peak."""
     bars = []
     for row in rows:
-        bars.append(Bar(f"{row.factor:g} x: calls with a wrong end", row.num_wrong, 0, at_least=False))
+        bars.append(
+            Bar(f"{row.factor:g} x: calls with a wrong end", sum(row.wrong.values()), 0, at_least=False)
+        )
         if row.factor <= 1:
             continue
         worst = max(tenant.deviation for tenant in row.tenants) * 100

@@ -144,6 +144,8 @@ class SoakResult:
             "disturbances": dict(self.disturbances),
             "injected": None if self.log is None else dict(self.log.injected),
             "ends_in_the_log": None if self.log is None else self.log.counted_ends(),
+            "statuses_unheard": None if self.log is None else self.log.num_unheard,
+            "errors_in_the_log": None if self.log is None else self.log.errors,
             "exit_code": self.exit_code,
             "before": None if self.before is None else asdict(self.before),
             "after": None if self.after is None else asdict(self.after),

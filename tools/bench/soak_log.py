@@ -10,6 +10,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tools.bench.fault_runner import INJECTED
 from tools.bench.mixed_load import Tally, request_id
@@ -19,17 +20,24 @@ __all__ = ["TASKS", "ServerLog", "audit", "read"]
 TASKS = "tasks"
 _CALL = "call finished"
 _METHODS = ("photon.v1.InferenceService/Generate", "photon.v1.InferenceService/StreamGenerate")
+_UNHEARD = "ExecuteBatchError raised in core by servicer method"
+_FAILED_BATCH = 'Failed "execute_batch": (<grpc._cython.cygrpc.SendStatusFromServerOperation'
 _MAX_KEPT_ERRORS = 20
 
 
 @dataclass(slots=True)
 class ServerLog:
     """`ends` has `(status, reason)` of each line about a generation, by request id; `tasks` of the event loop
-    are `(monotonic moment, number)`; `injected` counts faults by kind; `errors` are lines of that level."""
+    are `(monotonic moment, number)`; `injected` counts faults by kind; `errors` are lines of that level.
+
+    `num_unheard` counts statuses that were sent to a client that left in the same moment: grpc calls that an
+    error. A client that had not left would have missed its status, and that shows in its own account.
+    """
 
     ends: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     tasks: list[tuple[float, int]] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
+    num_unheard: int = 0
     num_errors: int = 0
     errors: list[str] = field(default_factory=list)
 
@@ -53,11 +61,20 @@ def read(lines: Iterable[str]) -> ServerLog:
             log.tasks.append((record["moment"], record["tasks"]))
         elif event == INJECTED:
             log.injected[record["kind"]] += 1
-        if record.get("level") in ("error", "critical"):
+        if _is_unheard(record):
+            log.num_unheard += 1
+        elif record.get("level") in ("error", "critical"):
             log.num_errors += 1
             if len(log.errors) < _MAX_KEPT_ERRORS:
                 log.errors.append(line.strip())
     return log
+
+
+def _is_unheard(record: dict[str, Any]) -> bool:
+    """Whether a batch of operations was taken by grpc and failed; one that was never taken is our mistake."""
+    if not record.get("event", "").startswith(_UNHEARD):
+        return False
+    return bool(record["exception"][0]["exc_value"].startswith(_FAILED_BATCH))
 
 
 def audit(log: ServerLog, tally: Tally) -> list[str]:

@@ -31,7 +31,7 @@ def test_channel_options() -> None:
         "grpc.http2.min_ping_interval_without_data_ms": 10_000,
         "grpc.max_connection_age_ms": 1_800_000,
         "grpc.max_connection_age_grace_ms": 930_000,
-        "grpc.max_concurrent_streams": 400,
+        "grpc.max_concurrent_streams": 1024,
         "grpc.max_receive_message_length": 1 << 20,
         "grpc.max_send_message_length": 4 << 20,
         "grpc.max_metadata_size": 8 << 10,
@@ -40,6 +40,14 @@ def test_channel_options() -> None:
         "grpc.max_allowed_incoming_connections": 4096,
         "grpc.so_reuseport": 0,
     }
+
+
+def test_the_cap_on_streams_is_far_above_what_is_admitted_and_never_small() -> None:
+    caps = [
+        dict(channel_options(ServerOptions(), LimitOptions(), max_admitted))["grpc.max_concurrent_streams"]
+        for max_admitted in (1, 256, 257, 1280)
+    ]
+    assert caps == [1024, 1024, 1028, 5120]
 
 
 @pytest.mark.parametrize(
