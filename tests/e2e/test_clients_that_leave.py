@@ -19,6 +19,7 @@ from tests.support.tiny_model import tiny_model_folder
 
 CONTEXT = 8192
 LONG = 6000
+KEEPALIVE_TIMEOUT_S = 3
 
 Load = control_pb2.GetLoadResponse
 
@@ -33,7 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         scheduler__max_num_seqs=2,
         scheduler__max_num_batched_tokens=16,
         server__keepalive_time_s=1,
-        server__keepalive_timeout_s=1,
+        # Well above what a busy machine may keep a client that is alive from answering.
+        server__keepalive_timeout_s=KEEPALIVE_TIMEOUT_S,
     ) as running:
         yield running
         assert running.stop() == 0

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -56,21 +55,23 @@ def test_drain_lets_a_running_call_finish_and_refuses_new_ones(model: Path, tmp_
         assert refused.code() is grpc.StatusCode.UNAVAILABLE
         last = list(running)[-1]
         assert last.summary.usage.output_tokens == 1500
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_second_signal_cuts_the_drain_short(model: Path, tmp_path: Path) -> None:
     with server_process(model, tmp_path / "log") as server, grpc.insecure_channel(server.address) as channel:
         running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(8000))
         next(running)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as raised:
             list(running)
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "draining" in raised.value.details()
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_signal_while_loading_ends_with_zero(model: Path, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_signal_while_loading_ends_with_zero(model: Path, tmp_path: Path) -> Non
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -97,25 +98,16 @@ def test_signal_while_loading_ends_with_zero(model: Path, tmp_path: Path) -> Non
 def test_health_is_quick_while_the_engine_decodes(model: Path, tmp_path: Path) -> None:
     with server_process(model, tmp_path / "log") as server, grpc.insecure_channel(server.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        calls = [stub.StreamGenerate(request(2000)) for _ in range(4)]
+        calls = [stub.StreamGenerate(request(8000)) for _ in range(4)]
         for call in calls:
             next(call)
-        answers: list[int] = []
-        done = threading.Event()
-
-        def probe() -> None:
-            health = health_pb2_grpc.HealthStub(channel)
-            while not done.is_set():
-                answers.append(health.Check(health_pb2.HealthCheckRequest(), timeout=5).status)
-
-        prober = threading.Thread(target=probe)
-        prober.start()
-        for call in calls:
-            list(call)
-        done.set()
-        prober.join()
-        assert len(answers) > 10
+        health = health_pb2_grpc.HealthStub(channel)
+        answers = [health.Check(health_pb2.HealthCheckRequest(), timeout=30).status for _ in range(12)]
         assert set(answers) == {health_pb2.HealthCheckResponse.SERVING}
+        # A loop that waits for the engine answers at the end, when nothing is decoded any more.
+        assert server.load().running == 4
+        for call in calls:
+            call.cancel()
         server.wait_until_idle()
 
 
@@ -197,7 +189,7 @@ def test_an_engine_of_its_own_serves_and_drains_and_leaves_nothing(model: Path, 
         child.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)
         assert list(running)[-1].summary.usage.output_tokens == 1500
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         assert not child.is_running()
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
     assert "model ready" in {line["event"] for line in log}, "the engine's records have the same form"
@@ -219,7 +211,7 @@ def test_a_killed_engine_is_told_to_callers_and_ends_the_server(model: Path, tmp
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "engine has stopped" in raised.value.details()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert server.process.wait(20) == 1
+        assert server.process.wait(60) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the engine ends after its step")
@@ -233,7 +225,7 @@ def test_a_killed_server_takes_its_engine_with_it(model: Path, tmp_path: Path) -
         child = engine_process(psutil.Process(server.process.pid))
         server.process.kill()
         server.process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
             time.sleep(0.01)
