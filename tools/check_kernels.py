@@ -14,11 +14,12 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,22 +106,33 @@ def check(work: Compilation) -> list[Checked]:
     ]
 
 
-def check_apart(work: Compilation, checker: Callable[[Compilation], list[Checked]] = check) -> list[Checked]:
-    """`check` in a process of its own; its death is a problem like any other."""
+def check_apart(
+    works: Sequence[Compilation], checker: Callable[[Compilation], list[Checked]] = check
+) -> list[Checked]:
+    """`check` of each in a process of its own, whose death is a problem like any other; in their order."""
+    # From one thread: starting a process of `multiprocessing` reaps others, which is no work for two.
     context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, checker, work))
-    process.start()
-    sender.close()
-    with receiver:
-        try:
-            results: list[Checked] = receiver.recv()
-        except EOFError:
-            results = []
-    process.join()
-    if process.exitcode != 0:
-        return [Checked(str(work), None, [f"the compiler's process ended with {process.exitcode}"])]
-    return results
+    results: list[list[Checked]] = [[] for _ in works]
+    waiting = deque(enumerate(works))
+    running: dict[Connection, tuple[int, BaseProcess]] = {}
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            index, work = waiting.popleft()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(sender, checker, work))
+            process.start()
+            sender.close()
+            running[receiver] = (index, process)
+        for ready in wait(list(running)):
+            assert isinstance(ready, Connection)
+            index, ended = running.pop(ready)
+            with ready, suppress(EOFError):
+                results[index] = ready.recv()
+            ended.join()
+            if ended.exitcode != 0:
+                text = f"the compiler's process ended with {ended.exitcode}"
+                results[index] = [Checked(str(works[index]), None, [text])]
+    return [result for part in results for result in part]
 
 
 def _send(sender: Connection, checker: Callable[[Compilation], list[Checked]], work: Compilation) -> None:
@@ -141,8 +153,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no such source; there are {', '.join(stems)}")
     wanted = [one for one in variants if not options.sources or one.spec.source in options.sources]
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        results = [result for part in pool.map(check_apart, compilations(wanted)) for result in part]
+    results = check_apart(compilations(wanted))
     bad = sum(bool(result.problems) for result in results)
     for result in results:
         if result.problems or options.report:

@@ -48,17 +48,20 @@ def test_what_is_wrong_is_named(compiled: Compiled, macros: dict[str, int | str]
     assert message in found
 
 
-def end_like_the_compiler(work: check_kernels.Compilation) -> list[check_kernels.Checked]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return []
+def end_for_one_architecture(work: check_kernels.Compilation) -> list[check_kernels.Checked]:
+    if work.arch == "sm_90a":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [check_kernels.Checked(str(work), 7, [])]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are checked on Linux alone")
 def test_a_compiler_that_dies_is_a_problem() -> None:
-    work = check_kernels.Compilation((SPEC.variant(),), "sm_90a")
-    (result,) = check_kernels.check_apart(work, end_like_the_compiler)
-    assert (result.name, result.registers) == ("f() sm_90a", None)
-    assert result.problems == ["the compiler's process ended with -9"]
+    works = check_kernels.compilations([SPEC.variant()])
+    assert check_kernels.check_apart(works, end_for_one_architecture) == [
+        check_kernels.Checked("f() sm_80", 7, []),
+        check_kernels.Checked("f() sm_90a", None, ["the compiler's process ended with -9"]),
+        check_kernels.Checked("f() sm_100", 7, []),
+    ]
 
 
 def test_every_variant_is_compiled_for_every_architecture_and_the_same_macros_once() -> None:
