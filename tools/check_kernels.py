@@ -112,6 +112,7 @@ def check_apart(
     """`check` of each in a process of its own, whose death is a problem like any other; in their order."""
     # From one thread: starting a process of `multiprocessing` reaps others, which is no work for two.
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     results: list[list[Checked]] = [[] for _ in works]
     waiting = deque(enumerate(works))
     running: dict[Connection, tuple[int, BaseProcess]] = {}
@@ -152,7 +153,6 @@ def main(arguments: list[str]) -> int:
     if set(options.sources) - set(stems):
         parser.error(f"no such source; there are {', '.join(stems)}")
     wanted = [one for one in variants if not options.sources or one.spec.source in options.sources]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     results = check_apart(compilations(wanted))
     bad = sum(bool(result.problems) for result in results)
     for result in results:

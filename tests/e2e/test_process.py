@@ -116,22 +116,9 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "photon_grpc", "serve", "--port", "0", *arguments],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=100,
         check=False,
     )
-
-
-def test_damaged_weights_end_with_two_naming_file_and_tensor(model: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in model.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    result = start("--model", str(broken), "--set", "server.admin_port=-1")
-    assert result.returncode == 2
-    assert "model.safetensors" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_unknown_architecture_ends_with_two_and_lists_the_known(model: Path, tmp_path: Path) -> None:
@@ -231,7 +218,9 @@ def test_a_killed_server_takes_its_engine_with_it(model: Path, tmp_path: Path) -
             time.sleep(0.01)
 
 
-def test_a_start_that_fails_in_the_engine_s_process_says_the_same(model: Path, tmp_path: Path) -> None:
+def test_damaged_weights_end_with_two_naming_the_file_wherever_the_engine_is(
+    model: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in model.iterdir():
@@ -244,4 +233,4 @@ def test_a_start_that_fails_in_the_engine_s_process_says_the_same(model: Path, t
     messages = [result.stderr.strip().splitlines()[-1] for result in results]
     assert messages[0] == messages[1]
     assert "model.safetensors" in messages[0]
-    assert "Traceback" not in results[0].stderr
+    assert not any("Traceback" in result.stderr for result in results)
