@@ -123,9 +123,3 @@ def test_an_entry_says_what_it_means_how_to_see_it_and_what_to_do(name: str) -> 
         for expr in panels()[title]:
             shown |= set(re.findall(r"[a-z_]+", expr))
     assert metrics <= shown
-
-
-def test_panels_that_the_runbook_names_exist() -> None:
-    named = set(re.findall(r"\*\*(.+?)\*\*", RUNBOOK.read_text()))
-    assert named
-    assert named <= set(panels())

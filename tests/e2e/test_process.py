@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -163,13 +164,23 @@ def libraries(process: psutil.Process) -> str:
 
 def test_an_engine_of_its_own_serves_and_drains_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with (
-        server_process(model, tmp_path / "log", engine__process="own") as server,
+        server_process(model, tmp_path / "log", engine__process="own", server__metrics_port=0) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         parent = psutil.Process(server.process.pid)
         child = engine_process(parent)
         assert "libtorch" in libraries(child)
         assert "libtorch" not in libraries(parent), "the front end has no use for torch"
+        assert server.metrics is not None
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as page:
+            scraped = page.read().decode()
+        measured = {
+            line.split()[0]: float(line.split()[1]) for line in scraped.splitlines() if line[0] != "#"
+        }
+        # torch is most of what either of them holds.
+        engine_bytes = measured["photon_engine_process_resident_memory_bytes"]
+        assert engine_bytes > measured["process_resident_memory_bytes"] > 0
+        assert measured["photon_engine_process_start_time_seconds"] > measured["process_start_time_seconds"]
         running = inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request(1500))
         next(running)
         # A terminal's Ctrl-C and a supervisor's stop go to every process of the group.

@@ -65,7 +65,10 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        return self.hosts[0].pid
+        # Known also when it is gone, which `process_id` is not.
+        process = self.hosts[0]._process
+        assert process is not None
+        return process.pid
 
     def submit(self, request_id: str, *args: Any, **kwargs: Any) -> RequestStream:
         return self.client.submit(request_id, engine_request(*args, **kwargs))
@@ -133,6 +136,15 @@ async def test_streams_are_told_apart_and_the_end_is_orderly() -> None:
         assert await running.client.stop()
         assert running.stopped == [None]
         assert running.hosts[0].join(0)
+
+
+async def test_its_process_is_known_for_as_long_as_there_is_one() -> None:
+    fresh = Engine(Scripted(), 8, 100)
+    assert fresh.client.process_id is None
+    async with engine() as running:
+        assert running.client.process_id == running.pid
+        assert await running.client.stop()
+        assert running.client.process_id is None
 
 
 async def test_it_runs_in_another_process_without_the_event_loop_s_libraries() -> None:
@@ -313,7 +325,7 @@ async def main(state):
             told.append(True)
             if state != "idle":
                 host.post(Submit(1, engine_request(tuple(range(10, 20)), 100_000)))
-            print(host.pid, flush=True)
+            print(host.process_id, flush=True)
     told = []
     factory = Scripted(step_s=0.001, load_s=60 if state == "loading" else 0)
     host = EngineProcess(factory, SchedulerOptions(), KVCacheOptions(), deliver)
