@@ -55,6 +55,7 @@ from photon_grpc.types import (
     StopParams,
 )
 from tests.support.builders import RecordingRunner, model_info
+from tests.support.engine_streams import until_idle
 from tests.support.grpc_harness import until
 from tests.support.tiny_model import tiny_model_folder
 
@@ -99,12 +100,7 @@ class House:
             return [event async for event in stream]
 
     async def idle(self) -> None:
-        def is_idle() -> bool:
-            stats = self.engine.stats
-            # The engine's own count as well: the latest snapshot may be of before the request came.
-            return self.engine._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
-
-        await until(is_idle)
+        await until_idle(self.engine)
 
 
 @asynccontextmanager
