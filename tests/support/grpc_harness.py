@@ -136,6 +136,14 @@ def rich_error(error: grpc.RpcError) -> RichError:
     return RichError(error.code(), error.details() or "", trailers, details)
 
 
+async def read_all(call: Any) -> list[Any]:
+    """Every message of a stream; raises the error it ends in."""
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
 async def until_not_serving(harness: Harness) -> None:
     """Wait until a prober hears NOT_SERVING; TimeoutError when it never does."""
     async with asyncio.timeout(30):

@@ -19,7 +19,14 @@ from photon_grpc.options import SchedulerOptions
 from photon_grpc.v1 import control_pb2, control_pb2_grpc, model_pb2
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
-from tests.support.grpc_harness import Harness, RichError, quick_options, rich_error, running_server
+from tests.support.grpc_harness import (
+    Harness,
+    RichError,
+    quick_options,
+    read_all,
+    rich_error,
+    running_server,
+)
 from tests.support.scripted_service import scripted_service
 
 Outcome = control_pb2.AbortResponse.Outcome
@@ -102,13 +109,6 @@ def stream_request(max_tokens: int, prompt_tokens: int = 40) -> pb.StreamGenerat
     spec = pb.GenerationSpec(token_ids=pb.TokenIds(ids=[5 + i % 90 for i in range(prompt_tokens)]))
     spec.stop.max_tokens, spec.stop.ignore_eos = max_tokens, True
     return pb.StreamGenerateRequest(spec=spec)
-
-
-async def read_all(call: Any) -> list[Any]:
-    messages = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        messages.append(message)
-    return messages
 
 
 async def test_rates_and_waits_are_those_of_the_engine(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from photon_grpc.v1 import control_pb2, inference_pb2_grpc
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.photon_grpc.server.test_status import ROWS
 from tests.support.fake_front_door import FakeFrontDoor, Script
-from tests.support.grpc_harness import open_channel, quick_options, rich_error, running_server, until
+from tests.support.grpc_harness import (
+    open_channel,
+    quick_options,
+    read_all,
+    rich_error,
+    running_server,
+    until,
+)
 from tests.support.scripted_service import scripted_service
 
 SPEC = pb.GenerationSpec(text="hello")
@@ -28,14 +35,6 @@ UNARY = "/photon.v1.InferenceService/Generate"
 
 async def trailers_of(call: Any) -> dict[str, Any]:
     return dict(list(await call.trailing_metadata()))
-
-
-async def read_all(call: Any) -> list[Any]:
-    """Every message of a stream; raises the error it ends in."""
-    messages = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        messages.append(message)
-    return messages
 
 
 async def failure(call: Any) -> grpc.aio.AioRpcError:

@@ -17,6 +17,7 @@ from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import (
     open_channel,
     quick_options,
+    read_all,
     rich_error,
     running_server,
     until,
@@ -121,13 +122,6 @@ async def test_the_probe_listener_has_health_and_nothing_else() -> None:
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def collect(call: Any) -> list[Any]:
-    messages = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        messages.append(message)
-    return messages
-
-
 async def test_drain_lets_calls_in_flight_finish_and_refuses_new_ones() -> None:
     resume = asyncio.Event()
     front_door = FakeFrontDoor(Script(num_deltas=20, resume=resume))
@@ -141,7 +135,7 @@ async def test_drain_lets_calls_in_flight_finish_and_refuses_new_ones() -> None:
         rich = rich_error(refused.value)
         assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         resume.set()
-        assert len(await collect(call)) == 22
+        assert len(await read_all(call)) == 22
         await draining
         with pytest.raises(OSError):
             await asyncio.open_connection("127.0.0.1", harness.ports.public)
@@ -169,7 +163,7 @@ async def test_what_outlives_the_drain_ends_as_draining() -> None:
         await harness.server.drain()
         for ended in (call, waiting):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await collect(ended)
+                await read_all(ended)
             rich = rich_error(caught.value)
             assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     assert [stream.exits for stream in front_door.streams] == [1, 1]
@@ -211,7 +205,7 @@ async def test_what_is_live_when_the_engine_dies_hears_of_it() -> None:
         harness.server.set_dead()
         await harness.server.stop()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(call)
+            await read_all(call)
         rich = rich_error(caught.value)
         assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD")
 
