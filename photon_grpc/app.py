@@ -121,6 +121,8 @@ class InferenceStack:
             ),
         )
         metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
+        if self._has_own_process:
+            metrics.watch_engine_process(lambda: self.engine.process_id)
         self._metrics = metrics
         self._cache_options = options.cache
         self.generator = Generator(

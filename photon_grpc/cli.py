@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -83,6 +83,12 @@ _SETTINGS_PANEL = "Settings (others through --config, --set and PHOTON_* variabl
 _SAMPLING_PANEL = "Generation"
 _CALL_PANEL = "Calls to a server"
 
+
+def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
+    """An option in a panel of its own in --help, whose default says nothing to a reader."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
 ModelFlag = Annotated[
     str | None,
     typer.Option(
@@ -98,122 +104,83 @@ AdminAddressFlag = Annotated[
 ]
 TlsCaFlag = Annotated[
     Path | None,
-    typer.Option(
+    _option(
+        _CALL_PANEL,
         "--tls-ca",
         metavar="FILE",
         help="Call over TLS and believe servers of these authorities (PEM).",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
     ),
 ]
 TlsCertFlag = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-cert",
-        metavar="FILE",
-        help="Client certificate to show, with --tls-key.",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
-    ),
+    _option(_CALL_PANEL, "--tls-cert", metavar="FILE", help="Client certificate to show, with --tls-key."),
 ]
 TokenFlag = Annotated[
     Path | None,
-    typer.Option(
+    _option(
+        _CALL_PANEL,
         "--token-file",
         metavar="FILE",
         help="Send the bearer token in this file; else that of PHOTON_TOKEN.",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
     ),
 ]
 TlsKeyFlag = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-key",
-        metavar="FILE",
-        help="Private key of --tls-cert.",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
-    ),
+    _option(_CALL_PANEL, "--tls-key", metavar="FILE", help="Private key of --tls-cert."),
 ]
 DtypeFlag = Annotated[
     str | None,
-    typer.Option(
-        "--dtype",
-        help="auto, float32, bfloat16 or float16.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--dtype", help="auto, float32, bfloat16 or float16."),
 ]
 BackendFlag = Annotated[
     str | None,
-    typer.Option("--backend", help="auto, cpu or cuda.", rich_help_panel=_SETTINGS_PANEL, show_default=False),
+    _option(_SETTINGS_PANEL, "--backend", help="auto, cpu or cuda."),
 ]
 KVMemoryFlag = Annotated[
     str | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--kv-cache-memory",
         metavar="SIZE",
         help="Size of the KV pool, such as 2GiB; else a share of the free memory.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 GpuMemoryFlag = Annotated[
     float | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--gpu-memory-utilization",
         metavar="SHARE",
         help="Share of the GPU's memory that is in use once the KV pool is made.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 MaxModelLenFlag = Annotated[
     int | None,
-    typer.Option(
-        "--max-model-len",
-        help="Longest prompt plus output, in tokens.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--max-model-len", help="Longest prompt plus output, in tokens."),
 ]
 MaxNumSeqsFlag = Annotated[
     int | None,
-    typer.Option(
-        "--max-num-seqs",
-        help="Sequences that run at the same time.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--max-num-seqs", help="Sequences that run at the same time."),
 ]
 PrefixCachingFlag = Annotated[
     bool | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--prefix-caching/--no-prefix-caching",
         help="Share KV blocks between requests with equal prefixes.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 ConfigFlag = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="TOML file of settings; also PHOTON_CONFIG.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--config", metavar="FILE", help="TOML file of settings; also PHOTON_CONFIG."),
 ]
 SetFlag = Annotated[
     list[str] | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--set",
         metavar="SECTION.KEY=VALUE",
         help="Any setting of README's table; may be repeated.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 MaxTokensFlag = Annotated[
@@ -221,49 +188,27 @@ MaxTokensFlag = Annotated[
 ]
 TemperatureFlag = Annotated[
     float | None,
-    typer.Option(
-        "--temperature",
-        "-t",
-        help="0 is greedy; default: the model's own.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--temperature", "-t", help="0 is greedy; default: the model's own."),
 ]
 TopPFlag = Annotated[
     float | None,
-    typer.Option("--top-p", help="Nucleus sampling.", rich_help_panel=_SAMPLING_PANEL, show_default=False),
+    _option(_SAMPLING_PANEL, "--top-p", help="Nucleus sampling."),
 ]
 TopKFlag = Annotated[
     int | None,
-    typer.Option("--top-k", help="0 is off.", rich_help_panel=_SAMPLING_PANEL, show_default=False),
+    _option(_SAMPLING_PANEL, "--top-k", help="0 is off."),
 ]
 SeedFlag = Annotated[
     int | None,
-    typer.Option(
-        "--seed",
-        help="Equal seeds give equal tokens.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--seed", help="Equal seeds give equal tokens."),
 ]
 StopFlag = Annotated[
     list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help="End before this text; may be repeated.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--stop", metavar="TEXT", help="End before this text; may be repeated."),
 ]
 IgnoreEosFlag = Annotated[
     bool,
-    typer.Option(
-        "--ignore-eos",
-        help="Go on past the end-of-sequence token.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--ignore-eos", help="Go on past the end-of-sequence token."),
 ]
 
 

@@ -351,6 +351,11 @@ class AsyncEngine:
             self._engine_stopped(EngineDeadError())
 
     @property
+    def process_id(self) -> int | None:
+        """The process that the engine has to itself; None where it shares ours, and while there is none."""
+        return self._host.process_id
+
+    @property
     def num_live_requests(self) -> int:
         """Submitted requests whose streams are not closed."""
         return len(self._streams)

@@ -295,6 +295,18 @@ class Metrics:
             unread_tokens,
         )
 
+    def watch_engine_process(self, process_id: Callable[[], int | None]) -> None:
+        """Expose CPU, memory and descriptors of the engine's process beside the server's. Once.
+
+        No sample while there is none, and on systems without /proc.
+        """
+
+        def folder() -> str:
+            number = process_id()
+            return "none" if number is None else str(number)
+
+        ProcessCollector(namespace="photon_engine", pid=folder, registry=self.registry)
+
     def watch_loop(self, lag: Callable[[], float]) -> None:
         """Expose how late the event loop is. Once."""
         self._watch(

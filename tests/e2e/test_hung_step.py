@@ -24,6 +24,8 @@ from tests.support.tiny_model import tiny_model_folder
 
 # Far above the bounds of the server itself (two steps of its budget, then 20 s), which must hold alone.
 _END_S = 60.0
+# Far above what a healthy step of ten milliseconds takes on a busy machine.
+STEP_TIMEOUT_S = 1.5
 _SERVE = """
 import sys
 from dataclasses import replace
@@ -99,7 +101,7 @@ def reason_of(call: grpc.Call) -> str:
 
 @pytest.mark.parametrize("process", ["shared", "own"])
 def test_fault_05_a_step_that_hangs(model: Path, tmp_path: Path, process: str) -> None:
-    with served(model, tmp_path / "log", process, "sleeps", 0.5) as server:
+    with served(model, tmp_path / "log", process, "sleeps", STEP_TIMEOUT_S) as server:
         watches = [server.watch("photon.v1.InferenceService"), server.watch("photon.liveness")]
         for watch in watches:
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -117,7 +119,7 @@ def test_fault_05_a_step_that_hangs(model: Path, tmp_path: Path, process: str) -
 def test_fault_05_a_step_that_keeps_every_thread_from_running(
     model: Path, tmp_path: Path, process: str
 ) -> None:
-    with served(model, tmp_path / "log", process, "holds", 0.5) as server:
+    with served(model, tmp_path / "log", process, "holds", STEP_TIMEOUT_S) as server:
         call = server.stream()
         if process == "own":
             assert reason_of(call) == "ENGINE_DEAD"
@@ -131,7 +133,7 @@ def test_fault_05_a_step_that_keeps_every_thread_from_running(
 
 
 def test_fault_07_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path) -> None:
-    with served(model, tmp_path / "log", "own", "never", 0.5) as server:
+    with served(model, tmp_path / "log", "own", "never", STEP_TIMEOUT_S) as server:
         call = server.stream()
         next(call)
         (child,) = psutil.Process(server.process.pid).children()
@@ -144,9 +146,9 @@ def test_fault_07_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path
 
 @pytest.mark.parametrize("process", ["shared", "own"])
 def test_an_engine_without_work_is_no_dead_one(model: Path, tmp_path: Path, process: str) -> None:
-    with served(model, tmp_path / "log", process, "never", 0.2) as server:
+    with served(model, tmp_path / "log", process, "never", 0.5) as server:
         list(server.stream())
-        # Longer than any limit that follows from the timeout: 4 x 0.2 s and 5 s.
+        # Longer than any limit that follows from the timeout: 4 x 0.5 s and 5 s.
         time.sleep(8)
         assert server.process.poll() is None
         list(server.stream())

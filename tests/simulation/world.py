@@ -57,6 +57,7 @@ class _Host:
     """
 
     writing_share = 0.5
+    process_id = None
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ class Script:
     """What a stream does: `num_deltas` (None: without end) of `text`, `interval_s` apart.
 
     `error` is raised in place of the event number `error_at` (0: in `open`, before any event);
-    `hang` never brings a first event.
+    `hang` never brings a first event; with `resume` nothing follows the first delta before it is set.
     """
 
     num_deltas: int | None = 3
@@ -86,6 +86,7 @@ class Script:
     error: Exception | None = None
     error_at: int = 0
     hang: bool = False
+    resume: asyncio.Event | None = None
     finish: Finish = field(default_factory=lambda: Finish(FinishReason.STOP, stop_string="stop"))
 
 
@@ -119,6 +120,8 @@ class FakeStream:
             self.num_events += 1
             if script.error is not None and self.num_events == script.error_at:
                 raise script.error
+            if script.resume is not None and self.num_events > 2:
+                await script.resume.wait()
             await asyncio.sleep(script.interval_s)
             yield event
 

@@ -20,8 +20,8 @@ from photon_grpc.v1 import control_pb2, control_pb2_grpc
 from tests.support.scripted_main import encode_factory
 
 _READY = re.compile(r"serving \S+ at (\S+) \(admin ([^\s,)]+)(?:, metrics ([^\s,)]+))?\)")
-_START_S = 60.0
-_STOP_S = 20.0
+_START_S = 90.0
+_STOP_S = 60.0
 
 
 @dataclass
@@ -39,12 +39,12 @@ class ServerProcess:
         """GetLoad, over a connection of its own."""
         with grpc.insecure_channel(self.admin) as channel:
             return control_pb2_grpc.ControlServiceStub(channel).GetLoad(
-                control_pb2.GetLoadRequest(), timeout=10
+                control_pb2.GetLoadRequest(), timeout=30
             )
 
     def wait_for(self, what: str, condition: Callable[[control_pb2.GetLoadResponse], bool]) -> None:
         """Poll GetLoad until `condition`; fails with the last answer."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 60
         while not condition(load := self.load()):
             assert time.monotonic() < deadline, f"never {what}: {load}\n{self.log.read_text()[-4000:]}"
             time.sleep(0.02)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -46,6 +45,7 @@ from photon_grpc.runner.scripted import echo
 from photon_grpc.scheduler.output import ModelOutput
 from photon_grpc.types import Finish, FinishReason
 from tests.support.builders import RecordingRunner, engine_request, model_info
+from tests.support.engine_streams import read_all, until_idle
 from tests.support.grpc_harness import until
 
 PROMPT = tuple(range(10, 20))
@@ -85,27 +85,6 @@ async def engine(
         assert await running.stop()
 
 
-async def read_all(stream: RequestStream, num_completions: int = 1) -> dict[int, list[int]]:
-    tokens: dict[int, list[int]] = defaultdict(list)
-    ended = 0
-    while ended < num_completions:
-        for output in await stream.read():
-            if output.failure is not None:
-                raise error_of(output.failure)
-            tokens[output.index].extend(output.token_ids)
-            ended += output.is_last
-    return dict(tokens)
-
-
-async def idle(running: AsyncEngine) -> None:
-    def is_idle() -> bool:
-        stats = running.stats
-        # The client's own count as well: the latest snapshot may be of before the request came.
-        return running._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
-
-    await until(is_idle)
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -121,7 +100,7 @@ async def test_streams_are_told_apart() -> None:
                 tokens = await read_all(stream, 2)
             prompt = (key, key + 1, key + 2)
             assert tokens == {i: [echo(prompt, i, p) for p in range(7)] for i in range(2)}
-        await idle(running)
+        await until_idle(running)
         assert running.num_live_requests == 0
     assert watch.stopped == [None]
 
@@ -153,7 +132,7 @@ async def test_the_heartbeat_ages_only_while_there_is_work() -> None:
             await until(lambda: running.heartbeat_age() > before + 0.05)
             held.set()
             await read_all(stream)
-        await idle(running)
+        await until_idle(running)
         assert running.heartbeat_age() == 0
 
 
@@ -189,7 +168,7 @@ async def test_what_comes_while_nobody_reads_waits_in_one_piece_and_the_engine_g
     async with engine() as (running, _):
         with running.submit("slow", engine_request(PROMPT, 100)) as stream:
             await until(lambda: running.stats.generation_tokens == 100)
-            await idle(running)
+            await until_idle(running)
             outputs = await stream.read()
             assert [t for o in outputs for t in o.token_ids] == [echo(PROMPT, 0, p) for p in range(100)]
             assert outputs[-1].is_last
@@ -285,7 +264,7 @@ async def test_leaving_early_aborts_and_frees_the_blocks() -> None:
         with running.submit("a", engine_request(PROMPT, 400)) as stream:
             await stream.read()
             assert running.stats.kv_blocks_used > 0
-        await idle(running)
+        await until_idle(running)
         assert running.stats.generation_tokens < 400
 
 
@@ -295,7 +274,7 @@ async def test_blocks_are_free_within_a_step_of_the_close() -> None:
         await stream.read()
         seen = len(watch.snapshots)
         stream.close()
-        await idle(running)
+        await until_idle(running)
         after = watch.snapshots[seen:]
         # One step may have been under way, and one more may have been planned before the inbox was read.
         assert next(i for i, stats in enumerate(after) if stats.kv_blocks_used == 0) <= 2
@@ -320,7 +299,7 @@ async def test_closing_is_idempotent_before_and_after_the_end(monkeypatch: pytes
         late.close()
         # The inbox has no bound of its own: it relies on this.
         assert posted == [Abort(1)]
-        await idle(running)
+        await until_idle(running)
         assert running.num_live_requests == 0
 
 
@@ -334,7 +313,7 @@ async def test_late_outputs_never_reach_a_new_stream_of_the_same_id() -> None:
             first.close()
             with running.submit("again", engine_request((50 + attempt, 60), 4)) as second:
                 assert await read_all(second) == {0: [50 + attempt, 60, 50 + attempt, 60]}
-        await idle(running)
+        await until_idle(running)
 
 
 async def test_one_completion_can_be_ended_alone() -> None:
@@ -349,7 +328,7 @@ async def test_one_completion_can_be_ended_alone() -> None:
             assert ends[1].finish.reason is FinishReason.ABORTED
             assert ends[0].finish is not None
             assert ends[0].finish.reason is FinishReason.MAX_TOKENS
-        await idle(running)
+        await until_idle(running)
 
 
 # --- admission ------------------------------------------------------------------------------------
@@ -381,7 +360,7 @@ async def test_the_queue_is_bounded_by_places_and_waiting_room() -> None:
         await until(lambda: _admits(running))
         for stream in streams:
             stream.close()
-        await idle(running)
+        await until_idle(running)
         # Every place is given back exactly once.
         again = [running.submit(f"s{i}", engine_request(PROMPT, 400)) for i in range(5)]
         with pytest.raises(OverloadedError):
@@ -402,7 +381,7 @@ async def test_completions_count_towards_the_bound() -> None:
     async with engine(step_s=0.001, max_num_seqs=2, max_queued=1) as (running, _):
         with running.submit("a", engine_request(PROMPT, 400, n=4)), pytest.raises(OverloadedError):
             running.check_admission()
-        await idle(running)
+        await until_idle(running)
         with running.submit("b", engine_request(PROMPT, 400, n=3)):
             running.check_admission()
             with pytest.raises(OverloadedError):
@@ -443,7 +422,7 @@ async def test_an_operator_ends_one_or_all() -> None:
             with pytest.raises(OperatorAbortError):
                 await read_all(streams[name])
             streams[name].close()
-        await idle(running)
+        await until_idle(running)
         assert running.abort_all() == 0
 
 
@@ -630,7 +609,7 @@ async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) 
                     await asyncio.sleep(0.001)
 
         await asyncio.gather(*(client(number) for number in range(12)))
-        await idle(running)
+        await until_idle(running)
         assert complete > 30
         assert running.num_live_requests == 0
         assert running._num_live == 0

@@ -55,6 +55,7 @@ from photon_grpc.types import (
     StopParams,
 )
 from tests.support.builders import RecordingRunner, model_info
+from tests.support.engine_streams import until_idle
 from tests.support.grpc_harness import until
 from tests.support.tiny_model import tiny_model_folder
 
@@ -99,12 +100,7 @@ class House:
             return [event async for event in stream]
 
     async def idle(self) -> None:
-        def is_idle() -> bool:
-            stats = self.engine.stats
-            # The engine's own count as well: the latest snapshot may be of before the request came.
-            return self.engine._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
-
-        await until(is_idle)
+        await until_idle(self.engine)
 
 
 @asynccontextmanager
@@ -113,13 +109,14 @@ async def house(
     *,
     max_num_seqs: int = 8,
     max_queued: int = 100,
+    max_chunk_delay_s: float = 1.0,
     activate: bool = True,
     tenants: TenantOptions | None = None,
     **runner: Any,
 ) -> AsyncIterator[House]:
     holder: list[House] = []
     model = model_info(vocab_size=512, eos_token_ids=(EOS, 3))
-    limits = LimitOptions(max_queued_requests=max_queued)
+    limits = LimitOptions(max_queued_requests=max_queued, max_chunk_delay_s=max_chunk_delay_s)
 
     def script(prompt: tuple[int, ...], index: int, position: int) -> int:
         return holder[0].next_token(prompt, index, position)
@@ -574,7 +571,7 @@ async def test_chunks_of_at_least_so_many_tokens(tokenizer: Tokenizer) -> None:
 
 
 async def test_the_first_token_never_waits(tokenizer: Tokenizer) -> None:
-    async with house(tokenizer, step_s=0.002) as it:
+    async with house(tokenizer, step_s=0.02) as it:
         it.say([200] * 400)
         for policy in (ChunkPolicy(max_tokens=256), ChunkPolicy(max_delay=1.0)):
             with await it.generator.open(asking(chunk_policy=policy)) as stream:
@@ -585,9 +582,9 @@ async def test_the_first_token_never_waits(tokenizer: Tokenizer) -> None:
 
 
 async def test_a_delay_bounds_the_wait_for_a_chunk(tokenizer: Tokenizer) -> None:
-    async with house(tokenizer, step_s=0.002) as it:
+    async with house(tokenizer, step_s=0.01) as it:
         it.say([200] * 150)
-        policy = ChunkPolicy(max_tokens=256, max_delay=0.02)
+        policy = ChunkPolicy(max_tokens=256, max_delay=0.05)
         request = asking(chunk_policy=policy, stop=StopParams(max_tokens=150))
         deltas = [e.num_tokens for e in await it.events(request) if isinstance(e, Delta)]
         assert sum(deltas) == 150
@@ -595,10 +592,10 @@ async def test_a_delay_bounds_the_wait_for_a_chunk(tokenizer: Tokenizer) -> None
 
 
 async def test_a_chunk_policy_does_not_hold_back_the_end(tokenizer: Tokenizer) -> None:
-    async with house(tokenizer) as it:
+    async with house(tokenizer, max_chunk_delay_s=1000.0) as it:
         it.say("short")
-        request = asking(chunk_policy=ChunkPolicy(max_tokens=256, max_delay=1.0))
-        async with asyncio.timeout(0.9):
+        request = asking(chunk_policy=ChunkPolicy(max_tokens=256, max_delay=1000.0))
+        async with asyncio.timeout(30):
             assert text_of(await it.events(request)) == "short"
 
 
@@ -614,7 +611,7 @@ async def failing(it: House, request: GenerationRequest, **values: Any) -> type[
 
 
 async def test_each_clock_is_told_as_its_error(tokenizer: Tokenizer) -> None:
-    async with house(tokenizer, step_s=0.002, max_num_seqs=1) as it:
+    async with house(tokenizer, step_s=0.02, max_num_seqs=1) as it:
         it.say([200] * 500)
         with await it.generator.open(asking()) as busy:
             await anext(busy)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 
@@ -251,6 +253,35 @@ def test_what_is_watched_is_read_at_each_scrape() -> None:
     assert read["photon_cache_config_info{block_size=16}{enable_prefix_caching=True}{num_blocks=40}"] == 1
     figures["age"] = 60.0
     assert scrape(metrics)["photon_engine_heartbeat_age_seconds"] == 60.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="figures of a process come from /proc")
+def test_the_engine_s_process_is_measured_beside_the_server_s() -> None:
+    metrics = Metrics("1")
+    running: list[int] = []
+    metrics.watch_engine_process(lambda: running[0] if running else None)
+    before = scrape(metrics)
+    assert before["process_open_fds"] > 0
+    assert not [name for name in before if name.startswith("photon_engine_process")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    running.append(process.pid)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        read = scrape(metrics)
+        assert read["photon_engine_process_resident_memory_bytes"] > 1 << 20
+        assert read["photon_engine_process_cpu_seconds_total"] >= 0
+        assert 3 <= read["photon_engine_process_open_fds"] <= read["photon_engine_process_max_fds"]
+        assert read["photon_engine_process_start_time_seconds"] >= read["process_start_time_seconds"], (
+            "it is the child's"
+        )
+    finally:
+        process.communicate(b"\n")
+    # Its number is known for a moment longer than it lives.
+    after = scrape(metrics)
+    assert not [name for name in after if name.startswith("photon_engine_process")]
 
 
 def test_two_registries_do_not_share() -> None:
