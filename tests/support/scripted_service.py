@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import photon_grpc
 from photon_grpc.engine.client import AsyncEngine
@@ -30,8 +31,12 @@ async def scripted_service(
     *,
     step_s: float = 0.0,
     call_observers: Sequence[CallObserver] = (),
+    **runner: Any,
 ) -> AsyncIterator[Harness]:
-    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer."""
+    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer.
+
+    `runner` is what else the ScriptedRunner is given: faults, lack of memory.
+    """
     options = options or quick_options()
     model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
     metrics = Metrics(photon_grpc.__version__)
@@ -39,7 +44,7 @@ async def scripted_service(
     tokenizer = Tokenizer.load(folder)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False),
+            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False, **runner),
             options.scheduler,
             options.cache,
             options.limits,
