@@ -404,7 +404,6 @@ class Scheduler:
         for request in reversed(running):
             self._preempt(request)
         self._removed.clear()
-        self._rows = ()
         self._lost_steps += len(lost)
         self._num_places = max(1, len(lost[0].rows) // 2)
 

@@ -397,6 +397,7 @@ class Judge:
         """Rank decides who enters and who is pushed out, and nobody waits whom the step had room for."""
         rows, plan = self._runner.rows, self._plan
         has_preempted = self._check_preempted()
+        assert plan is None or len(rows) <= self._num_places, "more sequences than there are places"
         # Whoever the step's results ended was still there when it was planned.
         inside = (*(c for c in self.live if c.handed_in), *self._ended_by_results)
         waiting = [c for c in inside if c.seq_id is None or c.seq_id not in rows]
