@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.scheduler.output import RowFault, SchedulerOutput
 from photon_grpc.v1 import inference_pb2 as pb
 from photon_grpc.v1 import model_pb2
+from tests.photon_grpc.frontend.test_text_pool import kill
 from tests.support.aftermath import engine_clean, nothing_left_running
 from tests.support.grpc_harness import Harness, rich_error
 from tests.support.scripted_service import scripted_service
@@ -260,3 +262,16 @@ async def test_fault_10_a_constraint_is_refused_before_anything_is_compiled(
         info = await harness.models.GetModelInfo(model_pb2.GetModelInfoRequest())
         assert list(info.capabilities.constraint_kinds) == []
         assert engine_of(harness).stats.steps == 0
+
+
+async def test_fault_08_calls_go_on_when_all_text_threads_have_died(tmp_path: Path) -> None:
+    async with service(tmp_path) as harness:
+        calls = text_calls(harness)
+        for thread in threading.enumerate():
+            if thread.name == "photon-text":
+                kill(thread)
+        # Those that sleep die with what comes first, and each of these is for them.
+        await asyncio.gather(
+            *(calls[name]() for name in ("long", "offsets", "detokenize") for _ in range(10))
+        )
+        assert await tokens_of(harness, PROMPTS[0]) == echoed(PROMPTS[0])

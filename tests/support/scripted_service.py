@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import photon_grpc
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import Options
 from photon_grpc.runner.scripted import ScriptedRunner
@@ -42,7 +42,7 @@ async def scripted_service(
     metrics = Metrics(photon_grpc.__version__)
     write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
     tokenizer = Tokenizer.load(folder)
-    with ThreadPoolExecutor(options.server.text_threads) as text_pool:
+    with TextPool(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
             lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False, **runner),
             options.scheduler,
