@@ -18,6 +18,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         OverloadedError           UNAVAILABLE
         DeadlineUnreachableError  UNAVAILABLE
         QuotaExceededError        RESOURCE_EXHAUSTED
+        OutOfMemoryError          UNAVAILABLE
       LifecycleError
         EngineStartingError       UNAVAILABLE
         EngineDrainingError       UNAVAILABLE
@@ -193,6 +194,13 @@ class QuotaExceededError(CapacityError):
     def __init__(self, limit: str, retry_after_s: float) -> None:
         super().__init__(f"the tenant's quota of {limit} is used up", retry_after_s)
         self.limit = limit
+
+
+class OutOfMemoryError(CapacityError):
+    """The device had no memory for this request, alone in the batch; another replica may have."""
+
+    def __init__(self) -> None:
+        super().__init__("there was no memory to compute the request", retry_after_s=1.0)
 
 
 class LifecycleError(PhotonError):

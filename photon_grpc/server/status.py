@@ -154,6 +154,7 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.QuotaExceededError: Row(
         _Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", _quota, pushback=_until_refill
     ),
+    errors.OutOfMemoryError: Row(_Code.UNAVAILABLE, "OUT_OF_MEMORY", pushback=_after(1000)),
     errors.EngineStartingError: Row(_Code.UNAVAILABLE, "STARTING", pushback=_after(1000)),
     errors.EngineDrainingError: Row(_Code.UNAVAILABLE, "DRAINING", pushback=_after(100)),
     errors.EngineDeadError: Row(_Code.UNAVAILABLE, "ENGINE_DEAD", pushback=_after(100)),

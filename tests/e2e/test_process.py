@@ -204,7 +204,7 @@ def test_an_engine_of_its_own_serves_and_drains_and_leaves_nothing(model: Path, 
     assert not {line["level"] for line in log} - {"info"}
 
 
-def test_a_killed_engine_is_told_to_callers_and_ends_the_server(model: Path, tmp_path: Path) -> None:
+def test_fault_07_a_killed_engine_is_told_to_callers_and_ends_the_server(model: Path, tmp_path: Path) -> None:
     with (
         server_process(model, tmp_path / "log", engine__process="own") as server,
         grpc.insecure_channel(server.address) as channel,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import photon_grpc
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import Options
 from photon_grpc.runner.scripted import ScriptedRunner
@@ -30,16 +31,20 @@ async def scripted_service(
     *,
     step_s: float = 0.0,
     call_observers: Sequence[CallObserver] = (),
+    **runner: Any,
 ) -> AsyncIterator[Harness]:
-    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer."""
+    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer.
+
+    `runner` is what else the ScriptedRunner is given: faults, lack of memory.
+    """
     options = options or quick_options()
     model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
     metrics = Metrics(photon_grpc.__version__)
     write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
     tokenizer = Tokenizer.load(folder)
-    with ThreadPoolExecutor(options.server.text_threads) as text_pool:
+    with TextPool(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False),
+            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False, **runner),
             options.scheduler,
             options.cache,
             options.limits,

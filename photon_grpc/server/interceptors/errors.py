@@ -7,6 +7,7 @@ body. Knows no message type. Event loop only.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,11 @@ _log = structlog.get_logger(__name__)
 def is_usable_id(request_id: str) -> bool:
     """Whether `request_id` may stand in metadata and logs as it is."""
     return _USABLE_ID.fullmatch(request_id) is not None
+
+
+# The caller leaves, a generator is closed, the process is to end. Other errors that are no Exception, as the
+# panic of a library in Rust, are errors of a call like any other.
+_NOT_OURS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 
 
 def request_id_of(context: Any) -> str:
@@ -54,9 +60,9 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
         set_request_id(context, _initial_id(context))
         try:
             return await behavior(request, context)
-        except grpc.aio.AbortError:
-            raise  # a status that is already sent
-        except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
+        except (grpc.aio.AbortError, *_NOT_OURS):
+            raise  # a status that is already sent, or no error of the call
+        except BaseException as error:  # noqa: BLE001  # grpc would leave a call without a status for some
             request_id = request_id_of(context)
             record = current_call.get()
             if record is not None:

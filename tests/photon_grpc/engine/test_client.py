@@ -33,6 +33,7 @@ from photon_grpc.errors import (
     MaxDurationError,
     ModelLoadError,
     OperatorAbortError,
+    OutOfMemoryError,
     OverloadedError,
     PhotonError,
     QueueTimeoutError,
@@ -452,6 +453,7 @@ async def test_an_operator_ends_one_or_all() -> None:
         (FailureKind.FIRST_TOKEN_TIMEOUT, FirstTokenTimeoutError),
         (FailureKind.MAX_DURATION, MaxDurationError),
         (FailureKind.REQUEST_FAULT, RequestFaultError),
+        (FailureKind.OUT_OF_MEMORY, OutOfMemoryError),
         (FailureKind.OPERATOR_ABORT, OperatorAbortError),
         (FailureKind.DRAINING, EngineDrainingError),
         (FailureKind.ENGINE_DEAD, EngineDeadError),
@@ -469,7 +471,7 @@ def test_no_failure_is_without_an_error() -> None:
 # --- the end of the engine ------------------------------------------------------------------------
 
 
-async def test_when_a_step_breaks_every_stream_gets_a_status() -> None:
+async def test_fault_02_when_a_step_breaks_every_stream_gets_a_status() -> None:
     async with engine(crash_at_step=3) as (running, watch):
         streams = [running.submit(f"r{i}", engine_request(PROMPT, 50, n=2)) for i in range(12)]
         results = await asyncio.gather(*(read_all(s, 2) for s in streams), return_exceptions=True)

@@ -234,7 +234,7 @@ def test_template_arguments() -> None:
     assert violations(chat("x", template_args={"k": object()})) == ["spec.chat.template_args"]
 
 
-def test_token_ids_are_of_the_vocabulary() -> None:
+def test_fault_09_token_ids_are_of_the_vocabulary() -> None:
     assert violations(replace(PLAIN, prompt=(0, 999))) == []
     assert violations(replace(PLAIN, prompt=(0, 1000))) == ["spec.token_ids.ids[1]"]
     assert violations(replace(PLAIN, prompt=(-1,))) == ["spec.token_ids.ids[0]"]

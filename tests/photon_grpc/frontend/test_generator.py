@@ -243,7 +243,7 @@ async def test_what_ends_in_the_middle_of_a_character_is_flushed(tokenizer: Toke
         assert text_of(events).endswith("\ufffd")
 
 
-async def test_usage_is_the_ids_emitted(tokenizer: Tokenizer) -> None:
+async def test_fault_22_usage_is_the_ids_emitted(tokenizer: Tokenizer) -> None:
     """Bug of two ancestors: `tokens` echoed max_tokens, or counted characters."""
     async with house(tokenizer, block_size=16) as it:
         (ids,) = it.say(TEXT)
@@ -420,7 +420,7 @@ async def test_a_stop_id_is_cut_unless_it_is_wanted(tokenizer: Tokenizer) -> Non
 
 @pytest.mark.parametrize("step_s", [0.0, 0.002])
 @pytest.mark.parametrize("include", [False, True])
-async def test_a_stop_string_across_tokens_and_deltas(
+async def test_fault_21_a_stop_string_across_tokens_and_deltas(
     tokenizer: Tokenizer, include: bool, step_s: float
 ) -> None:
     """Bug of an ancestor: stop strings were matched on ids, so one that is split otherwise was missed."""
