@@ -10,7 +10,6 @@ import asyncio
 import faulthandler
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from photon_grpc.engine.watchdog import LATE_S, STDERR, longest_step_s
 from photon_grpc.errors import ConfigError, ModelLoadError, PhotonError
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner_factory import RunnerFactory, quiet_collector
@@ -105,7 +105,7 @@ class InferenceStack:
     ) -> None:
         self._folder = model_folder(options.model)
         self._has_own_process = has_own_process(options)
-        self._text_pool = ThreadPoolExecutor(options.server.text_threads, thread_name_prefix="photon-text")
+        self._text_pool = TextPool(options.server.text_threads)
         self.engine = AsyncEngine(
             RunnerFactory(self._folder, options, self._has_own_process),
             options.scheduler,

@@ -104,6 +104,10 @@ class DeviceBatch:
         """Forget a sequence. What has been launched with it still runs, ahead of whatever comes."""
         del self._sequences[seq_id]
 
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._sequences.clear()
+
     def append_blocks(self, seq_id: int, block_ids: Sequence[int]) -> None:
         """Extend a sequence's block table."""
         sequence = self._sequences[seq_id]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import select
 import threading
-from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import accumulate
 from queue import Empty, SimpleQueue
 from typing import TextIO
@@ -38,10 +38,11 @@ class LogSink:
         self._num_dropped = 0
         self._num_told = 0
         self._closed = False
-        # What came last into the stream is the beginning of a line.
+        # The writer has reported what no writer may run into; once is enough.
+        self._has_reported = False
+        # The last write ended inside a line.
         self._is_torn = False
-        self._thread = threading.Thread(target=self._run, name="photon-log", daemon=True)
-        self._thread.start()
+        self._thread = self._start()
 
     @property
     def num_dropped(self) -> int:
@@ -76,7 +77,20 @@ class LogSink:
 
     # --- the writing thread -----------------------------------------------------------------------
 
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="photon-log", daemon=True)
+        thread.start()
+        return thread
+
     def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        except BaseException as error:  # noqa: BLE001 - reported; another thread takes over
+            self._report(error)
+            if not self._closed:
+                self._thread = self._start()
+
+    def _write_until_closed(self) -> None:
         while True:
             item = self._queue.get()
             lines: list[str] = []
@@ -99,43 +113,66 @@ class LogSink:
 
     def _write(self, lines: list[str]) -> None:
         dropped = self._num_dropped - self._num_told
-        records = [*lines, self._notice(dropped)] if dropped else lines
-        num_written = self._write_records(records)
-        if num_written == len(records):
-            self._num_told += dropped
-        elif num_written < len(lines):
-            # There is nowhere left to say so but the count, until there is room again.
-            self.count_dropped(len(lines) - num_written)
-
-    def _write_records(self, records: list[str]) -> int:
-        """How many were written whole: all, or those before the reader was gone or the room was used up."""
         if self._fd is not None:
-            return self._write_bytes(self._fd, [r.encode(errors="backslashreplace") for r in records])
+            num_written = self._attempt(lines)
+        else:
+            # Such a stream does not say how far it came.
+            num_written = sum(self._attempt([line]) for line in lines)
+        if num_written < len(lines):
+            self.count_dropped(len(lines) - num_written)
+        elif dropped and self._attempt_notice(dropped):
+            self._num_told += dropped
+
+    def _attempt(self, lines: list[str]) -> int:
+        """How many of `lines` were written, the first ones."""
         try:
-            self._stream.write("".join(records))
+            if self._fd is not None:
+                return self._write_bytes([line.encode(errors="backslashreplace") for line in lines], self._fd)
+            self._stream.write("".join(lines))
             self._stream.flush()
         except (OSError, ValueError):
+            # The reader has gone, or the stream is closed: there is nowhere left to say so but the count.
             return 0
-        return len(records)
+        except BaseException as error:  # noqa: BLE001 - reported and counted; later lines may fare better
+            self._report(error)
+            return 0
+        return len(lines)
 
-    def _write_bytes(self, fd: int, records: list[bytes]) -> int:
-        """Past the stream's own buffer, whose lock the interpreter wants at its exit."""
-        if self._is_torn:
-            records = [b"\n" + records[0], *records[1:]]
-        ends = list(accumulate(map(len, records)))
-        data = memoryview(b"".join(records))
-        position = 0
-        while position < len(data):
-            try:
-                position += os.write(fd, data[position:])
-            except BlockingIOError:
-                select.select([], [fd], [])
-            except OSError:
-                break
-        num_written = bisect_right(ends, position)
-        if position:
-            self._is_torn = position != (ends[num_written - 1] if num_written else 0)
-        return num_written
+    def _attempt_notice(self, dropped: int) -> bool:
+        try:
+            notice = self._notice(dropped)
+        except Exception as error:  # noqa: BLE001 - reported; the count still has it
+            self._report(error)
+            return False
+        return self._attempt([notice]) == 1
+
+    def _write_bytes(self, lines: list[bytes], fd: int) -> int:
+        # Past the stream's own buffer, whose lock the interpreter wants at its exit.
+        head = b"\n" if self._is_torn else b""
+        data = memoryview(head + b"".join(lines))
+        num_bytes = 0
+        try:
+            while num_bytes < len(data):
+                try:
+                    num_bytes += os.write(fd, data[num_bytes:])
+                except BlockingIOError:
+                    select.select([], [fd], [])
+        except (OSError, ValueError):
+            ends = list(accumulate((len(line) for line in lines), initial=len(head)))
+            if num_bytes:
+                self._is_torn = num_bytes not in ends
+            return sum(end <= num_bytes for end in ends[1:])
+        self._is_torn = False
+        return len(lines)
+
+    def _report(self, error: BaseException) -> None:
+        """Say once, where the process says such things, that the writer met what it was not made for."""
+        if self._has_reported:
+            return
+        self._has_reported = True
+        # Where that is closed, the count of what was dropped is left.
+        with suppress(OSError):
+            os.write(2, f"photon_grpc: the log's writer failed: {type(error).__name__}\n".encode())
 
 
 def _descriptor_of(stream: TextIO) -> int | None:

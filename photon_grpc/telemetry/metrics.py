@@ -93,6 +93,8 @@ class EngineSnapshot(Protocol):
     def preemptions(self) -> int: ...
     @property
     def faults(self) -> int: ...
+    @property
+    def lost_steps(self) -> int: ...
 
 
 _COUNTERS: Sequence[tuple[str, str, Callable[[EngineSnapshot], int]]] = (
@@ -104,8 +106,9 @@ _COUNTERS: Sequence[tuple[str, str, Callable[[EngineSnapshot], int]]] = (
         lambda s: s.prefix_queries,
     ),
     ("photon_prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits),
-    ("photon_preemptions", "Sequences preempted for want of KV blocks.", lambda s: s.preemptions),
+    ("photon_preemptions", "Sequences preempted for want of KV blocks or memory.", lambda s: s.preemptions),
     ("photon_corrupted_requests", "Requests ended for unusable model output.", lambda s: s.faults),
+    ("photon_lost_steps", "Steps for which the device had no memory.", lambda s: s.lost_steps),
 )
 
 

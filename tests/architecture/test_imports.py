@@ -89,7 +89,7 @@ ROOMS: dict[str, Room] = {
 # Modules of the standard library that carry threads, clocks or chance, and who may have them. The
 # scheduler is told the time and draws nothing, so that a run can be repeated.
 GUARDED: dict[str, frozenset[str]] = {
-    "threading": frozenset({"engine.thread", "engine.watchdog", "telemetry", "llm"}),
+    "threading": frozenset({"engine.thread", "engine.watchdog", "frontend.text_pool", "telemetry", "llm"}),
     "asyncio": frozenset(
         {
             *("engine.client", "engine.process", "frontend", "server", "telemetry.loop_lag"),

@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
+from photon_grpc.engine.core import MAX_FAILURES
 from photon_grpc.types import FinishReason
 from tests.simulation.oracle import EOS_IDS, FIRST_PLAIN_ID, STOP_IDS, VOCABULARY, Completion, complete
 
@@ -111,7 +112,7 @@ class Event:
 
 
 class CrashPoint(enum.Enum):
-    """Where the device fails for good."""
+    """Where the device fails for good, or has no memory for a step."""
 
     LAUNCH = enum.auto()
     COLLECT = enum.auto()
@@ -131,6 +132,8 @@ class Scenario:
     step_s: float
     crash: tuple[CrashPoint, int] | None
     close_fails: bool
+    # The launches and collections, counted from 1, for which there is no memory: fewer than the engine bears.
+    lacks: frozenset[tuple[CrashPoint, int]]
     calls: tuple[Call, ...]
     events: tuple[Event, ...]
 
@@ -191,9 +194,22 @@ class _Maker:
             step_s=self.step_s,
             crash=(rng.choice(tuple(CrashPoint)), rng.randint(1, 40)) if self.chance(0.1) else None,
             close_fails=self.chance(0.1),
+            lacks=frozenset(self.lacks()),
             calls=tuple(self.calls),
             events=tuple(self.events(end)),
         )
+
+    def lacks(self) -> set[tuple[CrashPoint, int]]:
+        # Drawn apart, so that they change nothing else of a seed.
+        rng = random.Random(f"lacks of {self.seed}")
+        if rng.random() > 0.3:
+            return set()
+        lacks = {(rng.choice(tuple(CrashPoint)), rng.randint(1, 60)) for _ in range(rng.randint(1, 5))}
+        if rng.random() < 0.3:
+            # Again and again, until the batch is down to one sequence and beyond.
+            first = rng.randint(1, 30)
+            lacks |= {(CrashPoint.LAUNCH, first + n) for n in range(rng.randint(2, MAX_FAILURES - 6))}
+        return lacks
 
     def events(self, end: float) -> list[Event]:
         rng = self.random

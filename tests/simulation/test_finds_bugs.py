@@ -354,6 +354,42 @@ def a_shutdown_forgets_who_waits(patch: Patch) -> None:
     patch.setattr(Scheduler, "abort_all", only_running)
 
 
+def what_a_lost_step_was_to_compute_stays_known(patch: Patch) -> None:
+    patch.setattr(KVCacheManager, "forget_from", lambda self, request, position: None)
+
+
+def a_batch_without_memory_comes_back_whole(patch: Patch) -> None:
+    lose = Scheduler.lose
+
+    def undaunted(self: Scheduler, lost: Sequence[SchedulerOutput], now: float) -> None:
+        lose(self, lost, now)
+        self._num_places = self._max_num_seqs
+
+    patch.setattr(Scheduler, "lose", undaunted)
+
+
+def the_tokens_of_a_lost_step_are_still_awaited(patch: Patch) -> None:
+    lose = Scheduler.lose
+
+    def waiting(self: Scheduler, lost: Sequence[SchedulerOutput], now: float) -> None:
+        for row in lost[0].rows:
+            if row.sample and row.seq_id in self._live:
+                self._live[row.seq_id].num_pending_tokens += 1
+        lose(self, lost, now)
+
+    patch.setattr(Scheduler, "lose", waiting)
+
+
+def the_runner_is_told_to_remove_what_it_has_forgotten(patch: Patch) -> None:
+    lose = Scheduler.lose
+
+    def telling(self: Scheduler, lost: Sequence[SchedulerOutput], now: float) -> None:
+        lose(self, lost, now)
+        self._removed.extend(row.seq_id for row in lost[0].rows)
+
+    patch.setattr(Scheduler, "lose", telling)
+
+
 BUGS = [
     a_freed_sequence_keeps_a_block,
     a_shared_block_is_not_counted,
@@ -397,6 +433,10 @@ BUGS = [
     min_tokens_is_ignored,
     a_stream_is_not_told_of_a_dead_engine,
     a_shutdown_forgets_who_waits,
+    what_a_lost_step_was_to_compute_stays_known,
+    a_batch_without_memory_comes_back_whole,
+    the_tokens_of_a_lost_step_are_still_awaited,
+    the_runner_is_told_to_remove_what_it_has_forgotten,
 ]
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import photon_grpc
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import Options
 from photon_grpc.runner.scripted import ScriptedRunner
-from photon_grpc.scheduler.output import RowFault
 from photon_grpc.server.interceptors.call_record import CallObserver
 from photon_grpc.telemetry.metrics import Metrics
 from tests.support.builders import model_info
@@ -32,13 +32,14 @@ async def scripted_service(
     *,
     step_s: float = 0.0,
     max_model_len: int = 4096,
-    faults: dict[tuple[int, int], RowFault] | None = None,
     has_chat_template: bool = True,
     call_observers: Sequence[CallObserver] = (),
+    **runner: Any,
 ) -> AsyncIterator[Harness]:
     """Serving, each step asleep for `step_s`. `folder` takes the tokenizer.
 
-    `faults` are those of the runner: by prompt length and output position.
+    `runner` is what else the ScriptedRunner is given: faults, by prompt length and output position, or lack
+    of memory.
     """
     options = options or quick_options()
     model = model_info(vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
@@ -50,9 +51,9 @@ async def scripted_service(
         del settings["chat_template"]
         file.write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = Tokenizer.load(folder)
-    with ThreadPoolExecutor(options.server.text_threads) as text_pool:
+    with TextPool(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            lambda progress: ScriptedRunner(model, step_s=step_s, faults=faults, check_cache=False),
+            lambda progress: ScriptedRunner(model, step_s=step_s, check_cache=False, **runner),
             options.scheduler,
             options.cache,
             options.limits,

@@ -32,6 +32,11 @@ def is_usable_id(request_id: str) -> bool:
     return _USABLE_ID.fullmatch(request_id) is not None
 
 
+# The caller leaves, a generator is closed, the process is to end. Other errors that are no Exception, as the
+# panic of a library in Rust, are errors of a call like any other.
+_NOT_OURS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+
+
 def request_id_of(context: Any) -> str:
     """The id of the call behind `context`."""
     for key, value in context.trailing_metadata():
@@ -58,17 +63,21 @@ def metadata_bytes(metadata: Iterable[tuple[str, str | bytes]]) -> int:
     return sum(len(key) + len(value) + 32 for key, value in metadata)
 
 
+async def _require_small_metadata(context: Any, max_metadata_bytes: int) -> None:
+    if metadata_bytes(context.invocation_metadata() or ()) > max_metadata_bytes:
+        # As grpc's own refusal, which has no details either.
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the metadata is too large")
+
+
 def _guard(behavior: Behavior, method: str, max_metadata_bytes: int) -> Behavior:
     async def guarded(request: Any, context: Any) -> Any:
         set_request_id(context, _initial_id(context))
-        if metadata_bytes(context.invocation_metadata() or ()) > max_metadata_bytes:
-            # As grpc's own refusal, which has no details either.
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the metadata is too large")
+        await _require_small_metadata(context, max_metadata_bytes)
         try:
             return await behavior(request, context)
-        except grpc.aio.AbortError:
-            raise  # a status that is already sent
-        except Exception as error:  # noqa: BLE001  # CancelledError, the caller leaving, is not one
+        except (grpc.aio.AbortError, *_NOT_OURS):
+            raise  # a status that is already sent, or no error of the call
+        except BaseException as error:  # noqa: BLE001  # grpc would leave a call without a status for some
             status = _status_of(error, context, method)
         # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
         # context it would keep all that the call had.
@@ -77,23 +86,26 @@ def _guard(behavior: Behavior, method: str, max_metadata_bytes: int) -> Behavior
     return guarded
 
 
-def _guard_both_ways(behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+def _guard_both_ways(
+    behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str, max_metadata_bytes: int
+) -> Any:
     async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
         set_request_id(context, _initial_id(context))
+        await _require_small_metadata(context, max_metadata_bytes)
         try:
             async for response in behavior(requests, context):
                 yield response
             return
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, *_NOT_OURS):
             raise
-        except Exception as error:  # noqa: BLE001  # as above
+        except BaseException as error:  # noqa: BLE001  # as above
             status = _status_of(error, context, method)
         await _end(context, status)
 
     return guarded
 
 
-def _status_of(error: Exception, context: Any, method: str) -> RpcStatus:
+def _status_of(error: BaseException, context: Any, method: str) -> RpcStatus:
     """What the client is told of `error`; the log and the call's record hear of it here."""
     request_id = request_id_of(context)
     record = current_call.get()
@@ -142,7 +154,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
             return handler
         method = handler_call_details.method
         if handler.request_streaming:
-            return handler._replace(stream_stream=_guard_both_ways(handler.stream_stream, method))
+            guarded = _guard_both_ways(handler.stream_stream, method, self._max_metadata_bytes)
+            return handler._replace(stream_stream=guarded)
         if handler.response_streaming:
             return handler._replace(unary_stream=self._guarded(handler.unary_stream, method))
         return handler._replace(unary_unary=self._guarded(handler.unary_unary, method))

@@ -33,6 +33,7 @@ from photon_grpc.errors import (
     MaxDurationError,
     ModelLoadError,
     OperatorAbortError,
+    OutOfMemoryError,
     OverloadedError,
     PhotonError,
     QueueTimeoutError,
@@ -441,7 +442,7 @@ async def test_fault_38_two_tenants_may_use_an_id_at_the_same_time() -> None:
             running.submit("a", engine_request(PROMPT, tenant="bob"))
         for stream in streams.values():
             stream.close()
-        await idle(running)
+        await until_idle(running)
         assert running.num_live_requests == 0
 
 
@@ -469,7 +470,7 @@ async def test_an_operator_ends_one_tenant_s() -> None:
                 stream.close()
         assert len((await read_all(streams["alice", "b"]))[0]) == 400
         streams["alice", "b"].close()
-        await idle(running)
+        await until_idle(running)
 
 
 @pytest.mark.parametrize(
@@ -479,6 +480,7 @@ async def test_an_operator_ends_one_tenant_s() -> None:
         (FailureKind.FIRST_TOKEN_TIMEOUT, FirstTokenTimeoutError),
         (FailureKind.MAX_DURATION, MaxDurationError),
         (FailureKind.REQUEST_FAULT, RequestFaultError),
+        (FailureKind.OUT_OF_MEMORY, OutOfMemoryError),
         (FailureKind.OPERATOR_ABORT, OperatorAbortError),
         (FailureKind.DRAINING, EngineDrainingError),
         (FailureKind.ENGINE_DEAD, EngineDeadError),

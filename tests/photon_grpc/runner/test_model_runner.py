@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import photon_grpc
 from photon_grpc.engine.core import EngineCore
-from photon_grpc.engine.messages import EngineRequest, Submit
+from photon_grpc.engine.messages import EngineRequest, FailureKind, Submit
 from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.options import ModelOptions, Options
@@ -310,3 +311,74 @@ def test_fault_06_one_row_of_nan_harms_nobody_else(
     assert core.scheduler.stats().faults == 1
     assert_told_once(core, outputs, (1, 2))
     assert_core_clean(core)
+
+
+NO_MEMORY: dict[str, Callable[[], object]] = {
+    # As much as no machine has: the error that the allocator really raises.
+    "torch": lambda: torch.empty(1 << 55, dtype=torch.int8),
+    "numpy": lambda: np.empty(1 << 58),
+    "a device": lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+}
+PLACES = ("forward", "compute_logits", "sample", "add")
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def lacking(runner: Any, place: str, at: int, allocate: Callable[[], object]) -> None:
+    """Let call number `at` of a method of model or sampler find no memory, after it has done its work."""
+    owner = runner._decoder if place in ("forward", "compute_logits") else runner._sampler
+    method = getattr(owner, place)
+    calls = 0
+
+    def lack(*arguments: Any, **values: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = method(*arguments, **values)
+        if calls == at:
+            allocate()
+        return result
+
+    setattr(owner, place, lack)
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_fault_03_out_of_memory_changes_no_token(llama: Checkpoint, place: str, at: int, kind: str) -> None:
+    """Call 1 is of a prompt, 9 of decodes alone but for `add`, which is a third sequence that enters."""
+    lengths = (40, 25, 60, 3, 17, 33, 48, 20, 9, 50) if place == "add" else (40, 25, 60)
+    prompts = {f"p{n}": llama.prompt(length, n) for n, length in enumerate(lengths)}
+    runner = llama.runner()
+    lacking(runner, place, at, NO_MEMORY[kind])
+    core = engine_core(runner, max_num_seqs=16, max_num_batched_tokens=64)
+    tokens = generate(core, **{name: greedy_request(prompt, 20) for name, prompt in prompts.items()})
+    assert tokens == {name: llama.greedy(prompt, 20) for name, prompt in prompts.items()}
+    assert core.scheduler.stats().lost_steps == 1
+    assert core.scheduler.stats().preemptions > 0
+    assert_core_clean(core)
+
+
+def test_fault_03_a_request_alone_without_memory_fails_and_the_next_is_served(llama: Checkpoint) -> None:
+    runner = llama.runner()
+    lacking(runner, "forward", 4, NO_MEMORY["torch"])
+    core = engine_core(runner, max_num_batched_tokens=512)
+    prompt = llama.prompt(20, 1)
+    core.submit(Submit(1, greedy_request(prompt, 20)))
+    outputs = run_to_end(core)
+    assert_told_once(core, outputs, (1,))
+    assert outputs[-1].failure is FailureKind.OUT_OF_MEMORY
+    assert [t for o in outputs for t in o.token_ids] == llama.greedy(prompt, 20)[:3]
+    assert generate(core, again=greedy_request(prompt, 20))["again"] == llama.greedy(prompt, 20)
+    assert_core_clean(core)
+
+
+def test_fault_03_another_error_of_the_step_is_not_taken_for_it(llama: Checkpoint) -> None:
+    runner = llama.runner()
+    lacking(runner, "forward", 2, lambda: _raise(RuntimeError("CUDA error: an illegal memory access")))
+    core = engine_core(runner, max_num_batched_tokens=512)
+    core.submit(Submit(1, greedy_request(llama.prompt(20, 1), 20)))
+    core.step()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        core.step()

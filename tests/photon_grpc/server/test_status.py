@@ -89,6 +89,7 @@ ROWS = [
     (errors.EngineStartingError(), "UNAVAILABLE", "STARTING", {"RetryInfo"}, "1000"),
     (errors.EngineDrainingError(), "UNAVAILABLE", "DRAINING", {"RetryInfo"}, "100"),
     (errors.EngineDeadError(), "UNAVAILABLE", "ENGINE_DEAD", {"RetryInfo"}, "100"),
+    (errors.OutOfMemoryError(), "UNAVAILABLE", "OUT_OF_MEMORY", {"RetryInfo"}, "1000"),
     (errors.QueueTimeoutError(), "DEADLINE_EXCEEDED", "QUEUE_TIMEOUT", set(), None),
     (errors.FirstTokenTimeoutError(), "DEADLINE_EXCEEDED", "FIRST_TOKEN_TIMEOUT", set(), None),
     (errors.MaxDurationError(), "DEADLINE_EXCEEDED", "MAX_DURATION", set(), None),

@@ -32,6 +32,7 @@ STATS = EngineStats(
     prefix_hits=30,
     preemptions=2,
     faults=1,
+    lost_steps=4,
 )
 
 
@@ -74,6 +75,7 @@ def test_engine_figures_are_those_of_the_latest_snapshot() -> None:
         "photon_prefix_cache_hits_total": 30,
         "photon_preemptions_total": 2,
         "photon_corrupted_requests_total": 1,
+        "photon_lost_steps_total": 4,
         "photon_build_info{version=1.2.3}": 1,
     }.items()
 

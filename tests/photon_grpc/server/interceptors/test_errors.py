@@ -64,9 +64,14 @@ async def test_what_is_no_error_passes(passed: type[BaseException]) -> None:
     assert context.aborted is None
 
 
-async def test_an_error_is_awaited_into_an_abort() -> None:
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [ValueError(), Panic()])
+async def test_an_error_is_awaited_into_an_abort(error: BaseException) -> None:
     async def behavior(request: Any, context: Any) -> None:
-        raise ValueError
+        raise error
 
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
