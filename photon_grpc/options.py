@@ -124,8 +124,12 @@ class LimitOptions:
     max_priority: int = _opt(9, "highest priority")
     max_chunk_tokens: int = _opt(256, "chunk_policy.max_tokens")
     max_chunk_delay_s: float = _opt(1.0, "chunk_policy.max_delay")
-    max_queued_requests: int = _opt(1024, "completions waiting for a place in the batch")
-    max_queued_tokens: int = _opt(1 << 20, "prompt tokens of requests whose first token has not come")
+    max_queued_requests: int = _opt(
+        1024, "completions waiting for a place in the batch; twice as many of several tenants"
+    )
+    max_queued_tokens: int = _opt(
+        1 << 20, "prompt tokens of requests whose first token has not come; twice as many of several tenants"
+    )
     default_deadline_s: float = _opt(300.0, "deadline of a call that brings none")
     max_deadline_s: float = _opt(900.0, "longest that any call may run")
     slow_consumer_timeout_s: float = _opt(30.0, "a single write pending for longer ends the call")
@@ -135,6 +139,7 @@ class LimitOptions:
 class TenantOptions:
     """What each tenant may use; `frontend/tenants.py` keeps the books. 0 is no limit."""
 
+    file: str = _opt("", "TOML with weights, quotas and caps of single tenants; empty: all are equal")
     max_concurrent_requests: int = _opt(0, "generations of one tenant at the same time; 0: any number")
     requests_per_s: float = _opt(0.0, "generations of one tenant per second; 0: any number")
     request_burst: int = _opt(100, "generations that a tenant who was idle may begin at once")

@@ -16,7 +16,7 @@ from typing import Self
 import structlog
 
 from photon_grpc.engine.host import HostFactory, Progress, RunnerFactory
-from photon_grpc.engine.load import EngineLoad, Throughput, load_of
+from photon_grpc.engine.load import EngineLoad, Throughput
 from photon_grpc.engine.messages import (
     Abort,
     AbortReason,
@@ -53,6 +53,9 @@ from photon_grpc.errors import (
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
 
 _log = structlog.get_logger(__name__)
+
+# A full queue may be so many times as long as its bound, so that each tenant still gets its share of it.
+MOST_OVER = 2
 
 # What a message is taken to cost the event loop until that is measured.
 _MESSAGE_S = 60e-6
@@ -314,9 +317,11 @@ class AsyncEngine:
         return self._stats
 
     def load(self, now: float) -> EngineLoad:
-        """The latest snapshot and what it comes to at `now` (monotonic seconds)."""
-        rates = self._throughput.rates(now) if self._info is not None else None
-        return load_of(self._stats, rates, self._max_num_seqs)
+        """The latest snapshot, and how fast it is at `now` (monotonic seconds).
+
+        How long a newcomer waits is for `frontend.admission` to say.
+        """
+        return EngineLoad(self._stats, self._throughput.rate(now) if self._info is not None else None)
 
     @property
     def heartbeat(self) -> float:
@@ -374,7 +379,8 @@ class AsyncEngine:
     def _check_room(self, num_completions: int) -> None:
         # What bounds the inbox; `frontend.admission` refuses earlier, and knows when to come back. An idle
         # engine takes any request: one that is larger than the queue could never come otherwise.
-        if self._num_live and self._num_live + num_completions > self._max_num_seqs + self._max_queued:
+        most = self._max_num_seqs + MOST_OVER * self._max_queued
+        if self._num_live and self._num_live + num_completions > most:
             raise OverloadedError("the queue is full", retry_after_s=1.0)
 
     def submit(self, request_id: str, request: EngineRequest) -> RequestStream:
@@ -537,7 +543,7 @@ class AsyncEngine:
             else:
                 unwoken[key] = stream
         self._num_live -= num_ended
-        self._throughput.observe(message.time, message.stats.generation_tokens, num_ended)
+        self._throughput.observe(message.time, message.stats.generation_tokens)
         if num_ended and not self._num_live:
             self._wake_idle_waiters()
         # Also those whose tokens came in an earlier step: a sequence may pause after any token.

@@ -194,4 +194,7 @@ def _sequence(seq_id: int, key: int, index: int, request: EngineRequest, cache_r
         deadlines=request.deadlines,
         cache_root=cache_root,
         bypass_prefix_cache=request.bypass_prefix_cache,
+        tenant=request.tenant,
+        weight=request.weight,
+        kv_share=request.kv_share,
     )

@@ -62,7 +62,10 @@ class EngineRequest:
 
     `stop_token_ids` and `eos_token_ids` (empty under ignore_eos) end a completion; reaching
     `max_tokens` ends it with `length_finish`. `cache_scope` salts the prefix hashes: requests share
-    blocks only inside one scope. None as `top_logprobs` means no log-probabilities.
+    blocks only inside one scope. None as `top_logprobs` means no log-probabilities. `tenant` is whom the
+    work is for, a name that nothing here looks into; empty where callers are not told apart. While
+    several tenants wait each gets `weight` shares of the engine, and none of them enters the batch with
+    more than `kv_share` of all KV blocks in its hands.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -79,6 +82,9 @@ class EngineRequest:
     prompt_top_logprobs: int | None = None
     cache_scope: bytes = b""
     bypass_prefix_cache: bool = False
+    tenant: str = ""
+    weight: float = 1.0
+    kv_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

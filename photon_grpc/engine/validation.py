@@ -128,6 +128,7 @@ class Validator:
         *,
         arrival_time: float,
         deadline: float | None,
+        tenant: str = "",
         root: str = "spec.",
     ) -> CheckedRequest:
         """Apply defaults to a request that passed `check` and fit it to its prompt.
@@ -186,6 +187,7 @@ class Validator:
             prompt_top_logprobs=request.output.prompt_top_logprobs,
             cache_scope=request.cache.cache_salt.encode(),
             bypass_prefix_cache=request.cache.bypass_prefix_cache,
+            tenant=tenant,
         )
         return CheckedRequest(engine_request, effective)
 

@@ -4,6 +4,12 @@ The queue itself is the scheduler's; here are its bounds and what is measured of
 refused here has cost a few comparisons, and nothing of it has reached the engine. Only generations are
 counted: health checks and questions about the model never meet a full queue. Event loop only; the clock is
 passed in, so that everything can be tried in virtual time.
+
+Tenants share the room. One that has the queue to itself may fill it. Once it is full, a tenant may have as
+much in it as its weight is of the weights of those who have something there, itself included; one that
+has nothing there may always have one request. The queue is then over its bounds, never by more than
+`engine.client.MOST_OVER`, until those who have more than their share have come down to it. Nobody is put
+out of the queue again.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from photon_grpc.engine.client import MOST_OVER
 from photon_grpc.engine.messages import Deadlines, EngineStats
 from photon_grpc.errors import DeadlineTooShortError, DeadlineUnreachableError, OverloadedError
 from photon_grpc.options import LimitOptions
@@ -108,12 +115,22 @@ class Fastest:
 
 
 @dataclass(slots=True, eq=False)
+class _Queue:
+    """What one tenant has admitted whose first token has not come."""
+
+    weight: float
+    completions: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One admitted request until its stream is left; use inside `with`, or `close` it."""
 
     _admission: Admission
     num_completions: int
     prompt_tokens: int
+    tenant: str
     num_output_tokens: int = 0
     """All completions together; set by whoever reads the outputs."""
     is_queued: bool = True
@@ -156,6 +173,7 @@ class Admission:
         # Of admitted requests whose first token has not come.
         self._queued_tokens = 0
         self._queued_completions = 0
+        self._queues: dict[str, _Queue] = {}
         self._output_tokens: float | None = None
 
     @property
@@ -163,16 +181,22 @@ class Admission:
         """Prompt tokens of admitted requests whose first token has not come."""
         return self._queued_tokens
 
-    def check(self) -> None:
-        """Refuse what no request could pass now; cheap, for use before text work.
+    def check(self, tenant: str = "", weight: float = 1.0) -> None:
+        """Refuse what no request of the tenant could pass now; cheap, for use before text work.
 
         Raises OverloadedError.
         """
         self._measure()
-        self._check_room(1, 0)
+        self._check_room(tenant, weight, 1, 0)
 
     def enter(
-        self, prompt_tokens: int, num_completions: int = 1, deadlines: Deadlines = _NO_DEADLINES
+        self,
+        prompt_tokens: int,
+        num_completions: int = 1,
+        deadlines: Deadlines = _NO_DEADLINES,
+        *,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> Ticket:
         """Take a request of `num_completions` with a prompt of `prompt_tokens` each.
 
@@ -181,18 +205,31 @@ class Admission:
         nothing.
         """
         self._measure()
-        self._check_room(num_completions, prompt_tokens * num_completions)
-        self._check_deadlines(prompt_tokens, deadlines)
-        ticket = Ticket(self, num_completions, prompt_tokens)
-        self._queued_tokens += prompt_tokens * num_completions
+        num_tokens = prompt_tokens * num_completions
+        self._check_room(tenant, weight, num_completions, num_tokens)
+        self._check_deadlines(tenant, weight, prompt_tokens, deadlines)
+        ticket = Ticket(self, num_completions, prompt_tokens, tenant)
+        self._queued_tokens += num_tokens
         self._queued_completions += num_completions
+        queue = self._queues.setdefault(tenant, _Queue(weight))
+        # The latest word on the tenant's weight counts for all that it has waiting.
+        queue.weight = weight
+        queue.completions += num_completions
+        queue.tokens += num_tokens
         return ticket
 
-    def estimated_wait(self) -> float | None:
+    def queue_wait(self) -> float | None:
+        """`estimated_wait` behind everything that waits, measured up to now."""
+        self._measure()
+        return self.estimated_wait()
+
+    def estimated_wait(self, tenant: str | None = None, weight: float = 1.0) -> float | None:
         """Seconds until a request that came now would get a place; None when nothing is known yet.
 
         Places become free as fast as work is done, so a request waits for as much work as stands before
         it: as many completions, of the size of the queued prompts and of what outputs have been lately.
+        Before a request of `tenant` stand that tenant's own, and of the others' no more than their weights
+        entitle them to meanwhile; before one of nobody in particular stands everything.
         """
         engine = self._engine
         num_waiting = max(engine.num_live_completions - engine.max_num_seqs, engine.stats.waiting)
@@ -202,26 +239,66 @@ class Admission:
         if rate is None:
             return None
         prompt = self._queued_tokens / self._queued_completions if self._queued_completions else 0.0
-        work = (num_waiting + 1) * (prompt + (self._output_tokens or 0.0))
+        output = self._output_tokens or 0.0
+        if tenant is None or not self._queues:
+            work = (num_waiting + 1) * (prompt + output)
+        else:
+            work = self._work_before(tenant, weight, num_waiting / self._queued_completions, output)
         return min(work / rate, _MAX_WAIT_S)
 
+    def _work_before(self, tenant: str, weight: float, waiting_share: float, output: float) -> float:
+        """Tokens before a request of `tenant` has a place. Of all that is queued `waiting_share` waits;
+        the rest is in the batch, its first token under way."""
+        own = self._queues.get(tenant)
+        if own is None:
+            # What frees a place is one completion of whatever size they are.
+            mine = self._queued_tokens / self._queued_completions + output
+        else:
+            mine = (own.completions * waiting_share + 1) * (own.tokens / own.completions + output)
+        others = (
+            min(
+                waiting_share * (queue.tokens + queue.completions * output),
+                mine * queue.weight / weight,
+            )
+            for name, queue in self._queues.items()
+            if name != tenant
+        )
+        return mine + sum(others)
+
     def _measure(self) -> None:
-        stats = self._engine.stats
+        stats, places = self._engine.stats, self._engine.max_num_seqs
+        # A full batch does as much as one behind which others wait.
+        is_busy = stats.waiting > 0 or 0 < places <= stats.running
         self._throughput.observe(
-            self._clock(), stats.prompt_tokens + stats.generation_tokens, is_busy=stats.waiting > 0
+            self._clock(), stats.prompt_tokens + stats.generation_tokens, is_busy=is_busy
         )
 
-    def _check_room(self, num_completions: int, num_tokens: int) -> None:
+    def _check_room(self, tenant: str, weight: float, num_completions: int, num_tokens: int) -> None:
         # An empty engine or queue takes any request: one that is larger than the bound could never come
         # otherwise.
         engine, limits = self._engine, self._limits
-        num_live = engine.num_live_completions
-        if num_live and num_live + num_completions > engine.max_num_seqs + limits.max_queued_requests:
-            raise self._overloaded("the queue is full")
-        if self._queued_tokens and self._queued_tokens + num_tokens > limits.max_queued_tokens:
-            raise self._overloaded("the queue holds as many prompt tokens as it may")
+        own = self._queues.get(tenant, _Queue(weight))
+        num_queued = engine.num_live_completions + num_completions - engine.max_num_seqs
+        if engine.num_live_completions and num_queued > limits.max_queued_requests:
+            num_own = own.completions + num_completions if own.completions else 0
+            if not self._has_share(tenant, weight, num_queued, num_own, limits.max_queued_requests):
+                raise self._overloaded("the queue is full", tenant, weight)
+        num_queued = self._queued_tokens + num_tokens
+        if self._queued_tokens and num_queued > limits.max_queued_tokens:
+            num_own = own.tokens + num_tokens if own.completions else 0
+            if not self._has_share(tenant, weight, num_queued, num_own, limits.max_queued_tokens):
+                raise self._overloaded("the queue holds as many prompt tokens as it may", tenant, weight)
 
-    def _check_deadlines(self, prompt_tokens: int, clocks: Deadlines) -> None:
+    def _has_share(self, tenant: str, weight: float, num_queued: int, num_own: int, bound: int) -> bool:
+        """Whether a tenant may add to a full queue: `num_queued` would be in it, `num_own` the tenant's,
+        0 if it had nothing there."""
+        others = sum(queue.weight for name, queue in self._queues.items() if name != tenant)
+        # Without others the queue is the tenant's own, and full is full.
+        return (
+            others > 0 and num_queued <= MOST_OVER * bound and num_own <= bound * weight / (weight + others)
+        )
+
+    def _check_deadlines(self, tenant: str, weight: float, prompt_tokens: int, clocks: Deadlines) -> None:
         now = self._clock()
         to_start = _time_left(now, clocks.start_by)
         to_first_token = _time_left(now, clocks.first_token_by, clocks.end_by)
@@ -230,12 +307,12 @@ class Admission:
         alone = self._fastest.seconds(prompt_tokens)
         if alone > to_first_token:
             raise DeadlineTooShortError(alone)
-        wait = self.estimated_wait()
+        wait = self.estimated_wait(tenant, weight)
         if wait is not None and (wait > to_start or wait + alone > to_first_token):
             raise DeadlineUnreachableError(wait)
 
-    def _overloaded(self, message: str) -> OverloadedError:
-        wait = self.estimated_wait()
+    def _overloaded(self, message: str, tenant: str, weight: float) -> OverloadedError:
+        wait = self.estimated_wait(tenant, weight)
         return OverloadedError(message, retry_after_s=_UNKNOWN_WAIT_S if wait is None else wait)
 
     # --- from tickets ---------------------------------------------------------------------------
@@ -245,8 +322,14 @@ class Admission:
         # While others wait a prompt shares its steps with them.
         if prefill_s is not None and not self._engine.stats.waiting:
             self._fastest.observe(ticket.prompt_tokens, prefill_s)
-        self._queued_tokens -= ticket.prompt_tokens * ticket.num_completions
+        num_tokens = ticket.prompt_tokens * ticket.num_completions
+        self._queued_tokens -= num_tokens
         self._queued_completions -= ticket.num_completions
+        queue = self._queues[ticket.tenant]
+        queue.tokens -= num_tokens
+        queue.completions -= ticket.num_completions
+        if not queue.completions:
+            del self._queues[ticket.tenant]
 
     def left(self, ticket: Ticket) -> None:
         """`ticket` is closed; called by the ticket, once."""

@@ -37,6 +37,7 @@ from photon_grpc.frontend.events import (
     Tokenized,
 )
 from photon_grpc.frontend.stop_strings import StopMatcher
+from photon_grpc.frontend.tenant_terms import TenantTerms
 from photon_grpc.frontend.tenants import Lease, Tenants
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import LimitOptions, TenantOptions
@@ -111,7 +112,10 @@ class Generator:
 
     def load(self) -> EngineLoad:
         """The latest snapshot, and what it comes to."""
-        return self._engine.load(self._clock())
+        load = self._engine.load(self._clock())
+        if self._text is None:
+            return load
+        return replace(load, estimated_queue_wait_s=self._admission.queue_wait())
 
     async def flush_cache(self, *, wait_idle: bool) -> int:
         """Forget every cached prefix, with `wait_idle` once no request lives; the number of blocks that
@@ -140,8 +144,8 @@ class Generator:
         text = self._require_taking()
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
-            self._admission.check()
-            checked = await self._prepare(text, request, deadline)
+            self._admission.check(tenant, lease.terms.weight)
+            checked = _on_terms(await self._prepare(text, request, deadline, tenant), lease.terms)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
             request_id = request.request_id or uuid.uuid4().hex
@@ -155,7 +159,13 @@ class Generator:
         return opened
 
     def _enter(self, request: EngineRequest) -> Ticket:
-        return self._admission.enter(len(request.prompt_token_ids), request.sampling.n, request.deadlines)
+        return self._admission.enter(
+            len(request.prompt_token_ids),
+            request.sampling.n,
+            request.deadlines,
+            tenant=request.tenant,
+            weight=request.weight,
+        )
 
     async def generate(
         self,
@@ -167,14 +177,16 @@ class Generator:
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
         if validate_only:
-            return await self._validate(request, deadline)
+            return await self._validate(request, deadline, tenant)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
         with await self._submit(request, deadline, tenant, policy) as stream:
             return await _collect(stream)
 
-    async def _validate(self, request: GenerationRequest, deadline: float | None) -> GenerationResult:
-        checked = await self._prepare(self._require_taking(), request, deadline)
+    async def _validate(
+        self, request: GenerationRequest, deadline: float | None, tenant: str
+    ) -> GenerationResult:
+        checked = await self._prepare(self._require_taking(), request, deadline, tenant)
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -186,7 +198,7 @@ class Generator:
         )
 
     async def _prepare(
-        self, text: TextModel, request: GenerationRequest, deadline: float | None
+        self, text: TextModel, request: GenerationRequest, deadline: float | None, tenant: str
     ) -> CheckedRequest:
         arrival = self._clock()
         text.validator.check(request, root=self._field_root)
@@ -200,7 +212,7 @@ class Generator:
                 assert token_ids is not None, "the validator refuses a missing prompt"
                 ids = token_ids
         return text.validator.resolve(
-            request, ids, arrival_time=arrival, deadline=deadline, root=self._field_root
+            request, ids, arrival_time=arrival, deadline=deadline, tenant=tenant, root=self._field_root
         )
 
     # --- text only ------------------------------------------------------------------------------
@@ -529,6 +541,18 @@ def _open_record(text: TextModel, request: GenerationRequest, checked: CheckedRe
     if call is not None:
         call.generation = record
     return record
+
+
+def _on_terms(checked: CheckedRequest, terms: TenantTerms) -> CheckedRequest:
+    """The request as its tenant may have it."""
+    request = checked.engine_request
+    priority = request.priority
+    if terms.max_priority is not None:
+        priority = min(priority, terms.max_priority)
+    return replace(
+        checked,
+        engine_request=replace(request, priority=priority, weight=terms.weight, kv_share=terms.kv_share),
+    )
 
 
 def _most_tokens(request: EngineRequest) -> int:

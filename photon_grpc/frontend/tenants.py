@@ -1,8 +1,8 @@
 """What each tenant may use: requests at the same time, requests per second, tokens per second.
 
 A tenant is a name that the transport vouches for; empty where callers are not told apart, and then all of
-them together are one tenant. Every tenant has the same limits; without any, nothing is kept of anybody.
-Event loop only; the clock is passed in.
+them together are one tenant. What it may use is in its terms, which may change while it is here: new terms
+count for what begins from then on. Event loop only; the clock is passed in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from photon_grpc.errors import QuotaExceededError
+from photon_grpc.frontend.tenant_terms import TenantTerms, TenantTermsOf
 from photon_grpc.options import TenantOptions
 
 __all__ = ["Bucket", "Lease", "Tenants"]
@@ -44,11 +45,14 @@ class Bucket:
 
     def take(self, now: float, amount: float) -> None:
         """Take what `wait` has said is there."""
-        self._refill(now)
-        self._level -= amount
+        if self._rate:
+            self._refill(now)
+            self._level -= amount
 
     def give_back(self, now: float, amount: float) -> None:
         """Of what was taken, this was not used."""
+        if not self._rate:
+            return
         self._refill(now)
         self._level = min(self._size, self._level + amount)
 
@@ -57,6 +61,13 @@ class Bucket:
         self._refill(now)
         return self._level >= self._size
 
+    def change(self, rate: float, size: float, now: float) -> None:
+        """From now on another rate and size; what is missing stays missing, as far as the size goes."""
+        self._refill(now)
+        missing = self._size - self._level if self._rate else 0.0
+        self._rate, self._size = rate, size
+        self._level = size - min(missing, size)
+
     def _refill(self, now: float) -> None:
         elapsed, self._updated = now - self._updated, now
         self._level = min(self._size, self._level + elapsed * self._rate)
@@ -64,6 +75,7 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
+    terms: TenantTerms
     requests: Bucket
     tokens: Bucket
     num_live: int = 0
@@ -75,6 +87,8 @@ class Lease:
 
     _tenants: Tenants
     _tenant: _Tenant
+    terms: TenantTerms
+    """Those of the moment at which the request came."""
     used_tokens: int = 0
     """Prompt and output; set by whoever knows, before the end."""
     _reserved: int = 0
@@ -107,7 +121,8 @@ class Tenants:
     """The books of all tenants."""
 
     def __init__(self, options: TenantOptions, *, clock: Callable[[], float]) -> None:
-        self._options = options
+        """Raises ConfigError for a `tenants.file` that cannot be used."""
+        self._terms_of = TenantTermsOf(options)
         self._clock = clock
         self._tenants: dict[str, _Tenant] = {}
 
@@ -117,25 +132,29 @@ class Tenants:
 
     def enter(self, name: str) -> Lease:
         """Count a request of the tenant `name`. Raises QuotaExceededError, and has counted nothing then."""
-        now, options = self._clock(), self._options
+        now, terms = self._clock(), self._terms_of(name)
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._add(name, now)
-        if options.max_concurrent_requests and tenant.num_live >= options.max_concurrent_requests:
+            tenant = self._add(name, terms, now)
+        elif tenant.terms is not terms:
+            tenant.terms = terms
+            tenant.requests.change(terms.requests_per_s, terms.request_burst, now)
+            tenant.tokens.change(terms.tokens_per_s, terms.token_burst, now)
+        if terms.max_concurrent_requests and tenant.num_live >= terms.max_concurrent_requests:
             raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
         if wait := tenant.requests.wait(now, 1):
             raise QuotaExceededError("requests per second", wait)
         tenant.requests.take(now, 1)
         tenant.num_live += 1
-        return Lease(self, tenant)
+        return Lease(self, tenant, terms)
 
-    def _add(self, name: str, now: float) -> _Tenant:
+    def _add(self, name: str, terms: TenantTerms, now: float) -> _Tenant:
         if len(self._tenants) >= _MANY_TENANTS:
             self._tenants = {n: t for n, t in self._tenants.items() if not _is_idle(t, now)}
-        options = self._options
         tenant = _Tenant(
-            requests=Bucket(options.requests_per_s, options.request_burst, now),
-            tokens=Bucket(options.tokens_per_s, options.token_burst, now),
+            terms=terms,
+            requests=Bucket(terms.requests_per_s, terms.request_burst, now),
+            tokens=Bucket(terms.tokens_per_s, terms.token_burst, now),
         )
         self._tenants[name] = tenant
         return tenant

@@ -55,10 +55,17 @@ class Request:
     deadlines: Deadlines = field(default_factory=Deadlines)
     cache_root: bytes = b""
     bypass_prefix_cache: bool = False
+    # For whom, how many shares of a contended engine that tenant has, and the part of all KV blocks with
+    # which it may enter while others wait; a tenant's sequences may differ.
+    tenant: str = ""
+    weight: float = 1.0
+    kv_share: float = 1.0
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    # The first tokens that its tenant has been charged for, or need not be: see `FairQueue`.
+    num_charged_tokens: int = 0
     # Tokens that launched steps will have sampled but that have not been collected yet.
     num_pending_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)

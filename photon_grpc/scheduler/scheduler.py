@@ -8,8 +8,9 @@ The rules, in order of importance:
 2. When blocks run out, the running sequence of the lowest rank is preempted: its blocks are freed and
    it is computed again later from its tokens, which nobody has to send again. Since ranks never change
    and the first in rank can always preempt all others, someone always finishes.
-3. Admission is strictly by rank. Whoever does not fit waits, and all behind it wait too, so that a
-   long prompt cannot starve behind short ones.
+3. Admission is strictly in the order of `FairQueue`: a fair share for each tenant, and by rank inside a
+   tenant. Whoever does not fit waits, and all behind it wait too, so that a long prompt cannot starve
+   behind short ones.
 4. A step for which the device had no memory is lost (`lose`): its sequences are computed again, half as
    many at a time at first. Only one that finds no memory alone fails.
 
@@ -24,11 +25,11 @@ is reached; the outcome is the same as if it were looked at in every step.
 
 from __future__ import annotations
 
-import bisect
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from photon_grpc.scheduler.fair_queue import FairQueue
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
 from photon_grpc.scheduler.output import (
     FailureKind,
@@ -41,45 +42,11 @@ from photon_grpc.scheduler.output import (
     SequenceOutput,
 )
 from photon_grpc.scheduler.policy import Rank, rank
+from photon_grpc.scheduler.ranked_queue import RankedQueue
 from photon_grpc.scheduler.request import Request, RequestStatus
 from photon_grpc.types import Finish, FinishReason, TokenLogprobs
 
 _MANY_TIMERS = 1024
-
-
-class _RankedQueue:
-    """Requests sorted by rank; insertion and removal by binary search."""
-
-    def __init__(self) -> None:
-        self._ranks: list[Rank] = []
-        self._requests: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        """In the order of rank. The last ones may be removed meanwhile, and then do not come."""
-        return iter(self._requests)
-
-    def __reversed__(self) -> Iterator[Request]:
-        return reversed(self._requests)
-
-    def add(self, position: Rank, request: Request) -> None:
-        index = bisect.bisect_left(self._ranks, position)
-        self._ranks.insert(index, position)
-        self._requests.insert(index, request)
-
-    def remove(self, position: Rank) -> None:
-        index = bisect.bisect_left(self._ranks, position)
-        assert self._ranks[index] == position
-        del self._ranks[index]
-        del self._requests[index]
-
-    def first(self) -> Request:
-        return self._requests[0]
-
-    def last(self) -> Request:
-        return self._requests[-1]
 
 
 class Scheduler:
@@ -101,8 +68,8 @@ class Scheduler:
         self._priority_boost_s = priority_boost_s
         self._live: dict[int, Request] = {}
         self._by_key: dict[int, dict[int, Request]] = {}
-        self._waiting = _RankedQueue()
-        self._running = _RankedQueue()
+        self._running = RankedQueue()
+        self._waiting = FairQueue(self._running)
         self._removed: list[int] = []
         # Ended with tokens under way: if these turn out to be faulty, so are the blocks they left cached.
         self._ended_in_flight: dict[int, Request] = {}
@@ -146,7 +113,8 @@ class Scheduler:
         assert self.kv.blocks_for(request.num_prompt_tokens + request.max_tokens) <= self.kv.pool.num_blocks
         self._live[request.seq_id] = request
         self._by_key.setdefault(request.key, {})[request.index] = request
-        self._enqueue(request)
+        self._waiting.arrive(self._rank(request), request)
+        self._waiting_tokens += len(request.token_ids)
         clocks = request.deadlines
         for moment in (clocks.start_by, clocks.first_token_by, clocks.end_by, clocks.finish_by):
             if moment is not None:
@@ -257,16 +225,20 @@ class Scheduler:
     def _admit_waiting(
         self, new: list[NewSequence], rows: list[ScheduledSequence], budget: int, now: float
     ) -> int:
+        self._waiting.settle()
         while len(self._waiting) and len(self._running) < self._num_places and budget > 0:
-            request = self._waiting.first()
+            request = self._waiting.first(self._is_over_cap)
             if request.num_pending_tokens:
                 break
             prefix = self.kv.find_prefix(request)
             if not self.kv.fits(prefix, len(request.token_ids)):
                 break
-            self._dequeue(request)
+            self._waiting.enter(self._rank(request), request)
+            self._waiting_tokens -= len(request.token_ids)
             self._count_prefix(request, len(prefix) * self.kv.block_size)
             self.kv.adopt_prefix(request, prefix)
+            # What others have computed costs its tenant nothing.
+            request.num_charged_tokens = max(request.num_charged_tokens, request.num_computed_tokens)
             num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
             num_computed = request.num_computed_tokens
             new_blocks = self.kv.extend(request, num_tokens)
@@ -291,8 +263,15 @@ class Scheduler:
                 )
             )
             rows.append(self._plan_row(request, num_tokens))
+            self._waiting.charge(request)
             budget -= num_tokens
         return budget
+
+    def _is_over_cap(self, request: Request) -> bool:
+        """Whether its tenant, which holds blocks already, would with `request` hold more than its share."""
+        held = sum(len(other.block_ids) for other in self._running if other.tenant == request.tenant)
+        needed = self.kv.blocks_for(len(request.token_ids))
+        return held > 0 and held + needed > request.kv_share * self.kv.pool.num_blocks
 
     def _plan_row(self, request: Request, num_tokens: int) -> ScheduledSequence:
         self.kv.advance(request, num_tokens)
@@ -319,12 +298,14 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._running.remove(self._rank(request))
         self._removed.append(request.seq_id)
+        self._waiting.charge(request)
         self.kv.free(request)
         request.steady_until = request.plain_until = 0
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self._preemptions += 1
-        self._enqueue(request)
+        self._waiting.resume(self._rank(request), request)
+        self._waiting_tokens += len(request.token_ids)
 
     # --- results --------------------------------------------------------------------------------
 
@@ -532,8 +513,10 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(self._rank(request))
             self._removed.append(request.seq_id)
+            self._waiting.charge(request)
         else:
             self._dequeue(request)
+        self._waiting.end(request)
         self.kv.free(request, forget=forget_blocks)
         request.status = RequestStatus.FINISHED
         if self._num_places < self._max_num_seqs:
@@ -551,12 +534,8 @@ class Scheduler:
     def _rank(self, request: Request) -> Rank:
         return rank(request, self._priority_boost_s)
 
-    def _enqueue(self, request: Request) -> None:
-        self._waiting.add(self._rank(request), request)
-        self._waiting_tokens += len(request.token_ids)
-
     def _dequeue(self, request: Request) -> None:
-        self._waiting.remove(self._rank(request))
+        self._waiting.remove(self._rank(request), request)
         self._waiting_tokens -= len(request.token_ids)
 
     def stats(self) -> SchedulerStats:
@@ -589,9 +568,9 @@ class Scheduler:
         assert all(r.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) for r in waiting)
         assert all(not r.block_ids and r.num_computed_tokens == 0 for r in waiting)
         assert len(running) <= self._num_places <= self._max_num_seqs
-        for queue in (running, waiting):
-            ranks = [self._rank(r) for r in queue]
-            assert ranks == sorted(ranks)
+        ranks = [self._rank(r) for r in running]
+        assert ranks == sorted(ranks)
+        self._waiting.check_invariants()
         assert self._waiting_tokens == sum(len(r.token_ids) for r in waiting)
         for request in running:
             assert 0 <= request.num_computed_tokens <= request.num_tokens

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import structlog
-
-from photon_grpc.errors import ConfigError
+from photon_grpc.watched_file import WatchedFile
 
 __all__ = ["ROLES", "Caller", "Callers"]
 
@@ -25,7 +21,6 @@ ROLES = frozenset({"infer", "inspect", "control"})
 
 _MIN_TOKEN_CHARS = 16
 _DIGEST_BYTES = 32
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,51 +42,21 @@ class Callers:
 
     def __init__(self, file: str) -> None:
         """Raises ConfigError, with the line, for a file that cannot be used."""
-        self._file = Path(file)
-        # Before the read: what is written in between is then read with the next question.
-        self._stamp = self._look()
-        try:
-            self._entries = _parse(self._file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"auth.callers_file: {self._describe(error)}") from None
+        self._file = WatchedFile("auth.callers_file", file, _parse)
 
     def by_token(self, token: str) -> Caller | None:
         """Whose token that is. Takes equally long for every token of a length."""
         digest = hashlib.sha256(token.encode()).digest()
         found = None
-        for known, caller in self._current().tokens:
+        for known, caller in self._file.current().tokens:
             if hmac.compare_digest(known, digest):
                 found = caller
         return found
 
     def by_sans(self, names: Iterable[str]) -> Caller | None:
         """Whose certificate has these subject alternative names; the first that is known counts."""
-        sans = self._current().sans
+        sans = self._file.current().sans
         return next((sans[name] for name in names if name in sans), None)
-
-    def _current(self) -> _Entries:
-        stamp = self._look()
-        if stamp == self._stamp:
-            return self._entries
-        self._stamp = stamp
-        try:
-            self._entries = _parse(self._file.read_bytes())
-        except (OSError, ValueError) as error:
-            _log.warning("callers refused, the last good ones stay", reason=self._describe(error))
-        else:
-            _log.info("callers loaded", callers=len(self._entries.tokens) + len(self._entries.sans))
-        return self._entries
-
-    def _look(self) -> tuple[int, int, int] | None:
-        """What changes when the file is written or replaced; None while there is none."""
-        try:
-            entry = os.stat(self._file)
-        except OSError:
-            return None
-        return entry.st_mtime_ns, entry.st_size, entry.st_ino
-
-    def _describe(self, error: OSError | ValueError) -> str:
-        return f"{self._file}: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _parse(content: bytes) -> _Entries:

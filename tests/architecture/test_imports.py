@@ -35,6 +35,7 @@ ROOMS: dict[str, Room] = {
     "errors": room(""),
     "options": room(""),
     "types": room("errors"),
+    "watched_file": room("errors", "structlog"),
     "config": room("errors", "pydantic pydantic_settings"),
     "scheduler": room("errors types"),
     "kernels": room("errors", "cupy cuda numpy torch"),
@@ -55,12 +56,13 @@ ROOMS: dict[str, Room] = {
     "runner.cuda_backend": room("kernels models ops errors types", "torch structlog"),
     "engine": room("scheduler runner.base errors types", "structlog"),
     "frontend": room(
-        "engine.client engine.load engine.messages engine.validation telemetry errors types",
+        "engine.client engine.load engine.messages engine.validation telemetry errors types watched_file",
         "tokenizers transformers jinja2 structlog",
     ),
     "telemetry": room("errors types", "structlog opentelemetry prometheus_client"),
     "server": room(
-        "__version__ frontend.base frontend.events engine.load engine.messages telemetry v1 errors types",
+        "__version__ frontend.base frontend.events engine.load engine.messages telemetry v1 errors types "
+        "watched_file",
         "grpc grpc_health grpc_reflection grpc_status google structlog",
     ),
     "client": room("v1", "grpc grpc_health grpc_status google"),

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import photon_grpc.app
 from photon_grpc.app import RunningService, serve
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
-from photon_grpc.options import ModelOptions, Options, TelemetryOptions, TlsOptions
+from photon_grpc.options import ModelOptions, Options, TelemetryOptions, TenantOptions, TlsOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
@@ -249,3 +249,11 @@ async def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 async def test_no_model_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path"):
         await serve(quick_options())
+
+
+async def test_a_file_of_tenants_that_cannot_be_used_refuses_the_start(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text("[tenants.gateway]\nwieght = 4\n")
+    options = replace(options_for(folder), tenants=TenantOptions(file=str(file)))
+    with pytest.raises(ConfigError, match=r"tenants\.file: .*\[tenants\.gateway\] wieght: .* weight\?"):
+        await serve(options)

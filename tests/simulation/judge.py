@@ -6,7 +6,8 @@ these alone it follows what each output may be, who had to be in the batch, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from photon_grpc.engine.messages import (
@@ -22,6 +23,7 @@ from photon_grpc.engine.messages import (
 )
 from photon_grpc.scheduler.output import SchedulerOutput, SequenceTimings
 from photon_grpc.types import Finish, FinishReason
+from tests.simulation.fairness import FairShares, Service
 from tests.simulation.oracle import logprobs_of
 from tests.simulation.runner import CheckingRunner, Row
 from tests.simulation.scenario import Call, CrashPoint, Scenario
@@ -59,6 +61,10 @@ class Completion:
     is_left: bool = False
     # How it was ended by a message; it must have ended so by the next step.
     ended_by_message: FailureKind | FinishReason | None = None
+    service: Service = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.service = Service(self.call, self.rank)
 
     @property
     def is_live(self) -> bool:
@@ -94,6 +100,7 @@ class Judge:
         self._step_began = clock()
         self._pending_before: set[int] = set()
         self._num_collected_before = 0
+        self._num_outputs_before: dict[Completion, int] = {}
         self._plan: SchedulerOutput | None = None
         self._removed: list[Row] = []
         self._remained: list[Row] = []
@@ -112,6 +119,7 @@ class Judge:
         self._num_hits = 0
         self._num_faults = 0
         self._num_lost = 0
+        self._shares = FairShares()
 
     # --- what goes in ---------------------------------------------------------------------------
 
@@ -137,6 +145,8 @@ class Judge:
         match message:
             case Submit(key, request):
                 self.note(f"submit {self.completions[key, 0].call}")
+                if self._shares.arrives(request.tenant, self._backlogged()):
+                    self.reached.add("lifted")
                 for index in range(request.sampling.n):
                     self.completions[key, index].handed_in = True
             case Abort(key, index, reason):
@@ -151,6 +161,18 @@ class Judge:
                 for completion in self.live:
                     if completion.handed_in:
                         self._end_by_message(completion, FailureKind.DRAINING)
+        self._shares.check_bound(self._backlogged(with_caps=False))
+
+    def _backlogged(self, *, with_caps: bool = True) -> set[str]:
+        """Tenants with a completion that waits and has never been in the batch."""
+        return {
+            completion.call.tenant
+            for completion in self.live
+            if completion.handed_in
+            and completion.seq_id is None
+            and completion.ended_by_message is None
+            and (with_caps or completion.call.kv_share == 1)
+        }
 
     def _live_of(self, key: int) -> list[Completion]:
         found = (self.completions.get((key, index)) for index in range(8))
@@ -166,6 +188,7 @@ class Judge:
         self._begin()
         self._pending_before = self._runner.uncollected
         self._num_collected_before = self._runner.num_collected
+        self._num_outputs_before = {completion: len(completion.token_ids) for completion in self.live}
 
     def _begin(self) -> None:
         self._step_began = self._clock()
@@ -373,6 +396,10 @@ class Judge:
     def _check_lost(self) -> None:
         """Of a lost step nobody has anything, and whoever was in the batch starts anew."""
         self._check_preempted()
+        if self._plan is not None:
+            rows = {row.seq_id: row for row in self._lost_rows}
+            self._check_turns(self._plan, self._waiting(rows), rows)
+        self._shares.check_bound(self._backlogged(with_caps=False))
         batch = [self._of(row) for row in self._lost_rows]
         if self._lost_at is CrashPoint.LAUNCH and len(batch) == 1:
             assert batch == list(self._ended_by_results), f"{batch[0]} alone has no memory, and does not fail"
@@ -394,20 +421,21 @@ class Judge:
         return has_preempted
 
     def _check_order(self) -> None:
-        """Rank decides who enters and who is pushed out, and nobody waits whom the step had room for."""
+        """A fair share and then rank decide who enters, rank who is pushed out, and nobody waits whom the
+        step had room for."""
         rows, plan = self._runner.rows, self._plan
         has_preempted = self._check_preempted()
         assert plan is None or len(rows) <= self._num_places, "more sequences than there are places"
-        # Whoever the step's results ended was still there when it was planned.
-        inside = (*(c for c in self.live if c.handed_in), *self._ended_by_results)
-        waiting = [c for c in inside if c.seq_id is None or c.seq_id not in rows]
+        waiting = self._waiting(rows)
+        if plan is not None:
+            self._check_turns(plan, waiting, rows)
+        self._shares.check_bound(self._backlogged(with_caps=False))
         if not waiting:
             return
-        head = min(waiting, key=lambda completion: completion.rank)
-        entered = plan.new if plan is not None else ()
-        for new in entered:
-            completion = self._of_seq_id[new.seq_id]
-            assert completion.rank < head.rank, f"{completion} overtakes {head}"
+        if plan is None and any(completion.call.kv_share < 1 for completion in waiting.values()):
+            # Who holds how many blocks is not known: the runner has not heard of who has left.
+            return
+        head = waiting[self._shares.first(waiting, self._over_cap(waiting, rows.values()))]
         # In a step without rows, a row that could have had one was pushed out, and the runner has not heard.
         is_unseen = plan is None and any(row.wants_another_token for row in rows.values())
         num_known = len(head.call.prompt) + len(head.token_ids)
@@ -421,6 +449,59 @@ class Judge:
             and num_blocks <= self._runner.num_free_blocks
         )
         assert not has_room, f"{head} waits, and the step had room for it"
+
+    def _waiting(self, rows: dict[int, Row]) -> dict[Service, Completion]:
+        # Whoever the step's results ended was still there when it was planned.
+        inside = (*(c for c in self.live if c.handed_in), *self._ended_by_results)
+        return {c.service: c for c in inside if c.seq_id is None or c.seq_id not in rows}
+
+    def _check_turns(
+        self, plan: SchedulerOutput, waiting: dict[Service, Completion], rows: dict[int, Row]
+    ) -> None:
+        """Whoever entered did so when it was its turn, those left in `waiting` considered."""
+        shares = self._shares
+        shares.in_batch(self._of(row).service for row in rows.values())
+        num_tokens = {row.seq_id: row.num_tokens for row in plan.rows}
+        entered = [(self._of_seq_id[new.seq_id], new) for new in plan.new]
+        for completion, new in entered:
+            shares.enters(completion.service, new.num_computed_tokens)
+        # Those that were in the batch come first.
+        new_ids = {new.seq_id for new in plan.new}
+        for seq_id in num_tokens.keys() - new_ids:
+            shares.planned(self._of_seq_id[seq_id].service, num_tokens[seq_id])
+        for number, (completion, new) in enumerate(entered):
+            others = {other.service: other for other, _ in entered[number:]}
+            late = {other.seq_id for other in others.values()}
+            inside = [row for row in rows.values() if row.seq_id not in late]
+            candidates = waiting | others
+            first = shares.first(candidates, self._over_cap(candidates, inside))
+            assert first is completion.service, (
+                f"{completion} enters in the turn of call {first.call.number}: {dict(shares.counters)}"
+            )
+            del candidates[first]
+            if any(service.rank < first.rank for service in candidates):
+                self.reached.add("a fair share before rank")
+            if shares.takes_turn(first, candidates):
+                self.reached.add("a turn was passed")
+            shares.planned(completion.service, num_tokens[new.seq_id])
+
+    def _over_cap(
+        self, candidates: dict[Service, Completion], inside: Iterable[Row]
+    ) -> Callable[[Service], bool]:
+        """Who would have to pass with these rows in the batch."""
+        held = Counter[str]()
+        for row in inside:
+            held[row.call.tenant] += len(row.block_ids)
+        num_tenants = len({service.call.tenant for service in candidates})
+
+        def is_over(service: Service) -> bool:
+            call, completion = service.call, candidates[service]
+            num_known = len(call.prompt) + self._num_outputs_before[completion]
+            num_blocks = -(-num_known // self._scenario.block_size)
+            has_cap = call.kv_share < 1 and num_tenants > 1 and held[call.tenant] > 0
+            return has_cap and held[call.tenant] + num_blocks > call.kv_share * self._scenario.num_blocks
+
+        return is_over
 
     def _check_stats(self, stats: EngineStats) -> None:
         num_inside = sum(c.handed_in for c in self.live)

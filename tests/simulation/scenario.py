@@ -61,6 +61,9 @@ class Call:
     stop_ids: tuple[int, ...]
     length_finish: FinishReason
     priority: int
+    tenant: str
+    weight: float
+    kv_share: float
     scope: bytes
     bypass_prefix_cache: bool
     top_logprobs: int | None
@@ -156,6 +159,16 @@ class _Maker:
         self.documents = [self.tokens(self.longest_prompt) for _ in range(rng.choice((1, 1, 2, 3)))]
         self.scopes = [b"a", b"b"][: rng.choice((1, 2))]
         self.eos_is_common = self.chance(0.7)
+        # Whose calls they are is drawn apart, so that one tenant or three see the same calls.
+        self.tenant_random = random.Random(f"tenants of {seed}")
+        names = "abc"[: self.tenant_random.choice((1, 2, 2, 3))]
+        self.tenants = {name: self.tenant_random.choice((0.5, 1.0, 1.0, 2.0, 4.0)) for name in names}
+        # Caps of half of the pool or less, in some scenarios.
+        has_caps = self.tenant_random.random() < 0.4
+        self.kv_shares = {
+            name: self.tenant_random.choice((0.125, 0.25, 0.5, 1.0)) if has_caps else 1.0
+            for name in self.tenants
+        }
         self.shares = {name: rng.choice((0.0, 0.0, 0.0, 0.1, 0.4)) for name in _FEATURES}
         self.calls: list[Call] = []
 
@@ -228,6 +241,7 @@ class _Maker:
         request_id = f"r{number}"
         if self.calls and self.chance(0.05):
             request_id = rng.choice(self.calls).request_id
+        tenant = self.tenant()
         return Call(
             number=number,
             at=at,
@@ -240,6 +254,9 @@ class _Maker:
             stop_ids=STOP_IDS if self.has("stop_ids") else (),
             length_finish=rng.choice((FinishReason.MAX_TOKENS, FinishReason.CONTEXT_LIMIT)),
             priority=rng.randint(0, 9) if self.has("priority") else 0,
+            tenant=tenant,
+            weight=self.tenants[tenant],
+            kv_share=self.kv_shares[tenant],
             scope=rng.choice(self.scopes),
             bypass_prefix_cache=self.has("bypass"),
             top_logprobs=rng.choice((0, 2)) if self.has("logprobs") else None,
@@ -252,6 +269,11 @@ class _Maker:
             read_every=rng.choice((1, 1, 1, 3, 10)),
             faults=frozenset(faults),
         )
+
+    def tenant(self) -> str:
+        """Often the one of the call before: floods, and tenants that come late."""
+        rng = self.tenant_random
+        return self.calls[-1].tenant if self.calls and rng.random() < 0.6 else rng.choice([*self.tenants])
 
     def prompt(self) -> tuple[int, ...]:
         rng = self.random

@@ -15,8 +15,9 @@ from photon_grpc.engine import core as engine_core
 from photon_grpc.engine.client import RequestStream
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import Abort, SequenceOutput, Submit
-from photon_grpc.scheduler import kv_cache_manager, scheduler
+from photon_grpc.scheduler import fair_queue, kv_cache_manager, scheduler
 from photon_grpc.scheduler.block_pool import BlockPool
+from photon_grpc.scheduler.fair_queue import FairQueue
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
 from photon_grpc.scheduler.output import (
     FailureKind,
@@ -32,7 +33,7 @@ from photon_grpc.scheduler.scheduler import Scheduler
 from tests.simulation.simulate import Simulator
 
 Patch = pytest.MonkeyPatch
-MAX_SEEDS = 150
+MAX_SEEDS = 300
 
 
 def a_freed_sequence_keeps_a_block(patch: Patch) -> None:
@@ -203,6 +204,86 @@ def the_youngest_go_first(patch: Patch) -> None:
     patch.setattr(scheduler, "rank", youngest)
 
 
+def tenants_take_no_turns(patch: Patch) -> None:
+    patch.setattr(fair_queue, "_turn", lambda account: account.waiting.first_rank())
+
+
+def weights_are_ignored(patch: Patch) -> None:
+    submit = EngineCore.submit
+
+    def equal(self: EngineCore, message: Submit) -> None:
+        submit(self, Submit(message.key, replace(message.request, weight=1.0)))
+
+    patch.setattr(EngineCore, "submit", equal)
+
+
+def outputs_cost_nothing(patch: Patch) -> None:
+    charge = FairQueue.charge
+
+    def prompt_alone(self: FairQueue, request: Request) -> None:
+        if request.num_computed_tokens <= request.num_prompt_tokens:
+            charge(self, request)
+
+    patch.setattr(FairQueue, "charge", prompt_alone)
+
+
+def what_is_computed_again_is_charged_again(patch: Patch) -> None:
+    resume = FairQueue.resume
+
+    def forgetful(self: FairQueue, position: Rank, request: Request) -> None:
+        request.num_charged_tokens = 0
+        resume(self, position, request)
+
+    patch.setattr(FairQueue, "resume", forgetful)
+
+
+def a_tenant_that_was_idle_is_not_lifted(patch: Patch) -> None:
+    patch.setattr(FairQueue, "_least", lambda self: 0.0)
+
+
+def a_tenant_that_still_runs_is_not_lifted(patch: Patch) -> None:
+    arrive = FairQueue.arrive
+
+    def only_idle(self: FairQueue, position: Rank, request: Request) -> None:
+        account = self._accounts.get(request.tenant)
+        before = account.counter if account is not None and account.num_live else None
+        arrive(self, position, request)
+        if before is not None and self._accounts[request.tenant].num_new == 1 and len(self._backlogged) > 1:
+            self._accounts[request.tenant].counter = before
+
+    patch.setattr(FairQueue, "arrive", only_idle)
+
+
+def a_preempted_sequence_s_tenant_is_lifted(patch: Patch) -> None:
+    resume = FairQueue.resume
+
+    def lifting(self: FairQueue, position: Rank, request: Request) -> None:
+        account = self._accounts[request.tenant]
+        if not account.waiting and self._backlogged:
+            self._settle()
+            account.counter = max(account.counter, self._least())
+        resume(self, position, request)
+
+    patch.setattr(FairQueue, "resume", lifting)
+
+
+def caps_are_ignored(patch: Patch) -> None:
+    patch.setattr(Scheduler, "_is_over_cap", lambda self, request: False)
+
+
+def a_tenant_that_holds_nothing_passes(patch: Patch) -> None:
+    def strict(self: Scheduler, request: Request) -> bool:
+        held = sum(len(r.block_ids) for r in self._running if r.tenant == request.tenant)
+        needed = self.kv.blocks_for(len(request.token_ids))
+        return held + needed > request.kv_share * self.kv.pool.num_blocks
+
+    patch.setattr(Scheduler, "_is_over_cap", strict)
+
+
+def a_turn_that_was_passed_is_a_credit(patch: Patch) -> None:
+    patch.setattr(FairQueue, "enter", FairQueue.remove)
+
+
 def nobody_enters_a_running_batch(patch: Patch) -> None:
     fits = KVCacheManager.fits
 
@@ -319,6 +400,16 @@ BUGS = [
     priority_is_ignored,
     slack_is_ignored,
     the_youngest_go_first,
+    tenants_take_no_turns,
+    weights_are_ignored,
+    outputs_cost_nothing,
+    what_is_computed_again_is_charged_again,
+    a_tenant_that_was_idle_is_not_lifted,
+    a_tenant_that_still_runs_is_not_lifted,
+    a_preempted_sequence_s_tenant_is_lifted,
+    caps_are_ignored,
+    a_tenant_that_holds_nothing_passes,
+    a_turn_that_was_passed_is_a_credit,
     nobody_enters_a_running_batch,
     tokens_under_way_do_not_count_towards_max_tokens,
     tokens_under_way_are_planned_again,

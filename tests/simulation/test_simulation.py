@@ -32,6 +32,7 @@ def test_fault_12_a_thousand_seeds() -> None:
         ends = {*FinishReason, *FailureKind} - ELSEWHERE
         refusals = {DuplicateRequestError, EngineDeadError, EngineDrainingError, OverloadedError}
         expected = {*ends, *refusals, *State, *Way, *Happening, *CrashPoint}
+        expected |= {"lifted", "a fair share before rank", "a turn was passed"}
         expected |= {
             (end, how) for end in ends - {FailureKind.QUEUE_TIMEOUT} for how in ("preempted", "shared")
         }

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import structlog
 
 from photon_grpc.engine import loop
-from photon_grpc.engine.client import AsyncEngine, RequestStream
+from photon_grpc.engine.client import MOST_OVER, AsyncEngine, RequestStream
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.host import Deliver, RunnerFactory
 from photon_grpc.engine.messages import (
@@ -389,7 +389,7 @@ class World:
 
     def _expected_refusal(self, call: Call) -> type[PhotonError] | None:
         num_live = len(self._judge.live)
-        room = self._scenario.max_num_seqs + self._scenario.max_queued
+        room = self._scenario.max_num_seqs + MOST_OVER * self._scenario.max_queued
         if self._stopped:
             return EngineDeadError
         if self._is_draining:
@@ -447,5 +447,8 @@ def _engine_request(call: Call) -> EngineRequest:
         top_logprobs=call.top_logprobs,
         prompt_top_logprobs=call.prompt_top_logprobs,
         cache_scope=call.scope,
+        tenant=call.tenant,
+        weight=call.weight,
+        kv_share=call.kv_share,
         bypass_prefix_cache=call.bypass_prefix_cache,
     )

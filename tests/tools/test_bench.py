@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from photon_grpc.errors import MaxDurationError, OverloadedError, PhotonError
+from photon_grpc.server.status import to_status
 from photon_grpc.v1 import inference_pb2
 from tests.support.tiny_model import tiny_model_folder
 from tools.bench import engine, host, overload
-from tools.bench.figures import CallRecord, Distribution, Objective, summarize
-from tools.bench.load import Load, poisson_arrivals, request_bytes, split
+from tools.bench.figures import CallRecord, Distribution, Objective, Refusal, summarize
+from tools.bench.load import Load, poisson_arrivals, read_refusal, request_bytes, split
 from tools.bench.server_handle import CpuTimes
 from tools.bench.server_process import ServerSpec
 
@@ -54,6 +57,54 @@ def test_goodput_counts_what_good_calls_brought_in_a_span() -> None:
     bad = record((2.0, 100), code="UNAVAILABLE")
     assert overload.tokens_per_second([good, bad], 1.0, 4.0) == pytest.approx(8 / 3)
     assert overload.tokens_per_second([good, bad], 5.0, 6.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("demands", "capacity", "shares"),
+    [
+        ([1.0, 5.0], 10.0, [1.0, 5.0]),
+        ([10.0, 50.0], 20.0, [10.0, 10.0]),
+        ([50.0, 6.0], 20.0, [14.0, 6.0]),
+        ([9.0, 1.0, 9.0], 11.0, [5.0, 1.0, 5.0]),
+    ],
+)
+def test_a_small_demand_is_met_and_the_rest_is_divided(
+    demands: list[float], capacity: float, shares: list[float]
+) -> None:
+    assert overload.max_min_shares(demands, capacity) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "says_when"),
+    [
+        (OverloadedError("full", retry_after_s=0.2), "OVERLOADED", True),
+        (MaxDurationError(), "MAX_DURATION", False),
+    ],
+)
+def test_the_trailers_of_a_refusal_are_read(error: PhotonError, reason: str, says_when: bool) -> None:
+    refusal = read_refusal(to_status(error, "id").trailing_metadata)
+    assert (refusal.reason, refusal.says_when) == (reason, says_when)
+    assert (refusal.pushback_ms is not None) is says_when
+
+
+@pytest.mark.parametrize(
+    ("code", "refusal", "is_right"),
+    [
+        ("OK", None, True),
+        ("UNAVAILABLE", Refusal("OVERLOADED", 200, 210), True),
+        ("RESOURCE_EXHAUSTED", Refusal("QUOTA_EXCEEDED", 200, 210), True),
+        ("UNAVAILABLE", Refusal("OVERLOADED", None, 210), False),
+        ("UNAVAILABLE", Refusal("OVERLOADED", 200, None), False),
+        ("UNAVAILABLE", Refusal("", None, None), False),
+        ("UNAVAILABLE", None, False),
+        ("DEADLINE_EXCEEDED", Refusal("QUEUE_TIMEOUT", 200, 210), False),
+    ],
+)
+def test_an_overloaded_call_is_served_or_told_when_to_come_back(
+    code: str, refusal: Refusal | None, is_right: bool
+) -> None:
+    call = CallRecord(0.0, 0.0, 1.0, code, 0, (), refusal)
+    assert overload.is_told_when(call) is is_right
 
 
 def test_an_empty_sample_has_no_figures() -> None:
@@ -186,6 +237,14 @@ def test_a_request_is_fixed_by_seed_and_number_and_asks_for_all_its_tokens() -> 
     assert all(4 <= token_id < 512 for token_id in spec.token_ids.ids)
     assert (spec.stop.max_tokens, spec.stop.ignore_eos, spec.sampling.temperature) == (4, True, 0.0)
     assert spec.cache.bypass_prefix_cache
+
+
+def test_outputs_spread_evenly_around_their_length() -> None:
+    load = replace(LOAD, new_tokens=40, spread=10)
+    specs = [inference_pb2.StreamGenerateRequest.FromString(request_bytes(load, n)).spec for n in range(400)]
+    lengths = [spec.stop.max_tokens for spec in specs]
+    assert (min(lengths), max(lengths)) == (30, 50)
+    assert statistics.fmean(lengths) == pytest.approx(40, rel=0.03)
 
 
 def test_server_cpu_is_told_apart_by_thread() -> None:

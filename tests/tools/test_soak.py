@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from photon_grpc.runner.base import Runner
+from photon_grpc.runner.scripted import ScriptedRunner
+from photon_grpc.scheduler.output import (
+    ModelOutput,
+    NewSequence,
+    RowFault,
+    SamplerSpec,
+    ScheduledSequence,
+    SchedulerOutput,
+)
 from photon_grpc.v1 import inference_pb2
-from tools.bench import soak
-from tools.bench.mixed_load import MixedLoad, Tally, check_response, check_stream, scenario
-from tools.bench.soak import Sample, SoakPlan, SoakResult, grown, judge
+from tests.support.builders import model_info, sampling
+from tools.bench import soak, soak_log
+from tools.bench.fault_runner import FaultPlan, FaultyFactory, FaultyRunner
+from tools.bench.mixed_load import MixedLoad, Tally, check_response, check_stream, request_id, scenario
+from tools.bench.soak import Sample, SoakPlan, SoakResult, grown, judge, mib_per_hour
 
 LOAD = MixedLoad(first_id=4, vocab_size=512, max_prompt_tokens=100, max_new_tokens=60)
 PLAN = SoakPlan(model="demo", minutes=1.0)
@@ -135,7 +148,7 @@ def test_logprobs_are_those_that_were_asked_for() -> None:
 
 
 def sample(time: float, resident: int | None = 100 << 20, used: int = 3) -> Sample:
-    return Sample(time, 10, 100, 1, 0, used, 64, resident, None, 20, 8)
+    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, None, 20, 8)
 
 
 def result(residents: list[int], **after: int) -> SoakResult:
@@ -175,6 +188,117 @@ def test_a_quiet_run_passes() -> None:
 def test_every_fault_keeps_a_run_from_passing(found: SoakResult, problem: str) -> None:
     (said,) = judge(PLAN, found)
     assert problem in said
+
+
+def test_the_slope_is_that_of_the_second_half() -> None:
+    growing = [100 + moment for moment in range(50)] + [150 + moment // 10 for moment in range(50)]
+    # A MiB in ten seconds.
+    assert mib_per_hour(result(growing).samples) == pytest.approx(360, rel=0.1)
+    assert mib_per_hour([sample(0.0, None)] * 9) is None
+    assert mib_per_hour([]) is None
+
+
+def test_a_slope_counts_in_a_run_that_is_long_enough() -> None:
+    residents = [100 + moment / 10 for moment in range(100)]
+    samples = [sample(10.0 * i, round(mib * (1 << 20))) for i, mib in enumerate(residents)]
+    found = replace(result([]), samples=samples)
+    (said,) = judge(replace(PLAN, max_growth_bytes=1 << 40), found)
+    assert "36.0 MiB/h" in said
+    assert judge(replace(PLAN, max_mib_per_hour=40), found) == []
+    assert judge(PLAN, replace(found, samples=samples[:50])) == []
+
+
+def line(event: str, **fields: object) -> str:
+    return json.dumps({"event": event, "level": "info", **fields}) + "\n"
+
+
+def finished(number: int, code: str, reason: str = "") -> str:
+    told = {"reason": reason} if reason else {}
+    method = "photon.v1.InferenceService/Generate"
+    return line("call finished", method=method, request_id=request_id(number), code=code, **told)
+
+
+def tally_of(**ends: tuple[str, str]) -> Tally:
+    return Tally(ends={int(name[1:]): end for name, end in ends.items()})
+
+
+QUIET_LOG = [
+    "not JSON\n",
+    line("tasks", moment=1.0, tasks=8),
+    line("call finished", method="grpc.health.v1.Health/Check", request_id="x", code="OK"),
+    line("fault injected", kind="row"),
+    finished(0, "OK"),
+    finished(1, "INTERNAL", "REQUEST_FAULT"),
+    finished(2, "OK"),
+    line("tasks", moment=2.0, tasks=9),
+]
+
+
+def test_a_log_that_agrees_with_the_clients_has_nothing_wrong() -> None:
+    log = soak_log.read(QUIET_LOG)
+    assert log.tasks == [(1.0, 8), (2.0, 9)]
+    assert log.injected == {"row": 1}
+    assert log.counted_ends() == {"OK": 2, "INTERNAL REQUEST_FAULT": 1}
+    # The third client left while its answer was on the way, the fourth before the server knew of it.
+    seen = tally_of(
+        _0=("OK", ""), _1=("INTERNAL", "REQUEST_FAULT"), _2=("CANCELLED", ""), _3=("CANCELLED", "")
+    )
+    assert soak_log.audit(log, seen) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "seen", "problem"),
+    [
+        ([finished(0, "OK")], tally_of(_0=("OK", "")), "ended more than once"),
+        ([], tally_of(_7=("OK", "")), "unlike the log"),
+        ([], tally_of(_0=("ABORTED", "ABORTED_BY_OPERATOR")), "unlike the log"),
+        ([finished(4, "INTERNAL", "REQUEST_FAULT")], tally_of(), "2 calls failed by 1 faults of a row"),
+        ([json.dumps({"event": "call failed", "level": "error"})], tally_of(), "1 errors"),
+    ],
+)
+def test_where_log_and_clients_disagree_is_said(more: list[str], seen: Tally, problem: str) -> None:
+    (said,) = soak_log.audit(soak_log.read([*QUIET_LOG, *more]), seen)
+    assert problem in said
+
+
+@pytest.mark.parametrize(
+    ("log", "exit_code", "problem"),
+    [
+        (QUIET_LOG, 1, "left with 1"),
+        (QUIET_LOG[2:-1], 0, "logged no tasks"),
+        ([*QUIET_LOG, line("tasks", moment=3.0, tasks=17)], 0, "17 tasks after the load, 8 before"),
+    ],
+)
+def test_how_the_server_left_is_judged(log: list[str], exit_code: int, problem: str) -> None:
+    found = replace(result([100] * 50), exit_code=exit_code, log=soak_log.read(log))
+    (said,) = judge(PLAN, found)
+    assert problem in said
+    assert judge(PLAN, replace(found, exit_code=0, log=soak_log.read(QUIET_LOG))) == []
+
+
+def test_a_faulty_runner_fails_the_rows_that_its_plan_says_and_changes_nothing_else() -> None:
+    model = model_info(max_model_len=64)
+
+    def outputs(runner: Runner) -> list[ModelOutput]:
+        spec = SamplerSpec(sampling())
+        new = NewSequence(7, (5, 6), 2, 0, (0,), spec)
+        found = []
+        for step in range(40):
+            rows = (ScheduledSequence(7, 1 if step else 2, True),)
+            runner.launch(SchedulerOutput(step, (), () if step else (new,), rows, 1))
+            found.append(runner.collect())
+        return found
+
+    def scripted() -> ScriptedRunner:
+        return ScriptedRunner(model, num_blocks=64, block_size=64)
+
+    plain = outputs(scripted())
+    never = FaultyFactory(lambda progress: scripted(), FaultPlan(0.0, 0.0, seed=1))
+    assert outputs(never(lambda done, total: None)) == plain
+    faulty = outputs(FaultyRunner(scripted(), FaultPlan(0.5, 0.0, seed=1)))
+    assert faulty == outputs(FaultyRunner(scripted(), FaultPlan(0.5, 0.0, seed=1)))
+    assert [replace(output, faults={}) for output in faulty] == plain
+    assert 5 < sum(output.faults == {7: RowFault.NON_FINITE_LOGITS} for output in faulty) < 35
 
 
 @pytest.mark.slow

@@ -6,50 +6,35 @@ Option lists take one value per use: `--batch 1 --batch 16`.
 from __future__ import annotations
 
 import os
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from photon_grpc.errors import StartupError
-from tools.bench import report, serving
+from tools.bench import bars, report, serving, stress_commands
+from tools.bench.bars import Bar
+from tools.bench.command_options import (
+    Dtype,
+    Model,
+    Name,
+    NewTokens,
+    Output,
+    PromptTokens,
+    Repeat,
+    Seed,
+    Threads,
+    console,
+)
 from tools.bench.figures import Objective
 from tools.bench.server_process import ServerSpec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# A file or a pipe has no width of its own; the tables need this much to stay in one line.
-console = Console(width=None if sys.stdout.isatty() else 230)
-
-Model = Annotated[str, typer.Option("--model", help="Model folder; `demo` is the embedded model.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; both sides use it.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="torch threads; 0: torch's own choice.")]
-PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1)]
-NewTokens = Annotated[int, typer.Option("--new-tokens", min=2)]
-Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Counted rounds of everything.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts and arrivals.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder for JSON and plot.")]
-Name = Annotated[str, typer.Option("--name", help="Stem of the files; empty: after what was run.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """What this release promises, as a ratio or a cost that hardly depends on the machine."""
-
-    name: str
-    value: float
-    bound: float
-    at_least: bool
-
-    @property
-    def passed(self) -> bool:
-        """Whether the promise is kept."""
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+app.command(name="overload")(stress_commands.overload_a_server)
+app.command(name="control")(stress_commands.control_a_server)
+app.command(name="soak")(stress_commands.soak_a_server)
 
 
 @app.command()
@@ -311,119 +296,6 @@ def table_of_the_gpu(
         raise typer.BadParameter(str(error)) from None
 
 
-@app.command(name="soak")
-def soak_a_server(
-    model: Model = "demo",
-    minutes: Annotated[float, typer.Option("--minutes", min=0.01)] = 10.0,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Calls at a time.")] = 32,
-    max_prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", min=1)] = 512,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
-    max_growth_mib: Annotated[
-        int, typer.Option("--max-growth-mib", min=0, help="Memory that may be taken after the first third.")
-    ] = 64,
-    address: Annotated[
-        str, typer.Option("--address", help="A server that runs; empty: one is started.")
-    ] = "",
-    admin_address: Annotated[str, typer.Option("--admin-address", help="With --address.")] = "",
-    pid: Annotated[int, typer.Option("--pid", help="With --address: the process whose memory counts.")] = 0,
-    backend: Annotated[str, typer.Option("--backend", help="auto, cpu or cuda.")] = "auto",
-    dtype: Dtype = "auto",
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 64,
-    kv_cache_mib: Annotated[
-        int | None,
-        typer.Option(
-            "--kv-cache-mib", min=0, help="Little makes it preempt, as 64 do on the CPU by default."
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str], typer.Option("--set", help="section.key=value of the server; may be repeated.")
-    ] = [],  # noqa: B006
-    seed: Seed = 0,
-    output: Output = report.RESULTS,
-    name: Name = "",
-) -> None:
-    """Mixed load for some minutes: no error, no leak; exit code 1 when there is one.
-
-    --model is the embedded model, a folder, or one of tools/bench/models with random weights.
-    """
-    from tools.bench import soak
-
-    if bool(address) != bool(admin_address):
-        raise typer.BadParameter("give --address and --admin-address together")
-    plan = soak.SoakPlan(
-        model=model,
-        minutes=minutes,
-        concurrency=concurrency,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        max_growth_bytes=max_growth_mib << 20,
-        address=address,
-        admin_address=admin_address,
-        pid=pid,
-        backend=backend,
-        dtype=dtype,
-        max_num_seqs=max_num_seqs,
-        kv_cache_memory_bytes=None if kv_cache_mib is None else kv_cache_mib << 20,
-        settings=tuple(settings),
-        seed=seed,
-    )
-    with console.status("soak") as status:
-        result = soak.run(plan, lambda text: status.update(f"soak: {text}"))
-    codes = ", ".join(f"{code} {count}" for code, count in result.tally.codes.most_common())
-    console.print(f"{result.tally.ended} calls ({codes}), {result.tally.tokens} tokens", highlight=False)
-    stem = name or f"soak-{Path(model).name}"
-    path = report.write(output, stem, result.to_dict(plan), lambda figure: soak.draw(figure, result))
-    console.print(f"wrote {path}", highlight=False)
-    for problem in result.problems:
-        console.print("[red]FAIL", problem, highlight=False, markup=True)
-    if result.problems:
-        raise typer.Exit(1)
-    console.print("[green]passed")
-
-
-@app.command(name="overload")
-def overload_a_server(
-    factor: Annotated[
-        list[float], typer.Option("--factor", min=0.1, help="Multiple of the peak; may be repeated.")
-    ] = [2.0, 10.0],  # noqa: B006
-    duration: Annotated[float, typer.Option("--duration", min=1, help="Seconds of sending, each.")] = 10.0,
-    step_ms: Annotated[float, typer.Option("--step-ms", min=0, help="Time asleep in each step.")] = 20.0,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 16,
-    max_queued: Annotated[int, typer.Option("--max-queued", min=1, help="limits.max_queued_requests.")] = 32,
-    prompt_tokens: PromptTokens = 64,
-    new_tokens: NewTokens = 50,
-    clients: Annotated[
-        int, typer.Option("--clients", min=0, help="Client processes; 0: half of the cores.")
-    ] = 0,
-    seed: Seed = 0,
-    output: Output = report.RESULTS,
-    name: Name = "overload",
-) -> None:
-    """A scripted engine under multiples of its peak: goodput, refusals, health."""
-    from tools.bench import overload
-
-    plan = overload.OverloadPlan(
-        factors=tuple(factor),
-        duration_s=duration,
-        step_s=step_ms / 1e3,
-        max_num_seqs=max_num_seqs,
-        max_queued_requests=max_queued,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        num_client_processes=clients or serving.default_processes(),
-        seed=seed,
-    )
-    with console.status("overload") as status:
-        peak, rows = overload.run(plan, lambda text: status.update(f"overload: {text}"))
-    title = (
-        f"overload: {plan.max_num_seqs} places, {plan.max_queued_requests} may wait, steps of {step_ms:g} ms"
-    )
-    overload.print_table(console, peak, rows, title)
-    result = overload.to_result(plan, peak, rows)
-    path = report.write(output, name, result, lambda figure: overload.draw(figure, rows))
-    console.print(f"wrote {path}", highlight=False)
-
-
 @app.command(name="all")
 def every(
     model: Model = "demo",
@@ -473,41 +345,14 @@ def every(
     )
 
 
-def judge(bars: list[Bar], output: Path) -> None:
+def judge(promises: list[Bar], output: Path) -> None:
     """Print and write which bars hold. Exits with 1 when one does not."""
-    table = Table(title="bars of this release; medians over the rounds")
-    for column in ("bar", "required", "measured", ""):
-        table.add_column(column)
-    for bar in bars:
-        table.add_row(
-            bar.name,
-            f"{'>=' if bar.at_least else '<='} {bar.bound:g}",
-            f"{bar.value:,.2f}",
-            "[green]pass" if bar.passed else "[red]FAIL",
-        )
-    console.print(table)
-    verdicts = [
-        {
-            "bar": bar.name,
-            "bound": bar.bound,
-            "at_least": bar.at_least,
-            "value": bar.value,
-            "passed": bar.passed,
-        }
-        for bar in bars
-    ]
-    report.write(output, "bars", {"bars": verdicts}, lambda figure: _draw_bars(figure, bars))
-    if not all(bar.passed for bar in bars):
+    bars.print_table(console, promises, "bars of this release; medians over the rounds")
+    report.write(
+        output, "bars", {"bars": bars.to_result(promises)}, lambda figure: bars.draw(figure, promises)
+    )
+    if not all(bar.passed for bar in promises):
         raise typer.Exit(1)
-
-
-def _draw_bars(figure: Figure, bars: list[Bar]) -> None:
-    axes = figure.subplots()
-    margins = [bar.value / bar.bound if bar.at_least else bar.bound / bar.value for bar in bars]
-    axes.barh([bar.name for bar in bars], margins, color=["C2" if bar.passed else "C3" for bar in bars])
-    axes.axvline(1.0, color="black")
-    axes.set_xlabel("margin: 1 is the bar, more is better")
-    axes.invert_yaxis()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,22 @@ from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["CallRecord", "Distribution", "LoadSummary", "Objective", "summarize"]
+__all__ = ["CallRecord", "Distribution", "LoadSummary", "Objective", "Refusal", "summarize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What a failed call's trailers said. `reason` is empty where they had no ErrorInfo: the server did not
+    answer, or the client ended the call. `retry_after_ms` is from RetryInfo, `pushback_ms` gRPC's own."""
+
+    reason: str
+    retry_after_ms: int | None
+    pushback_ms: int | None
+
+    @property
+    def says_when(self) -> bool:
+        """Whether it tells both an application and gRPC when to come back."""
+        return bool(self.reason) and self.retry_after_ms is not None and self.pushback_ms is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +45,7 @@ class CallRecord:
     """One call. Moments are seconds of the monotonic clock, which all processes of a host share.
 
     `tokens` holds `(received, number of tokens)` of each message that carried any; `num_messages`
-    counts all messages, `code` is the name of the gRPC status.
+    counts all messages, `code` is the name of the gRPC status, `refusal` is there when it is not OK.
     """
 
     intended: float
@@ -39,6 +54,7 @@ class CallRecord:
     code: str
     num_messages: int
     tokens: tuple[tuple[float, int], ...]
+    refusal: Refusal | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,13 +20,16 @@ import grpc
 import numpy as np
 import uvloop
 from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
 
 from photon_grpc.v1 import inference_pb2
-from tools.bench.figures import CallRecord
+from tools.bench.figures import CallRecord, Refusal
 
-__all__ = ["Load", "LoadResult", "poisson_arrivals", "run_load"]
+__all__ = ["Load", "LoadResult", "poisson_arrivals", "read_refusal", "run_load", "run_loads"]
 
 _METHOD = "/photon.v1.InferenceService/StreamGenerate"
+_DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _CHANNEL_READY_S = 30.0
 # Between the last client's "ready" and the start, so that the message has reached all of them.
 _LEAD_S = 0.2
@@ -60,6 +63,10 @@ class Load:
     text: bool = True
     streams_per_channel: int = 64
     """One HTTP/2 connection has one receive window; many streams share it badly."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Goes with every call."""
+    spread: int = 0
+    """Outputs have up to that many tokens more or less, each number as likely, by the request's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,9 @@ def request_bytes(load: Load, number: int) -> bytes:
     """The serialised request number `number` of the load."""
     generator = np.random.default_rng((load.seed, number))
     ids = generator.integers(load.first_id, load.vocab_size, load.prompt_tokens).tolist()
+    max_tokens = load.new_tokens
+    if load.spread:
+        max_tokens += int(generator.integers(-load.spread, load.spread + 1))
     spec = inference_pb2.GenerationSpec(
         token_ids=inference_pb2.TokenIds(ids=ids),
         sampling=(
@@ -110,7 +120,7 @@ def request_bytes(load: Load, number: int) -> bytes:
             if load.sampled
             else inference_pb2.SamplingParams(temperature=0.0)
         ),
-        stop=inference_pb2.StopParams(max_tokens=load.new_tokens, ignore_eos=True),
+        stop=inference_pb2.StopParams(max_tokens=max_tokens, ignore_eos=True),
         output=inference_pb2.OutputOptions(text=load.text, token_ids=not load.text),
         cache=inference_pb2.CacheOptions(bypass_prefix_cache=True),
         # Without it, a load above the server's capacity would wait for places up to the call's deadline.
@@ -124,10 +134,23 @@ def run_load(load: Load, num_processes: int, *, before: Any, after: Any) -> Load
 
     `before` is called once all of them are connected, `after` when the last call has ended.
     """
+    results = _run(split(load, num_processes), before, after)
+    return LoadResult(
+        tuple(record for result in results for record in result.records),
+        sum(result.client_cpu_s for result in results),
+    )
+
+
+def run_loads(loads: Sequence[Load], *, before: Any, after: Any) -> list[LoadResult]:
+    """Run several loads side by side, each from a process of its own; their results in that order."""
+    return _run([(load, 0, 1) for load in loads], before, after)
+
+
+def _run(parts: Sequence[tuple[Load, int, int]], before: Any, after: Any) -> list[LoadResult]:
     context = multiprocessing.get_context("spawn")
     workers: list[tuple[Any, Connection]] = []
     try:
-        for part, first, step in split(load, num_processes):
+        for part, first, step in parts:
             ours, theirs = context.Pipe()
             process = context.Process(target=_client_process, args=(theirs, part, first, step), daemon=True)
             process.start()
@@ -152,10 +175,21 @@ def run_load(load: Load, num_processes: int, *, before: Any, after: Any) -> Load
             process.join(_CHANNEL_READY_S)
             if process.is_alive():
                 process.kill()
-    return LoadResult(
-        tuple(record for result in results for record in result.records),
-        sum(result.client_cpu_s for result in results),
-    )
+    return results
+
+
+def read_refusal(trailers: Iterable[tuple[str, Any]]) -> Refusal:
+    """What the trailers of a failed call say."""
+    found = dict(trailers)
+    reason, retry_after_ms = "", None
+    for detail in status_pb2.Status.FromString(found.get(_DETAILS_KEY, b"")).details:
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(retry):
+            retry_after_ms = retry.retry_delay.ToMilliseconds()
+    pushback = found.get(_PUSHBACK_KEY)
+    return Refusal(reason, retry_after_ms, None if pushback is None else int(pushback))
 
 
 @dataclass(slots=True)
@@ -165,6 +199,7 @@ class _RawCall:
     ended: float = 0.0
     code: str = ""
     messages: list[tuple[float, bytes]] | None = None
+    trailers: tuple[tuple[str, Any], ...] | None = None
 
 
 def _client_process(connection: Connection, load: Load, first: int, step: int) -> None:
@@ -206,7 +241,7 @@ async def _open_loop(
     async def arrive(index: int) -> _RawCall:
         intended = start + load.arrivals[index]
         await asyncio.sleep(intended - time.monotonic())
-        return await _call(methods[index % len(methods)], requests[index], intended, load.timeout_s)
+        return await _call(methods[index % len(methods)], requests[index], intended, load)
 
     return await asyncio.gather(*(arrive(index) for index in range(len(requests))))
 
@@ -225,26 +260,25 @@ async def _closed_loop(
                 return
             request = request_bytes(load, first + num_begun * step)
             num_begun += 1
-            calls.append(
-                await _call(methods[index % len(methods)], request, time.monotonic(), load.timeout_s)
-            )
+            calls.append(await _call(methods[index % len(methods)], request, time.monotonic(), load))
 
     await asyncio.sleep(start - time.monotonic())
     await asyncio.gather(*(caller(index) for index in range(load.concurrency)))
     return calls
 
 
-async def _call(method: Any, request: bytes, intended: float, timeout_s: float) -> _RawCall:
+async def _call(method: Any, request: bytes, intended: float, load: Load) -> _RawCall:
     messages: list[tuple[float, bytes]] = []
     now = time.monotonic
     call = _RawCall(intended=intended, sent=now(), messages=messages)
-    stream = method(request, timeout=timeout_s)
+    stream = method(request, timeout=load.timeout_s, metadata=load.metadata)
     try:
         async for message in stream:
             messages.append((now(), message))
         call.code = "OK"
     except grpc.aio.AioRpcError as error:
         call.code = error.code().name
+        call.trailers = tuple(error.trailing_metadata() or ())
     call.ended = now()
     return call
 
@@ -256,4 +290,5 @@ def _record(call: _RawCall) -> CallRecord:
         response = inference_pb2.StreamGenerateResponse.FromString(data)
         if response.delta.num_tokens:
             tokens.append((received, response.delta.num_tokens))
-    return CallRecord(call.intended, call.sent, call.ended, call.code, len(messages), tuple(tokens))
+    refusal = None if call.trailers is None else read_refusal(call.trailers)
+    return CallRecord(call.intended, call.sent, call.ended, call.code, len(messages), tuple(tokens), refusal)

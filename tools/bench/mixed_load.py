@@ -20,8 +20,10 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from photon_grpc.v1 import inference_pb2
+from tools.bench.figures import Refusal
+from tools.bench.load import read_refusal
 
-__all__ = ["MixedLoad", "Scenario", "Tally", "drive", "scenario"]
+__all__ = ["End", "MixedLoad", "Scenario", "Tally", "drive", "request_id", "scenario"]
 
 _SERVICE = "/photon.v1.InferenceService"
 _TIMEOUT_S = 300.0
@@ -56,15 +58,36 @@ class Scenario:
     allowed: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a call ended. `refusal` is there where the server said so in trailers of its own."""
+
+    code: str
+    text: str = ""
+    refusal: Refusal | None = None
+
+    @classmethod
+    def of(cls, error: Any) -> End:
+        """What a failed call of grpc.aio tells."""
+        refusal = read_refusal(error.trailing_metadata() or ())
+        return cls(error.code().name, str(error.details()), refusal if refusal.reason else None)
+
+    @property
+    def reason(self) -> str:
+        """The server's, empty without one."""
+        return "" if self.refusal is None else self.refusal.reason
+
+
 @dataclass(slots=True)
 class Tally:
-    """What came of the calls so far."""
+    """What came of the calls so far; `ends` has status and reason of each by its number."""
 
     begun: int = 0
     codes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
+    ends: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def ended(self) -> int:
@@ -76,6 +99,11 @@ class Tally:
         self.num_problems += 1
         if len(self.problems) < _MAX_KEPT_PROBLEMS:
             self.problems.append(f"call {number}: {problem}")
+
+
+def request_id(number: int) -> str:
+    """Under which call number `number` is sent."""
+    return f"soak-{number}"
 
 
 def scenario(load: MixedLoad, number: int) -> Scenario:
@@ -104,10 +132,10 @@ def scenario(load: MixedLoad, number: int) -> Scenario:
         allowed.add("CANCELLED")
     elif pick.random() < 0.05:
         timeout_s = pick.uniform(0.003, 0.2)
-        allowed.add("DEADLINE_EXCEEDED")
+        allowed |= {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
     elif pick.random() < 0.03:
         spec.scheduling.queue_timeout.FromMilliseconds(pick.randrange(1, 50))
-        allowed.add("DEADLINE_EXCEEDED")
+        allowed |= {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
     return Scenario(
         spec,
         policy,
@@ -192,9 +220,17 @@ def _set_output(pick: random.Random, spec: inference_pb2.GenerationSpec) -> None
 
 
 async def drive(
-    load: MixedLoad, address: str, concurrency: int, keep_on: Callable[[], bool], tally: Tally
+    load: MixedLoad,
+    address: str,
+    concurrency: int,
+    keep_on: Callable[[], bool],
+    tally: Tally,
+    expected: frozenset[tuple[str, str]] = frozenset(),
 ) -> None:
-    """`concurrency` callers, each with one call after the other while `keep_on` says so."""
+    """`concurrency` callers, each with one call after the other while `keep_on` says so.
+
+    Any call may end with one of the `expected` statuses and reasons. Who is told when to come back waits.
+    """
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 64 << 20)]
     num_channels = -(-concurrency // _STREAMS_PER_CHANNEL)
     channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(num_channels)]
@@ -203,7 +239,7 @@ async def drive(
         channel = channels[index % num_channels]
         while keep_on():
             number, tally.begun = tally.begun, tally.begun + 1
-            await _call(channel, scenario(load, number), number, load, tally)
+            await _call(channel, scenario(load, number), number, load, tally, expected)
 
     try:
         async with asyncio.timeout(_CHANNEL_READY_S):
@@ -213,53 +249,66 @@ async def drive(
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
-async def _call(channel: Any, one: Scenario, number: int, load: MixedLoad, tally: Tally) -> None:
+async def _call(
+    channel: Any,
+    one: Scenario,
+    number: int,
+    load: MixedLoad,
+    tally: Tally,
+    expected: frozenset[tuple[str, str]],
+) -> None:
     began = time.monotonic()
     received: list[Any] = []
-    if one.unary:
-        code, detail = await _unary(channel, one, received)
-    else:
-        code, detail = await _stream(channel, one, received)
-    tally.codes[code] += 1
-    if code not in one.allowed:
-        tally.complain(number, f"ended with {code} after {time.monotonic() - began:.3f} s: {detail}")
-    elif code == "OK":
+    end = await (_unary if one.unary else _stream)(channel, one, number, received)
+    tally.codes[end.code] += 1
+    tally.ends[number] = end.code, end.reason
+    if end.code not in one.allowed and (end.code, end.reason) not in expected:
+        took = time.monotonic() - began
+        tally.complain(number, f"ended with {end.code} {end.reason} after {took:.3f} s: {end.text}")
+    elif end.code == "OK":
         check = check_response if one.unary else check_stream
         problem, tokens = check(one.spec, received, load.vocab_size)
         tally.tokens += tokens
         if problem:
             tally.complain(number, problem)
+    elif end.code == "UNAVAILABLE":
+        if end.refusal is None or not end.refusal.says_when:
+            tally.complain(number, f"UNAVAILABLE does not say when to come back: {end.text}")
+            return
+        assert end.refusal.pushback_ms is not None
+        await asyncio.sleep(end.refusal.pushback_ms / 1e3)
 
 
-async def _unary(channel: Any, one: Scenario, received: list[Any]) -> tuple[str, str]:
+async def _unary(channel: Any, one: Scenario, number: int, received: list[Any]) -> End:
     method = channel.unary_unary(
         f"{_SERVICE}/Generate",
         request_serializer=inference_pb2.GenerateRequest.SerializeToString,
         response_deserializer=inference_pb2.GenerateResponse.FromString,
     )
-    call = method(inference_pb2.GenerateRequest(spec=one.spec), timeout=one.timeout_s)
+    request = inference_pb2.GenerateRequest(spec=one.spec)
+    call = method(request, timeout=one.timeout_s, metadata=_metadata(number))
     if one.cancel_after is not None:
         await asyncio.sleep(one.cancel_delay_s)
         call.cancel()
     try:
         received.append(await call)
     except grpc.aio.AioRpcError as error:
-        return error.code().name, str(error.details())
+        return End.of(error)
     except asyncio.CancelledError:
         if not call.cancelled():
             raise
-        return "CANCELLED", ""
-    return "OK", ""
+        return End("CANCELLED")
+    return End("OK")
 
 
-async def _stream(channel: Any, one: Scenario, received: list[Any]) -> tuple[str, str]:
+async def _stream(channel: Any, one: Scenario, number: int, received: list[Any]) -> End:
     method = channel.unary_stream(
         f"{_SERVICE}/StreamGenerate",
         request_serializer=inference_pb2.StreamGenerateRequest.SerializeToString,
         response_deserializer=inference_pb2.StreamGenerateResponse.FromString,
     )
     request = inference_pb2.StreamGenerateRequest(spec=one.spec, chunk_policy=one.chunk_policy)
-    call = method(request, timeout=one.timeout_s)
+    call = method(request, timeout=one.timeout_s, metadata=_metadata(number))
     if one.cancel_after == 0:
         await asyncio.sleep(one.cancel_delay_s)
         call.cancel()
@@ -269,12 +318,16 @@ async def _stream(channel: Any, one: Scenario, received: list[Any]) -> tuple[str
             if one.cancel_after is not None and len(received) >= one.cancel_after:
                 call.cancel()
     except grpc.aio.AioRpcError as error:
-        return error.code().name, str(error.details())
+        return End.of(error)
     except asyncio.CancelledError:
         if not call.cancelled():
             raise
-        return "CANCELLED", ""
-    return "OK", ""
+        return End("CANCELLED")
+    return End("OK")
+
+
+def _metadata(number: int) -> tuple[tuple[str, str], ...]:
+    return (("x-request-id", request_id(number)),)
 
 
 def check_stream(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -96,16 +96,28 @@ class ServerHandle:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.stop()
         assert self._process is not None
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
+
+    def stop(self, timeout_s: float = _STOP_S) -> int:
+        """Ask it to leave, kill it if it does not in time; its exit code. May be called twice."""
+        assert self._process is not None
+        self._process.terminate()
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def log_lines(self) -> Iterator[str]:
+        """What the server has written on standard error; once it has stopped."""
+        assert self._process is not None
+        assert self._process.poll() is not None, "it shares the position in the file"
+        self._log.seek(0)
+        yield from self._log
 
     @property
     def pid(self) -> int:

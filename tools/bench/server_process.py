@@ -15,11 +15,13 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import structlog
 import uvloop
 
 import photon_grpc
@@ -39,17 +41,21 @@ from photon_grpc.options import (
     ServerOptions,
     TelemetryOptions,
 )
-from photon_grpc.runner_factory import quiet_collector
+from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
+from tools.bench.fault_runner import FaultPlan, FaultyFactory
 from tools.bench.scripted_factory import ScriptedFactory
 from tools.bench.settings import with_assignments
+from tools.bench.soak_log import TASKS
 from tools.make_tiny_model import write_tokenizer
 
 SCRIPTED_VOCAB_SIZE = 512
 _SCRIPTED_MODEL_LEN = 4096
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,14 @@ class ServerSpec:
     """Whether the admin listener is there, on a free port."""
     settings: tuple[str, ...] = ()
     """`section.key=value`, on top of all others."""
+    log_removals: bool = False
+    """Without a model: whether the log tells when sequences were found to have left."""
+    row_fault_rate: float = 0.0
+    slow_step_rate: float = 0.0
+    """How likely each step has a row that fails, or is slow; with a model only. Fixed by `fault_seed`."""
+    fault_seed: int = 0
+    tasks_interval_s: float = 0.0
+    """How often the number of the event loop's tasks is logged; 0: never."""
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -114,6 +128,27 @@ def _announce(ports: BoundPorts) -> None:
     print(json.dumps(line), flush=True)
 
 
+async def _log_tasks(interval_s: float) -> None:
+    while True:
+        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()))
+        await asyncio.sleep(interval_s)
+
+
+def _serve_model(spec: ServerSpec) -> int:
+    """The composition root as it is, its runner wrapped where faults are wanted."""
+    background: list[asyncio.Task[None]] = []
+
+    def ready(service: app.RunningService) -> None:
+        if spec.tasks_interval_s:
+            background.append(asyncio.get_running_loop().create_task(_log_tasks(spec.tasks_interval_s)))
+        _announce(service.ports)
+
+    if spec.row_fault_rate or spec.slow_step_rate:
+        plan = FaultPlan(spec.row_fault_rate, spec.slow_step_rate, spec.fault_seed)
+        app.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
+    return app.run(spec.options(), ready=ready)
+
+
 async def _serve_scripted(spec: ServerSpec) -> int:
     options = spec.options()
     leave = asyncio.Event()
@@ -129,7 +164,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
     metrics = Metrics(photon_grpc.__version__)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            ScriptedFactory(model, spec.step_s),
+            ScriptedFactory(model, spec.step_s, spec.log_removals),
             options.scheduler,
             options.cache,
             options.limits,
@@ -161,7 +196,7 @@ def main() -> int:
     if not spec.model:
         code: int = uvloop.run(_serve_scripted(spec))
         return code
-    return app.run(options, ready=lambda service: _announce(service.ports))
+    return _serve_model(spec)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@ process's children, GPU memory, blocks and requests by GetLoad, descriptors, thr
 every call ended as it may, every answer was what was asked for, the server is idle afterwards with every
 block free, and neither memory nor descriptors grew once the first third, which warms up, was over.
 
+With faults, rows fail and steps are slow by chance (`fault_runner`), an operator drains, flushes and
+aborts, and clients vanish (`disturbances`). Calls may then end in the ways that belong to these and in no
+other, and afterwards the server's log is held against what the clients saw: one end per call, the same on
+both sides.
+
 A server that is started here on the CPU keeps few of oneDNN's compiled products. Of each shape that it
 meets torch keeps one, up to 1,024, and a load of random lengths meets new shapes for hours: growth that
 ends, and that would hide a leak until it does.
@@ -15,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -22,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import grpc
+import numpy as np
 import psutil
 import torch
 from matplotlib.figure import Figure
@@ -30,18 +37,24 @@ from photon_grpc.app import model_folder
 from photon_grpc.client import Client
 from photon_grpc.options import ModelOptions
 from photon_grpc.v1 import control_pb2, control_pb2_grpc
-from tools.bench import device, random_models
+from tools.bench import device, random_models, soak_log
+from tools.bench.disturbances import EXPECTED, disturb
 from tools.bench.mixed_load import MixedLoad, Tally, drive
 from tools.bench.server_handle import ServerHandle
 from tools.bench.server_process import ServerSpec
 
-__all__ = ["Sample", "SoakPlan", "SoakResult", "draw", "judge", "run"]
+__all__ = ["Sample", "SoakPlan", "SoakResult", "draw", "judge", "mib_per_hour", "run"]
 
 _WARM_UP_SHARE = 1 / 3
 _EDGE_SHARE = 0.15
 _IDLE_WITHIN_S = 20.0
 _MAX_NEW_DESCRIPTORS = 16
 _MAX_NEW_THREADS = 8
+_MAX_NEW_TASKS = 8
+# Over less time the slope of resident memory says nothing.
+_MIN_SLOPE_S = 300.0
+_ROW_FAULT_RATE = 0.01
+_SLOW_STEP_RATE = 0.005
 # oneDNN's own cache, and that of torch in front of it.
 _FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 # Few enough for the demo model to run out of them now and then.
@@ -66,8 +79,14 @@ class SoakPlan:
     max_num_seqs: int = 64
     kv_cache_memory_bytes: int | None = None
     """None: little on the CPU, so that the server has to preempt; its own choice on a GPU."""
+    num_threads: int = 0
     settings: tuple[str, ...] = ()
     period_s: float = 1.0
+    faults: bool = False
+    """Only with a server that is started here."""
+    disturbance_s: float = 5.0
+    """Seconds between two disturbances, on average."""
+    max_mib_per_hour: float = 32.0
     seed: int = 0
 
 
@@ -83,6 +102,8 @@ class Sample:
     used_blocks: int
     total_blocks: int
     resident_bytes: int | None = None
+    engine_resident_bytes: int | None = None
+    """Of the server's children: its engine, where that has a process of its own."""
     gpu_bytes: int | None = None
     descriptors: int | None = None
     threads: int | None = None
@@ -95,7 +116,18 @@ class SoakResult:
     samples: list[Sample] = field(default_factory=list)
     after: Sample | None = None
     tally: Tally = field(default_factory=Tally)
+    start: float = 0.0
+    """The monotonic moment from which samples count."""
+    before: Sample | None = None
+    disturbances: Counter[str] = field(default_factory=Counter)
+    exit_code: int | None = None
+    log: soak_log.ServerLog | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[tuple[float, int]]:
+        """`(seconds from the start, tasks of the event loop)`."""
+        return [] if self.log is None else [(moment - self.start, n) for moment, n in self.log.tasks]
 
     def to_dict(self, plan: SoakPlan) -> dict[str, Any]:
         """For JSON."""
@@ -108,7 +140,14 @@ class SoakResult:
             "codes": dict(self.tally.codes),
             "tokens": self.tally.tokens,
             "growth": growth,
+            "resident_mib_per_hour": mib_per_hour(self.samples),
+            "disturbances": dict(self.disturbances),
+            "injected": None if self.log is None else dict(self.log.injected),
+            "ends_in_the_log": None if self.log is None else self.log.counted_ends(),
+            "exit_code": self.exit_code,
+            "before": None if self.before is None else asdict(self.before),
             "after": None if self.after is None else asdict(self.after),
+            "tasks": self.tasks,
             "samples": [asdict(sample) for sample in self.samples],
         }
 
@@ -126,6 +165,17 @@ def grown(samples: Sequence[Sample], name: str) -> int | None:
     early = [value for moment, value in values if start <= moment <= start + edge]
     late = [value for moment, value in values if moment >= end - edge]
     return round(median(late) - median(early)) if early and late else None
+
+
+def mib_per_hour(samples: Sequence[Sample]) -> float | None:
+    """The slope of resident memory over the second half, by least squares; None where it was not seen."""
+    half = samples[-1].time / 2 if samples else 0.0
+    later = [
+        (s.time / 3600, s.resident_bytes / (1 << 20)) for s in samples if s.time >= half and s.resident_bytes
+    ]
+    if len(later) < 3:
+        return None
+    return float(np.polyfit(*zip(*later, strict=True), 1)[0])
 
 
 def judge(plan: SoakPlan, result: SoakResult) -> list[str]:
@@ -153,11 +203,33 @@ def judge(plan: SoakPlan, result: SoakResult) -> list[str]:
         growth = grown(result.samples, name)
         if growth is not None and growth > limit:
             problems.append(f"{what} grew by {growth:,}, at most {limit:,} may be")
+    slope = mib_per_hour(result.samples)
+    if slope is not None and slope > plan.max_mib_per_hour and result.samples[-1].time >= 2 * _MIN_SLOPE_S:
+        problems.append(
+            f"resident memory grew by {slope:.1f} MiB/h in the second half, "
+            f"at most {plan.max_mib_per_hour:g} may be"
+        )
+    if result.log is not None:
+        problems += _judge_log(result)
+    return problems
+
+
+def _judge_log(result: SoakResult) -> list[str]:
+    assert result.log is not None
+    problems = soak_log.audit(result.log, result.tally)
+    tasks = [n for _, n in result.tasks]
+    if not tasks:
+        problems.append("the server logged no tasks")
+    elif tasks[-1] - tasks[0] > _MAX_NEW_TASKS:
+        problems.append(f"{tasks[-1]} tasks after the load, {tasks[0]} before")
+    if result.exit_code != 0:
+        problems.append(f"the server left with {result.exit_code}")
     return problems
 
 
 def run(plan: SoakPlan, progress: Callable[[str], None]) -> SoakResult:
     """Start a server if none is named, load it, watch it. Raises RuntimeError where it does not serve."""
+    handle: ServerHandle | None = None
     with ExitStack() as stack:
         address, admin, pid = plan.address, plan.admin_address, plan.pid
         if not address:
@@ -175,6 +247,10 @@ def run(plan: SoakPlan, progress: Callable[[str], None]) -> SoakResult:
             seed=plan.seed,
         )
         result = asyncio.run(_soak(plan, load, address, admin, pid, progress))
+        if handle is not None:
+            progress("stopping the server")
+            result.exit_code = handle.stop()
+            result.log = soak_log.read(handle.log_lines())
     result.problems = judge(plan, result)
     return result
 
@@ -197,7 +273,12 @@ def _server(plan: SoakPlan, stack: ExitStack) -> ServerSpec:
         max_num_batched_tokens=max(8192 if on_gpu else 512, plan.max_num_seqs),
         kv_cache_memory_bytes=pool,
         admin=True,
+        num_threads=plan.num_threads,
         settings=plan.settings,
+        row_fault_rate=_ROW_FAULT_RATE if plan.faults else 0.0,
+        slow_step_rate=_SLOW_STEP_RATE if plan.faults else 0.0,
+        fault_seed=plan.seed,
+        tasks_interval_s=plan.period_s,
     )
 
 
@@ -211,17 +292,24 @@ def _vocab_size(model: str) -> int:
 async def _soak(
     plan: SoakPlan, load: MixedLoad, address: str, admin: str, pid: int, progress: Callable[[str], None]
 ) -> SoakResult:
-    result = SoakResult()
     start = time.monotonic()
-    end = start + plan.minutes * 60
+    result = SoakResult(start=start)
     async with grpc.aio.insecure_channel(admin) as channel:
         control = control_pb2_grpc.ControlServiceStub(channel)
 
         async def look() -> Sample:
             return await _sample(control, pid, start, result.tally)
 
+        # Idle for as long as it takes to be seen by whoever looks once in a period.
+        result.before = await look()
+        await asyncio.sleep(2 * plan.period_s)
+        end = time.monotonic() + plan.minutes * 60
+
+        def keep_on() -> bool:
+            return time.monotonic() < end
+
         async def watch() -> None:
-            while time.monotonic() < end:
+            while keep_on():
                 sample = await look()
                 result.samples.append(sample)
                 progress(
@@ -230,12 +318,19 @@ async def _soak(
                 )
                 await asyncio.sleep(plan.period_s)
 
+        async def disturb_it() -> None:
+            result.disturbances = await disturb(
+                control, address, plan.seed, plan.disturbance_s, keep_on, result.tally
+            )
+
         async with asyncio.TaskGroup() as group:
             group.create_task(watch())
-            group.create_task(
-                drive(load, address, plan.concurrency, lambda: time.monotonic() < end, result.tally)
-            )
+            if plan.faults:
+                group.create_task(disturb_it())
+            expected = EXPECTED if plan.faults else frozenset()
+            group.create_task(drive(load, address, plan.concurrency, keep_on, result.tally, expected))
         result.after = await _idle(look)
+        await asyncio.sleep(2 * plan.period_s)
     return result
 
 
@@ -251,11 +346,13 @@ async def _idle(look: Callable[[], Any]) -> Sample:
 
 async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
     load = await control.GetLoad(control_pb2.GetLoadRequest(), timeout=30)
-    resident = descriptors = threads = None
+    resident = of_engine = descriptors = threads = None
     if pid:
         main = psutil.Process(pid)
-        family = [main, *main.children(recursive=True)]
-        resident = sum(process.memory_info().rss for process in family)
+        children = main.children(recursive=True)
+        family = [main, *children]
+        of_engine = sum(process.memory_info().rss for process in children)
+        resident = main.memory_info().rss + of_engine
         descriptors = sum(process.num_fds() for process in family)
         threads = sum(process.num_threads() for process in family)
     # nvidia-smi takes a moment, which the load must not lose.
@@ -269,6 +366,7 @@ async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
         used_blocks=load.used_kv_blocks,
         total_blocks=load.total_kv_blocks,
         resident_bytes=resident,
+        engine_resident_bytes=of_engine,
         gpu_bytes=gpu,
         descriptors=descriptors,
         threads=threads,
@@ -276,8 +374,8 @@ async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
 
 
 def draw(figure: Figure, result: SoakResult) -> None:
-    """Memory, blocks and requests, and calls per second over the time."""
-    memory, blocks, calls = figure.subplots(1, 3)
+    """Memory, blocks and requests, tasks and descriptors, and calls per second over the time."""
+    (memory, blocks), (tasks, calls) = figure.subplots(2, 2, sharex=True)
     times = [sample.time for sample in result.samples]
     for name, label in (("resident_bytes", "resident"), ("gpu_bytes", "GPU")):
         values = [getattr(sample, name) for sample in result.samples]
@@ -291,9 +389,17 @@ def draw(figure: Figure, result: SoakResult) -> None:
     blocks.plot(times, [sample.queued for sample in result.samples], label="queued")
     blocks.set_title("blocks and requests")
     blocks.legend(fontsize=8)
+    for name in ("descriptors", "threads"):
+        values = [getattr(sample, name) for sample in result.samples]
+        if values and None not in values:
+            tasks.plot(times, values, label=name)
+    if result.tasks:
+        tasks.plot(*zip(*result.tasks, strict=True), label="tasks")
+    tasks.set_title("descriptors, threads, tasks")
+    tasks.legend(fontsize=8)
     pairs = list(zip(result.samples, result.samples[1:], strict=False))
     rates = [(b.calls_ended - a.calls_ended) / max(b.time - a.time, 1e-9) for a, b in pairs]
     calls.plot([b.time for _, b in pairs], rates)
     calls.set_title("calls ended, per second")
-    for axes in (memory, blocks, calls):
+    for axes in (tasks, calls):
         axes.set_xlabel("seconds")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from photon_grpc.engine.messages import Deadlines, EngineStats
 from photon_grpc.errors import DeadlineTooShortError, DeadlineUnreachableError, OverloadedError
-from photon_grpc.frontend.admission import Admission, Fastest, Throughput
+from photon_grpc.frontend.admission import Admission, Fastest, Throughput, Ticket
 from photon_grpc.options import LimitOptions, SchedulerOptions
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.builders import FakeClock
@@ -151,6 +151,16 @@ def test_no_wait_is_longer_than_can_be_told() -> None:
     assert it.admission.estimated_wait() == 3600.0
 
 
+def test_a_full_batch_is_as_good_a_measure_as_a_queue() -> None:
+    it = desk()
+    it.admission.enter(100)
+    it.engine.num_live_completions = 4
+    it.engine.stats = EngineStats(running=4)
+    for _ in range(5):
+        it.work(0.5, 100, waiting=0)
+    assert it.admission.estimated_wait() == pytest.approx(100 / 200)
+
+
 spans = st.lists(st.floats(0.001, 20.0), min_size=3, max_size=40)
 
 
@@ -185,6 +195,134 @@ def test_the_rate_lies_between_the_slowest_and_the_fastest_busy_span(
         assert min(rates) - 1e-6 <= throughput.per_second <= max(rates) * (1 + 1e-9) + 1e-6
     if not rates:
         assert throughput.per_second is None
+
+
+# --- tenants --------------------------------------------------------------------------------------
+
+
+def test_a_tenant_under_its_share_enters_a_queue_that_another_has_filled() -> None:
+    it = desk(max_queued_requests=8)
+    it.engine.num_live_completions = 4
+
+    def enter(tenant: str, **values: Any) -> Ticket:
+        ticket = it.admission.enter(1, tenant=tenant, **values)
+        it.engine.num_live_completions += 1
+        return ticket
+
+    flood = [enter("flood") for _ in range(8)]
+    with pytest.raises(OverloadedError):
+        enter("flood")
+    # Half of the queue is for each of two.
+    for _ in range(4):
+        it.admission.check("other")
+        enter("other")
+    for tenant in ("flood", "other"):
+        with pytest.raises(OverloadedError):
+            it.admission.check(tenant)
+        with pytest.raises(OverloadedError):
+            enter(tenant)
+    # With three shares, a tenant has three of five.
+    for _ in range(4):
+        enter("heavy", weight=3.0)
+    # Twice the bound is in the queue, and not even a newcomer gets in.
+    with pytest.raises(OverloadedError):
+        enter("newcomer")
+    for ticket in flood:
+        ticket.close()
+        it.engine.num_live_completions -= 1
+    enter("flood")
+
+
+def test_one_tenant_s_prompts_leave_room_for_another_s() -> None:
+    it = desk(max_queued_tokens=100)
+    it.admission.enter(90, tenant="flood")
+    with pytest.raises(OverloadedError):
+        it.admission.enter(20, tenant="flood")
+    it.admission.enter(30, tenant="other")
+    it.admission.enter(20, tenant="other")
+    with pytest.raises(OverloadedError):
+        it.admission.enter(1, tenant="other")
+    with pytest.raises(OverloadedError):
+        it.admission.enter(70, tenant="newcomer")
+    it.admission.enter(60, tenant="newcomer")
+    assert it.admission.queued_tokens == 200
+
+
+def test_without_others_a_full_queue_is_full_whoever_comes() -> None:
+    """Those that fill the places have their first tokens; nobody is there to share a queue with."""
+    it = desk(max_queued_requests=2)
+    it.engine.num_live_completions = 6
+    for tenant in ("a", "b"):
+        with pytest.raises(OverloadedError):
+            it.admission.enter(1, tenant=tenant)
+
+
+def test_a_tenant_waits_for_its_own_queue_and_for_what_others_are_entitled_to() -> None:
+    """200 tokens a second, 100 tokens a request: `flood` has ten waiting, `other` two, `heavy` none."""
+    it = desk(max_queued_requests=1)
+    old = it.admission.enter(60, 1, tenant="flood")
+    old.num_output_tokens = 40
+    old.close()
+    tickets = [it.admission.enter(60, 1, tenant="flood") for _ in range(10)]
+    it.engine.num_live_completions = 0
+    tickets += [it.admission.enter(60, 1, tenant="other") for _ in range(2)]
+    it.engine.num_live_completions = 16
+    for _ in range(20):
+        it.work(0.5, 100, waiting=12)
+    assert it.admission.queue_wait() == pytest.approx(13 * 100 / 200)
+    # Its own two, its place, and as much of the flood's.
+    assert it.admission.estimated_wait("other") == pytest.approx(6 * 100 / 200)
+    assert it.admission.estimated_wait("flood") == pytest.approx((11 + 2) * 100 / 200)
+    assert it.admission.estimated_wait("newcomer") == pytest.approx(3 * 100 / 200)
+    assert it.admission.estimated_wait("heavy", 4.0) == pytest.approx((1 + 2 / 4) * 100 / 200)
+    # Whoever is refused is told when its own turn would have come, and deadlines are held to the same.
+    for tenant, wait in (("flood", 6.5), ("other", 3.0)):
+        with pytest.raises(OverloadedError) as refused:
+            it.admission.check(tenant)
+        assert refused.value.retry_after_s == pytest.approx(wait)
+    for ticket in tickets[1:]:
+        ticket.close()
+    it.engine.num_live_completions = 4
+    late = Deadlines(start_by=it.clock() + 0.1)
+    with pytest.raises(DeadlineUnreachableError) as unreachable:
+        it.admission.enter(60, 1, late, tenant="flood")
+    assert unreachable.value.retry_after_s == it.admission.estimated_wait("flood")
+
+
+tenant_queues = st.dictionaries(
+    st.sampled_from("abcd"),
+    st.tuples(st.integers(1, 20), st.integers(1, 1000), st.sampled_from((0.5, 1.0, 3.0))),
+    min_size=1,
+)
+
+
+@given(tenant_queues, st.sampled_from("abcde"), st.sampled_from((0.5, 1.0, 3.0)))
+def test_no_tenant_is_told_more_than_the_whole_queue_and_its_own_place(
+    queues: dict[str, tuple[int, int, float]], tenant: str, weight: float
+) -> None:
+    it = desk(max_queued_tokens=1 << 40)
+    num_waiting = 0
+    for name, (count, tokens, own_weight) in queues.items():
+        for _ in range(count):
+            it.admission.enter(tokens, tenant=name, weight=own_weight)
+        num_waiting += count
+    it.engine.num_live_completions = 4 + num_waiting
+    for _ in range(5):
+        it.work(0.5, 100, waiting=num_waiting)
+    wait = it.admission.estimated_wait(tenant, weight)
+    assert wait is not None
+    queued = it.admission.queued_tokens
+    place = queues[tenant][1] if tenant in queues else queued / num_waiting
+    own = queues[tenant][0] * queues[tenant][1] if tenant in queues else 0
+    assert min((own + place) / 200, 3600.0) - 1e-6 <= wait <= (queued + place) / 200 + 1e-6
+    assert len(queues) > 1 or tenant not in queues or wait == it.admission.estimated_wait()
+
+
+def test_a_tenant_with_nothing_queued_is_forgotten() -> None:
+    it = desk()
+    for number in range(100):
+        it.admission.enter(10, tenant=f"t{number}").close()
+    assert not it.admission._queues
 
 
 # --- deadlines ------------------------------------------------------------------------------------

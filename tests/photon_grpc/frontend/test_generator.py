@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from photon_grpc.engine.client import AsyncEngine
+from photon_grpc.engine.client import AsyncEngine, RequestStream
+from photon_grpc.engine.messages import EngineRequest
 from photon_grpc.errors import (
     ContextLengthError,
     DuplicateRequestError,
@@ -37,7 +38,7 @@ from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.events import Delta, Event, Finished, Started, Summary
 from photon_grpc.frontend.generator import Generator, TextStream
 from photon_grpc.frontend.tokenizer import Tokenizer
-from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
+from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions, TenantOptions
 from photon_grpc.runner.scripted import logprobs_of
 from photon_grpc.scheduler.output import RowFault
 from photon_grpc.telemetry.metrics import Metrics
@@ -113,6 +114,7 @@ async def house(
     max_num_seqs: int = 8,
     max_queued: int = 100,
     activate: bool = True,
+    tenants: TenantOptions | None = None,
     **runner: Any,
 ) -> AsyncIterator[House]:
     holder: list[House] = []
@@ -131,7 +133,7 @@ async def house(
         on_stopped=lambda error: None,
     )
     with ThreadPoolExecutor(2) as pool:
-        generator = Generator(engine, limits, pool, metrics=Metrics("test"))
+        generator = Generator(engine, limits, pool, metrics=Metrics("test"), tenants=tenants)
         holder.append(House(engine, generator, tokenizer))
         await engine.start()
         if activate:
@@ -183,6 +185,44 @@ async def test_started_deltas_finished_summary(tokenizer: Tokenizer) -> None:
         assert isinstance(started, Started)
         assert started.prompt.num_tokens == 3
         assert started.effective.stop.max_tokens == 509
+
+
+async def test_the_engine_hears_for_whom_it_works(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tokenizer) as it:
+        heard: list[str] = []
+        submit = it.engine.submit
+
+        def listening(request_id: str, request: EngineRequest) -> RequestStream:
+            heard.append(request.tenant)
+            return submit(request_id, request)
+
+        monkeypatch.setattr(it.engine, "submit", listening)
+        it.say("a")
+        await it.events(asking(), tenant="alice")
+        await it.generator.generate(asking(), tenant="bob")
+        await it.events(asking())
+        assert heard == ["alice", "bob", ""]
+
+
+async def test_a_request_has_the_terms_of_its_tenant(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text("[tenants.alice]\nweight = 2.5\nmax_priority = 3\nkv_share = 0.25\n")
+    async with house(tokenizer, tenants=TenantOptions(file=str(file))) as it:
+        it.say("a")
+        heard: list[tuple[int, float, float]] = []
+        submit = it.engine.submit
+
+        def listening(request_id: str, request: EngineRequest) -> RequestStream:
+            heard.append((request.priority, request.weight, request.kv_share))
+            return submit(request_id, request)
+
+        it.engine.submit = listening  # type: ignore[method-assign]
+        for tenant in ("alice", "bob"):
+            for priority in (1, 9):
+                await it.events(asking(scheduling=SchedulingOptions(priority=priority)), tenant=tenant)
+        assert heard == [(1, 2.5, 0.25), (3, 2.5, 0.25), (1, 1.0, 1.0), (9, 1.0, 1.0)]
 
 
 async def test_no_delta_ends_inside_a_character(tokenizer: Tokenizer) -> None:

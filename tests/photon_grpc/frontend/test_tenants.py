@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from photon_grpc.errors import QuotaExceededError
 from photon_grpc.frontend import tenants as tenants_module
 from photon_grpc.frontend.tenants import Bucket, Tenants
-from photon_grpc.options import Options, TenantOptions
+from photon_grpc.options import AuthOptions, Options, SchedulerOptions, TenantOptions
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.builders import FakeClock
-from tests.support.grpc_harness import quick_options, rich_error
+from tests.support.grpc_harness import Harness, quick_options, rich_error, until
 from tests.support.scripted_service import scripted_service
 
 
@@ -98,6 +99,66 @@ def test_idle_tenants_are_forgotten_before_there_are_many(monkeypatch: pytest.Mo
         clock.advance(1.5)
     assert len(tenants) <= 10
     live.close()
+
+
+def test_tenants_without_limits_are_forgotten_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants_module, "_MANY_TENANTS", 10)
+    tenants, _ = books()
+    for number in range(100):
+        with tenants.enter(f"t{number}") as lease:
+            lease.reserve(50)
+            lease.used_tokens = 20
+    assert len(tenants) <= 10
+
+
+def test_each_tenant_has_its_own_terms_and_new_ones_count_at_once(tmp_path: Path) -> None:
+    file, clock = tmp_path / "tenants.toml", FakeClock()
+
+    def write(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        new.replace(file)
+
+    write("[default]\nmax_concurrent_requests = 1\n[tenants.big]\nmax_concurrent_requests = 2\nweight = 3\n")
+    tenants = Tenants(TenantOptions(file=str(file)), clock=clock)
+    first, second = tenants.enter("big"), tenants.enter("big")
+    assert first.terms.weight == 3
+    small = tenants.enter("small")
+    for name in ("big", "small"):
+        with pytest.raises(QuotaExceededError):
+            tenants.enter(name)
+    write("[default]\nmax_concurrent_requests = 3\nrequests_per_s = 1\nrequest_burst = 2\n")
+    tenants.enter("big").close()
+    tenants.enter("big").close()
+    with pytest.raises(QuotaExceededError) as refused:
+        tenants.enter("big")
+    assert refused.value.limit == "requests per second"
+    # What was missing when the size grew is missing still.
+    write("[default]\nrequests_per_s = 2\nrequest_burst = 3\n")
+    tenants.enter("big").close()
+    with pytest.raises(QuotaExceededError) as refused:
+        tenants.enter("big")
+    assert refused.value.retry_after_s == pytest.approx(0.5)
+    for lease in (first, second, small):
+        lease.close()
+
+
+bucket_sizes = st.tuples(st.sampled_from((0.0, 0.5, 3.0)), st.floats(1.0, 100.0))
+
+
+@given(bucket_sizes, st.lists(st.tuples(st.floats(0, 5), st.floats(0, 50), bucket_sizes), max_size=20))
+def test_a_bucket_that_changes_holds_between_nothing_and_its_size(
+    begin: tuple[float, float], steps: list[tuple[float, float, tuple[float, float]]]
+) -> None:
+    bucket, now = Bucket(*begin, 0.0), 0.0
+    for pause, amount, (rate, size) in steps:
+        now += pause
+        if bucket.wait(now, amount) == 0.0:
+            bucket.take(now, amount)
+        bucket.change(rate, size, now)
+        assert bucket.wait(now, 0.0) == 0.0
+        assert not rate or bucket.wait(now, size * 1.01) == math.inf
+        assert not rate or bucket.wait(now, size) <= size / rate + 1e-6
 
 
 @given(
@@ -180,3 +241,90 @@ async def test_refused_and_failed_calls_give_back_what_they_held(tmp_path: Path)
             await harness.inference.Generate(_request(10))
         assert rich_error(caught.value).reason == "QUOTA_EXCEEDED"
         call.cancel()
+
+
+# --- several tenants over a real service ----------------------------------------------------------
+
+
+def _shared(folder: Path, terms: str, **limits: int) -> Options:
+    """One place in the batch; whoever comes with the token `NAME-0123456789abcdef` is the tenant NAME."""
+    (folder / "callers").write_text(
+        "".join(f"{name} infer token:{_token(name)}\n" for name in ("blocker", "flood", "other"))
+    )
+    (folder / "tenants.toml").write_text(terms)
+    return replace(
+        quick_options(limits=limits),
+        scheduler=SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=64),
+        auth=AuthOptions(str(folder / "callers")),
+        tenants=TenantOptions(file=str(folder / "tenants.toml")),
+    )
+
+
+def _token(name: str) -> str:
+    return f"{name}-0123456789abcdef"
+
+
+def _stream(harness: Harness, name: str, max_tokens: int = 4) -> Any:
+    request = pb.StreamGenerateRequest(spec=_request(max_tokens).spec)
+    return harness.inference.StreamGenerate(request, metadata=(("authorization", f"Bearer {_token(name)}"),))
+
+
+async def _blocked(harness: Harness) -> Any:
+    """A call that has the place in the batch until it is cancelled."""
+    call = _stream(harness, "blocker", 4000)
+    await call.read()
+    return call
+
+
+async def _order(harness: Harness, calls: list[tuple[str, Any]], blocker: Any) -> list[str]:
+    """Let the queue go; the tenants in the order in which their calls were served."""
+    await until(lambda: harness.server.num_live_calls == len(calls) + 1, 30.0)
+    order: list[str] = []
+
+    async def read(name: str, call: Any) -> None:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        assert await call.code() is grpc.StatusCode.OK
+        order.append(name)
+
+    blocker.cancel()
+    await asyncio.gather(*(read(name, call) for name, call in calls))
+    return order
+
+
+async def test_a_flood_of_one_tenant_does_not_hold_up_another(tmp_path: Path) -> None:
+    async with scripted_service(tmp_path, _shared(tmp_path, ""), step_s=0.01) as harness:
+        blocker = await _blocked(harness)
+        calls = [("flood", _stream(harness, "flood")) for _ in range(20)]
+        await until(lambda: harness.server.num_live_calls == 21, 30.0)
+        calls += [("other", _stream(harness, "other")) for _ in range(3)]
+        order = await _order(harness, calls, blocker)
+    # In turns: it is served second, fourth and sixth; two ends may reach the reader in either order.
+    assert order[:8].count("other") == 3
+
+
+async def test_a_tenant_of_more_shares_is_served_more(tmp_path: Path) -> None:
+    options = _shared(tmp_path, "[tenants.other]\nweight = 4\n")
+    async with scripted_service(tmp_path, options, step_s=0.01) as harness:
+        blocker = await _blocked(harness)
+        calls = [("flood", _stream(harness, "flood")) for _ in range(8)]
+        await until(lambda: harness.server.num_live_calls == 9, 30.0)
+        calls += [("other", _stream(harness, "other")) for _ in range(8)]
+        order = await _order(harness, calls, blocker)
+    assert order[:11].count("other") == 8
+
+
+async def test_a_queue_that_one_tenant_has_filled_has_room_for_another(tmp_path: Path) -> None:
+    options = _shared(tmp_path, "", max_queued_requests=4)
+    async with scripted_service(tmp_path, options, step_s=0.01) as harness:
+        blocker = await _blocked(harness)
+        calls = [("flood", _stream(harness, "flood")) for _ in range(4)]
+        await until(lambda: harness.server.num_live_calls == 5, 30.0)
+        refused = _stream(harness, "flood")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await refused.read()
+        error = rich_error(caught.value)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+        assert 50 <= int(str(error.trailers["grpc-retry-pushback-ms"])) <= 5000
+        calls += [("other", _stream(harness, "other")) for _ in range(2)]
+        assert sorted(await _order(harness, calls, blocker)) == ["flood"] * 4 + ["other"] * 2

@@ -92,6 +92,40 @@ async def write_for_ever(calls: Calls, context: Context) -> None:
             await asyncio.sleep(0)
 
 
+async def test_the_end_of_a_call_waits_for_its_first_write() -> None:
+    """grpc sends the headers with it, and cannot send a status once it was cancelled."""
+    calls = Calls(LimitOptions())
+    context = Context()
+    context.may_write.clear()
+    task = asyncio.create_task(write_for_ever(calls, context))
+    await asyncio.sleep(0)
+    calls.end_all(EngineDrainingError)
+    await asyncio.sleep(0)
+    assert task.cancelling() == 0
+    context.may_write.set()
+    with pytest.raises(EngineDrainingError):
+        async with asyncio.timeout(30):
+            await task
+    assert task.cancelling() == 0
+    assert len(calls) == 0
+
+
+async def test_the_end_of_a_call_waits_for_no_later_write_and_for_no_first_one_that_hangs() -> None:
+    calls = Calls(LimitOptions())
+    begun, hanging = Context(), Context()
+    hanging.may_write.clear()
+    tasks = [asyncio.create_task(write_for_ever(calls, context)) for context in (begun, hanging)]
+    await asyncio.sleep(0.01)
+    begun.may_write.clear()
+    await asyncio.sleep(0.01)
+    calls.end_all(EngineDrainingError)
+    assert [task.cancelling() for task in tasks] == [1, 0]
+    for task in tasks:
+        with pytest.raises(EngineDrainingError):
+            async with asyncio.timeout(30):
+                await task
+
+
 async def test_only_a_single_long_write_is_a_stall() -> None:
     calls = Calls(LimitOptions(slow_consumer_timeout_s=0.1))
     stalled, reading = Context(), Context()
