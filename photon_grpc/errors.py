@@ -197,10 +197,10 @@ class QuotaExceededError(CapacityError):
 
 
 class OutOfMemoryError(CapacityError):
-    """The device had no memory for this request, alone in the batch; another replica may have."""
+    """There is no memory for this request now; what is smaller, or comes later, may fit."""
 
-    def __init__(self) -> None:
-        super().__init__("there was no memory to compute the request", retry_after_s=1.0)
+    def __init__(self, retry_after_s: float = 1.0) -> None:
+        super().__init__("the server has no memory for the request", retry_after_s)
 
 
 class LifecycleError(PhotonError):

@@ -14,13 +14,15 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+import grpc
+
 from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
-# How long the end of a call waits for its first write.
-_FIRST_WRITE_S = 0.5
 # How much later than the call behind it a cancellation may reach us.
 _CANCELLATION_S = 0.1
+# How much later than a write that the transport gave back.
+_CLOSE_S = 2.0
 # A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
 _SWEEPS_PER_TIMEOUT = 4
 
@@ -34,10 +36,10 @@ class Call:
     __slots__ = (
         "_calls",
         "_deadline_timer",
-        "_end_timer",
         "_error",
-        "_has_written",
+        "_has_sent_headers",
         "_left",
+        "_sends_headers",
         "_task",
         "_write_started",
         "deadline",
@@ -50,9 +52,9 @@ class Call:
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
+        self._has_sent_headers = False
+        self._sends_headers = False
         self._write_started: float | None = None
-        self._has_written = False
-        self._end_timer: asyncio.TimerHandle | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         # Made by whoever waits for the call's end.
         self._left: asyncio.Event | None = None
@@ -77,7 +79,7 @@ class Call:
     @property
     def is_ending(self) -> bool:
         """Whether the client has left, or the server ends the call, and its handler is on its way out."""
-        return self._error is not None or self._task.cancelling() > 0
+        return self._task.cancelling() > 0
 
     async def wait_left(self) -> None:
         """Return once the call's handling is over."""
@@ -86,31 +88,38 @@ class Call:
         await self._left.wait()
 
     def end(self, error: PhotonError) -> None:
-        """End the call with `error`; the first reason given stands.
-
-        grpc sends the headers with the first message, and after a first write that was cancelled it sends
-        them again with the status, which the call refuses: the client would hear of no status at all. So
-        that write gets a moment to finish.
-        """
-        if self._error is not None:
-            return
-        self._error = error
-        if self._write_started is None or self._has_written:
-            self._task.cancel()
-        else:
-            self._end_timer = asyncio.get_running_loop().call_later(_FIRST_WRITE_S, self._task.cancel)
+        """End the call with `error`; the first reason given stands."""
+        if self._error is None:
+            self._error = error
+            if not self._sends_headers:
+                self._task.cancel()
 
     async def write(self, context: Any, message: Any) -> None:
         """Write one response, watched for a client that does not read.
 
-        Raises the reason of an end that had to wait for it.
+        The headers go ahead on their own, at the moment of the first response: with them in its batch, a
+        status that follows while that is pending would send them again, which grpc refuses, and the client
+        would wait for a status for ever.
         """
         self._write_started = time.monotonic()
-        await context.write(message)
+        try:
+            if not self._has_sent_headers:
+                await self._send_headers(context)
+            await context.write(message)
+        except grpc.aio.InternalError:
+            # The client has left with the response pending; grpc cancels this task in a moment.
+            await asyncio.sleep(_CLOSE_S)
+            raise
         self._write_started = None
-        self._has_written = True
+
+    async def _send_headers(self, context: Any) -> None:
+        """Not to be interrupted: grpc would count headers that are on their way as unsent."""
+        self._sends_headers = True
+        await context.send_initial_metadata(())
+        self._sends_headers, self._has_sent_headers = False, True
         if self._error is not None:
-            raise self._error
+            self._task.cancel()
+            await asyncio.sleep(0)
 
     def stalled_since(self, moment: float) -> bool:
         """Whether one write has been pending since before `moment`."""
@@ -131,8 +140,6 @@ class Call:
     ) -> None:
         assert self._deadline_timer is not None
         self._deadline_timer.cancel()
-        if self._end_timer is not None:
-            self._end_timer.cancel()
         self._calls.remove(self)
         if self._left is not None:
             self._left.set()

@@ -229,7 +229,7 @@ class _StructError(Exception):
 
 
 class _StructWalk:
-    """Struct to plain values within bounds; sizes count as compact JSON would.
+    """Struct to plain values within bounds; sizes count as compact JSON does that needs no escapes.
 
     Whole numbers become integers, as a template would write them otherwise.
     """
@@ -262,10 +262,11 @@ class _StructWalk:
             number = message.number_value
             if not math.isfinite(number):
                 raise _StructError("holds a number that is not finite")
-            self._spend(len(repr(number)))
-            return int(number) if number.is_integer() else number
+            plain = int(number) if number.is_integer() else number
+            self._spend(len(repr(plain)))
+            return plain
         if kind == "bool_value":
-            self._spend(5)
+            self._spend(4 if message.bool_value else 5)
             return message.bool_value
         if kind == "null_value":
             self._spend(4)
@@ -275,7 +276,7 @@ class _StructWalk:
     def _enter(self, num_elements: int, depth: int) -> None:
         if depth > self._max_depth:
             raise _StructError(f"is nested deeper than {self._max_depth}")
-        self._spend(2 + num_elements)
+        self._spend(2 + max(0, num_elements - 1))
 
     def _spend(self, num_bytes: int) -> None:
         self._bytes += num_bytes

@@ -23,7 +23,7 @@ from photon_grpc.options import AuthOptions, LimitOptions, Options, ServerOption
 from photon_grpc.server.callers import Callers
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.control import ControlServicer
-from photon_grpc.server.deserialize import add_service
+from photon_grpc.server.deserialize import add_service, require_compiled_protobuf
 from photon_grpc.server.health import HealthServicer
 from photon_grpc.server.inference import InferenceServicer
 from photon_grpc.server.interceptors.auth import AuthInterceptor
@@ -150,10 +150,12 @@ class Server:
         call_observers: Sequence[CallObserver] = (),
         certificate_observer: CertificateObserver | None = None,
     ) -> None:
-        """Raises ConfigError for an unprotected listener, and for certificate files that cannot be served.
+        """Raises ConfigError for an unprotected listener, for certificate files that cannot be served, and
+        where protobuf is not the compiled one.
 
         `call_observers` hear of every call that has ended, before its log line is written.
         """
+        require_compiled_protobuf()
         check_options(options.server, options.tls, options.auth)
         self._callers = Callers(options.auth.callers_file) if options.auth.callers_file else None
         self._certificates = (

@@ -38,7 +38,7 @@ ROOMS: dict[str, Room] = {
     "watched_file": room("errors", "structlog"),
     "config": room("errors", "pydantic pydantic_settings"),
     "scheduler": room("errors types"),
-    "kernels": room("errors", "cupy cuda numpy torch"),
+    "kernels": room("errors", "cupy cuda numpy torch structlog"),
     "ops": room("errors types", "torch"),
     "ops.cuda_ops": room("errors types kernels", "torch"),
     "models": room("ops errors types", "torch safetensors numpy"),

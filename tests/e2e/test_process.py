@@ -129,19 +129,6 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_damaged_weights_end_with_two_naming_file_and_tensor(model: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in model.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    result = start("--model", str(broken), "--set", "server.admin_port=-1")
-    assert result.returncode == 2
-    assert "model.safetensors" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_unknown_architecture_ends_with_two_and_lists_the_known(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -237,19 +224,3 @@ def test_a_killed_server_takes_its_engine_with_it(model: Path, tmp_path: Path) -
         while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-
-
-def test_a_start_that_fails_in_the_engine_s_process_says_the_same(model: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in model.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    arguments = ("--model", str(broken), "--set", "server.admin_port=-1")
-    results = [start(*arguments, "--set", f"engine.process={where}") for where in ("own", "shared")]
-    assert [result.returncode for result in results] == [2, 2]
-    messages = [result.stderr.strip().splitlines()[-1] for result in results]
-    assert messages[0] == messages[1]
-    assert "model.safetensors" in messages[0]
-    assert "Traceback" not in results[0].stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
 from pathlib import Path
 
@@ -81,33 +80,3 @@ def test_no_log_no_metric_and_no_error_repeats_a_text(model: Path, tmp_path: Pat
         assert text not in log
         assert text not in metrics
         assert not any(text in error for error in errors)
-
-
-def fill(pipe: int) -> None:
-    """Write into a pipe until it takes no more."""
-    os.set_blocking(pipe, False)
-    try:
-        while True:
-            os.write(pipe, b"x" * 4096)
-    except BlockingIOError:
-        os.set_blocking(pipe, True)
-
-
-def test_a_server_whose_log_nobody_reads_serves_and_leaves(model: Path, tmp_path: Path) -> None:
-    """Standard error is full from the start, for the engine's own process too."""
-    reading, writing = os.pipe()
-    try:
-        fill(writing)
-        with (
-            server_process(
-                model, tmp_path / "log", stderr=writing, engine__process="own", telemetry__log_level="debug"
-            ) as server,
-            grpc.insecure_channel(server.address) as channel,
-        ):
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            for _ in range(50):
-                stub.Generate(inference_pb2.GenerateRequest(spec=spec(max_tokens=4)), timeout=60)
-            assert server.stop() == 0
-    finally:
-        os.close(reading)
-        os.close(writing)

@@ -21,7 +21,7 @@ from tests.support.builders import model_info
 from tests.support.grpc_harness import Harness, quick_options, running_server
 from tools.make_tiny_model import write_tokenizer
 
-_VOCAB_SIZE = 512
+VOCAB_SIZE = 512
 
 
 @asynccontextmanager
@@ -30,17 +30,18 @@ async def scripted_service(
     options: Options | None = None,
     *,
     step_s: float = 0.0,
+    max_model_len: int = 4096,
     call_observers: Sequence[CallObserver] = (),
     **runner: Any,
 ) -> AsyncIterator[Harness]:
-    """Serving, each step asleep for `step_s`; contexts of 4,096 tokens. `folder` takes the tokenizer.
+    """Serving, each step asleep for `step_s`. `folder` takes the tokenizer.
 
     `runner` is what else the ScriptedRunner is given: faults, lack of memory.
     """
     options = options or quick_options()
-    model = model_info(vocab_size=_VOCAB_SIZE, max_model_len=4096)
+    model = model_info(vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
     metrics = Metrics(photon_grpc.__version__)
-    write_tokenizer(folder, _VOCAB_SIZE, add_bos=False)
+    write_tokenizer(folder, VOCAB_SIZE, add_bos=False)
     tokenizer = Tokenizer.load(folder)
     with TextPool(options.server.text_threads) as text_pool:
         engine = AsyncEngine(

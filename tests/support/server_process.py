@@ -15,7 +15,9 @@ from pathlib import Path
 
 import grpc
 
+from photon_grpc.engine.host import RunnerFactory
 from photon_grpc.v1 import control_pb2, control_pb2_grpc
+from tests.support.scripted_main import encode_factory
 
 _READY = re.compile(r"serving \S+ at (\S+) \(admin ([^\s,)]+)(?:, metrics ([^\s,)]+))?\)")
 _START_S = 60.0
@@ -31,6 +33,7 @@ class ServerProcess:
     admin: str
     metrics: str | None
     log: Path
+    is_scripted: bool = False
 
     def load(self) -> control_pb2.GetLoadResponse:
         """GetLoad, over a connection of its own."""
@@ -58,12 +61,31 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    folder: Path, log: Path, *, stderr: int = subprocess.STDOUT, **settings: object
+    folder: Path,
+    log: Path,
+    *,
+    stderr: int = subprocess.STDOUT,
+    runner: RunnerFactory | None = None,
+    **settings: object,
 ) -> Iterator[ServerProcess]:
     """`photon-grpc serve` on free loopback ports; `settings` are `section__key=value`.
 
-    `log` gets what it writes, but for `stderr` where that is a descriptor.
+    `log` gets what it writes, but for `stderr` where that is a descriptor. With `runner`, which must pickle,
+    the process is that of `scripted_main`, and `folder` needs a tokenizer only.
     """
+    arguments = serve_command(folder, runner, **settings)
+    with log.open("w") as sink:
+        process = subprocess.Popen(arguments, stdout=sink, stderr=stderr, text=True)
+    try:
+        yield ServerProcess(process, *wait_until_ready(process, log), log, runner is not None)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def serve_command(folder: Path, runner: RunnerFactory | None = None, **settings: object) -> list[str]:
+    """The command line of `server_process`."""
     values = {
         "server.port": 0,
         "server.admin_port": 0,
@@ -71,20 +93,15 @@ def server_process(
         "engine.num_threads": 1,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
-    arguments = [sys.executable, "-m", "photon_grpc", "serve", "--model", str(folder)]
+    program = ["photon_grpc"] if runner is None else ["tests.support.scripted_main", encode_factory(runner)]
+    arguments = [sys.executable, "-m", *program, "serve", "--model", str(folder)]
     for key, value in values.items():
         arguments += ["--set", f"{key}={value}"]
-    with log.open("w") as sink:
-        process = subprocess.Popen(arguments, stdout=sink, stderr=stderr, text=True)
-    try:
-        yield ServerProcess(process, *_wait_until_ready(process, log), log)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    return arguments
 
 
-def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str, str | None]:
+def wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str, str | None]:
+    """Public, admin and metrics address of a server that writes to `log`, once it serves."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
         if match := _READY.search(log.read_text()):

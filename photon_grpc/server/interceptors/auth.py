@@ -7,7 +7,6 @@ Event loop only.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 import grpc
 import structlog
 
-from photon_grpc.errors import ForbiddenError, PhotonError, UnauthenticatedError
+from photon_grpc.errors import ForbiddenError, UnauthenticatedError
 from photon_grpc.server.callers import Caller, Callers
 from photon_grpc.server.deserialize import Behavior
-from photon_grpc.server.status import to_status
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 
@@ -80,13 +78,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return guarded
 
     def _guard_both_ways(self, behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
-        """The error interceptor leaves these alone, so a refusal gets its status here."""
-
         async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
-            try:
-                self._admit(context, method)
-            except PhotonError as error:
-                await context.abort_with_status(to_status(error, uuid.uuid4().hex))
+            self._admit(context, method)
             async for response in behavior(requests, context):
                 yield response
 

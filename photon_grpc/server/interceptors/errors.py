@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
 
 import grpc
 import structlog
 
 from photon_grpc.server.deserialize import Behavior
-from photon_grpc.server.status import REQUEST_ID_KEY, is_foreseen, reason_of, to_status
+from photon_grpc.server.status import REQUEST_ID_KEY, RpcStatus, is_foreseen, reason_of, to_status
 from photon_grpc.telemetry.call_record import current_call
 
+# How long a handler waits for its client to take a status.
+_STATUS_S = 2.0
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = structlog.get_logger(__name__)
 
@@ -63,19 +65,60 @@ def _guard(behavior: Behavior, method: str) -> Behavior:
         except (grpc.aio.AbortError, *_NOT_OURS):
             raise  # a status that is already sent, or no error of the call
         except BaseException as error:  # noqa: BLE001  # grpc would leave a call without a status for some
-            request_id = request_id_of(context)
-            record = current_call.get()
-            if record is not None:
-                record.reason = reason_of(error)
-            if not is_foreseen(error):
-                _log.error("call failed", method=method, request_id=request_id, exc_info=error)
-            await context.abort_with_status(to_status(error, request_id))
+            status = _status_of(error, context, method)
+        # Outside of the handler: grpc keeps the exception of an abort for a while, and with the error as its
+        # context it would keep all that the call had.
+        return await _end(context, status)
 
     return guarded
 
 
+def _guard_both_ways(behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+    async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+        set_request_id(context, _initial_id(context))
+        try:
+            async for response in behavior(requests, context):
+                yield response
+            return
+        except (grpc.aio.AbortError, *_NOT_OURS):
+            raise
+        except BaseException as error:  # noqa: BLE001  # as above
+            status = _status_of(error, context, method)
+        await _end(context, status)
+
+    return guarded
+
+
+def _status_of(error: BaseException, context: Any, method: str) -> RpcStatus:
+    """What the client is told of `error`; the log and the call's record hear of it here."""
+    request_id = request_id_of(context)
+    record = current_call.get()
+    if record is not None:
+        record.reason = reason_of(error)
+    if not is_foreseen(error):
+        _log.error("call failed", method=method, request_id=request_id, exc_info=error)
+    return to_status(error, request_id)
+
+
+async def _end(context: Any, status: RpcStatus) -> NoReturn:
+    """Send `status` and raise grpc's AbortError; CancelledError where the client does not take it.
+
+    The status waits behind a response that a client does not read, and grpc goes on holding it until the
+    client reads or leaves. The call is over here long before.
+    """
+    record = current_call.get()
+    if record is not None:
+        record.code = str(status.code.name)
+    try:
+        async with asyncio.timeout(_STATUS_S):
+            await context.abort_with_status(status)
+    except (TimeoutError, grpc.aio.InternalError):
+        raise asyncio.CancelledError from None
+    raise AssertionError("grpc's abort came back")
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Wraps every handler that answers one request; bidirectional ones keep their own protocol."""
+    """Wraps every handler; of those that take a stream of requests there are only bidirectional ones."""
 
     async def intercept_service(
         self,
@@ -83,9 +126,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
         method = handler_call_details.method
+        if handler.request_streaming:
+            return handler._replace(stream_stream=_guard_both_ways(handler.stream_stream, method))
         if handler.response_streaming:
             return handler._replace(unary_stream=_guard(handler.unary_stream, method))
         return handler._replace(unary_unary=_guard(handler.unary_unary, method))

@@ -217,8 +217,9 @@ def test_chat_is_counted_as_a_whole() -> None:
 
 
 def nested(depth: int) -> dict[str, Any]:
+    """So many containers, the outermost included."""
     value: Any = 1
-    for level in range(depth):
+    for level in range(depth - 1):
         value = [value] if level % 2 else {"k": value}
     return {"k": value}
 
@@ -227,10 +228,13 @@ def test_template_arguments() -> None:
     assert violations(chat("x", template_args=nested(8))) == []
     assert violations(chat("x", template_args=nested(9))) == ["spec.chat.template_args"]
     assert violations(chat("x", template_args=nested(5000))) == ["spec.chat.template_args"]
-    # {"k": "…"} is nine characters around the text.
+    # {"k":"…"} is eight characters around the text.
     limit = LIMITS.max_template_args_bytes
-    assert violations(chat("x", template_args={"k": "x" * (limit - 9)})) == []
-    assert violations(chat("x", template_args={"k": "x" * (limit - 8)})) == ["spec.chat.template_args"]
+    assert violations(chat("x", template_args={"k": "x" * (limit - 8)})) == []
+    assert violations(chat("x", template_args={"k": "x" * (limit - 7)})) == ["spec.chat.template_args"]
+    assert violations(chat("x", template_args={"k": "é" * (limit // 2 - 4)})) == []
+    assert violations(chat("x", template_args={"k": "é" * (limit // 2 - 3)})) == ["spec.chat.template_args"]
+    assert violations(chat("x", template_args={"k": "\ud800"})) == ["spec.chat.template_args"]
     assert violations(chat("x", template_args={"k": object()})) == ["spec.chat.template_args"]
 
 
