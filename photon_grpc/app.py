@@ -7,8 +7,11 @@ them, and taken down in the opposite one.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import faulthandler
+import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +37,7 @@ from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.call_record import CallRecord
 from photon_grpc.telemetry.call_trace import CallTrace
-from photon_grpc.telemetry.logging import num_dropped_records
+from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
 from photon_grpc.telemetry.otlp import OtlpExport
@@ -297,6 +300,14 @@ def run(
     """`serve` on a new uvloop event loop; the exit code. Raises StartupError."""
     code: int = uvloop.run(serve(options, ready=ready, progress=progress))
     if code:
-        # The interpreter's own end can hang too, on a device that does.
+        # The interpreter's own end can hang too, on a device that does; on one that is lost it aborts.
         _end_within(_LEAVE_S)
+        atexit.register(_end_now, code)
     return code
+
+
+def _end_now(code: int) -> None:
+    """End the process without letting go of anything: what holds on to a device may only fail."""
+    flush_logs()
+    sys.stdout.flush()
+    os._exit(code)

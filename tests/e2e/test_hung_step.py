@@ -32,12 +32,13 @@ from dataclasses import replace
 from photon_grpc import app
 from photon_grpc.options import EngineOptions, ModelOptions, TelemetryOptions
 from photon_grpc.telemetry.logging import configure_logging
-from tests.support.engine_factories import Hanging, Scripted
+from tests.support.engine_factories import Hanging, Losing, Scripted
 from tests.support.grpc_harness import quick_options
 
 folder, process, how, timeout_s = sys.argv[1:]
 configure_logging(TelemetryOptions())
-factory = Scripted(step_s=0.01) if how == "never" else Hanging(20, holds_interpreter=how == "holds")
+factories = {"never": Scripted(step_s=0.01), "lost": Losing(num_rows=3)}
+factory = factories.get(how) or Hanging(20, holds_interpreter=how == "holds")
 app.RunnerFactory = lambda folder, options, own_process: factory
 options = replace(
     quick_options(),

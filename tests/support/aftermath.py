@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
-from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import SequenceOutput
-from tests.support.grpc_harness import until
+
+if TYPE_CHECKING:
+    # GPU tests run where what it imports is not installed.
+    from photon_grpc.engine.client import AsyncEngine
 
 # Threads that outlive a service by design: the loop's default pool, and grpc's one poller of the process.
 _SHARED_THREADS = ("asyncio_", "_poll_wrapper")
@@ -60,7 +64,9 @@ async def engine_clean(engine: AsyncEngine) -> None:
             and stats.kv_blocks_used == stats.kv_slots_used == 0
         )
 
-    await until(is_clean, _PATIENCE_S)
+    async with asyncio.timeout(_PATIENCE_S):
+        while not is_clean():  # noqa: ASYNC110  # what is watched are figures of the engine, not an event
+            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -76,7 +82,7 @@ async def nothing_left_running() -> AsyncIterator[None]:
             *(thread for thread in strangers if not any(name in thread.name for name in _SHARED_THREADS)),
         ]
 
-    try:
-        await until(lambda: not left(), _PATIENCE_S)
-    except TimeoutError:
-        raise AssertionError(f"still there: {left()}") from None
+    give_up_at = time.monotonic() + _PATIENCE_S
+    while strangers := left():
+        assert time.monotonic() < give_up_at, f"still there: {strangers}"
+        await asyncio.sleep(0.005)

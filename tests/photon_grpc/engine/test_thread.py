@@ -215,6 +215,26 @@ def test_fault_04_a_runner_that_cannot_even_be_closed_does_not_hide_the_end() ->
         assert isinstance(stopped.error, EngineDeadError)
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, BaseException])
+@pytest.mark.parametrize("method", ["launch", "collect"])
+def test_fault_07_a_thread_that_dies_of_anything_says_so(method: str, error: type[BaseException]) -> None:
+    class Dying(ScriptedRunner):
+        pass
+
+    def die(*_: object) -> None:
+        raise error
+
+    setattr(Dying, method, die)
+    with engine(lambda: Dying(model_info())) as (thread, mailbox):
+        mailbox.get()
+        thread.post(Submit(1, engine_request(PROMPT, 8)))
+        steps, stopped = mailbox.until_stopped()
+        assert steps == []
+        assert isinstance(stopped.error, EngineDeadError)
+        assert thread.join(10)
+        assert mailbox.is_empty()
+
+
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_the_runner_is_built_and_used_on_one_thread(in_flight: int) -> None:
     threads: set[str] = set()

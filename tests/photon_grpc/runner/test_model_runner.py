@@ -328,6 +328,8 @@ def _raise(error: Exception) -> None:
 
 def lacking(runner: Any, place: str, at: int, allocate: Callable[[], object]) -> None:
     """Let call number `at` of a method of model or sampler find no memory, after it has done its work."""
+    if place == "sample" and runner.max_in_flight > 1:
+        pytest.skip("a GPU's runner samples inside of its graphs")
     owner = runner._decoder if place in ("forward", "compute_logits") else runner._sampler
     method = getattr(owner, place)
     calls = 0
@@ -369,7 +371,7 @@ def test_fault_03_a_request_alone_without_memory_fails_and_the_next_is_served(ll
     outputs = run_to_end(core)
     assert_told_once(core, outputs, (1,))
     assert outputs[-1].failure is FailureKind.OUT_OF_MEMORY
-    assert [t for o in outputs for t in o.token_ids] == llama.greedy(prompt, 20)[:3]
+    assert [t for o in outputs for t in o.token_ids] == llama.greedy(prompt, 20)[: 4 - runner.max_in_flight]
     assert generate(core, again=greedy_request(prompt, 20))["again"] == llama.greedy(prompt, 20)
     assert_core_clean(core)
 
