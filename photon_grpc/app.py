@@ -42,8 +42,9 @@ from photon_grpc.telemetry.otlp import OtlpExport
 _log = structlog.get_logger(__name__)
 
 _ENGINE_STOP_S = 10.0
-# One that is dead has nothing to finish; its thread or process may hang.
-_DEAD_ENGINE_STOP_S = 2.0
+# One that is dead has nothing to finish, and its thread or process may hang; one that loads cannot be
+# interrupted where it is a thread, and ends with the process.
+_IDLE_ENGINE_STOP_S = 2.0
 # From the engine's death to the end of the process at the latest, even if it hangs on the way.
 _LEAVE_S = 20.0
 _GUARD_INTERVAL_S = 1.0
@@ -196,6 +197,7 @@ async def serve(
     lag.start()
     exposition: MetricsServer | None = None
     guard: asyncio.Task[None] | None = None
+    engine: EngineReady | None = None
     _on_signals(leave, server)
     ports = await server.start()
     try:
@@ -226,14 +228,15 @@ async def serve(
             guard.cancel()
         _end_within(_LEAVE_S)
         await server.stop()
-        stopped = await stack.stop(_DEAD_ENGINE_STOP_S if died else _ENGINE_STOP_S)
+        has_work = engine is not None and not died
+        stopped = await stack.stop(_ENGINE_STOP_S if has_work else _IDLE_ENGINE_STOP_S)
         faulthandler.cancel_dump_traceback_later()
         if exposition is not None:
             exposition.close()
         lag.stop()
         if otlp is not None:
             await asyncio.get_running_loop().run_in_executor(None, otlp.close)
-    return 1 if died or not stopped else 0
+    return 1 if died or (has_work and not stopped) else 0
 
 
 async def _guard(engine: AsyncEngine, step_timeout_s: float) -> None:

@@ -31,9 +31,16 @@ from rich.table import Table
 from rich.text import Text
 
 from photon_grpc import __version__
+from photon_grpc.batch_file import chunks, read_entries, render
 from photon_grpc.bench import LoadReport, percentile, run_load
 from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tls, Tokens
-from photon_grpc.config import Override, load_options, parse_assignment
+from photon_grpc.config import (
+    TOKEN_VARIABLE,
+    Override,
+    load_options,
+    parse_assignment,
+    token_from_environment,
+)
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
 from photon_grpc.telemetry.logging import configure_logging
@@ -42,6 +49,8 @@ __all__ = ["app", "main"]
 
 DEFAULT_MAX_TOKENS = 256
 INTERRUPTED = 130
+# Half of what a server takes as one message.
+_MAX_BATCH_BYTES = 512 << 10
 
 app = typer.Typer(
     name="photon-grpc",
@@ -108,7 +117,12 @@ TlsCertFlag = Annotated[
 ]
 TokenFlag = Annotated[
     Path | None,
-    _option(_CALL_PANEL, "--token-file", metavar="FILE", help="Send the bearer token in this file."),
+    _option(
+        _CALL_PANEL,
+        "--token-file",
+        metavar="FILE",
+        help="Send the bearer token in this file; else that of PHOTON_TOKEN.",
+    ),
 ]
 TlsKeyFlag = Annotated[
     Path | None,
@@ -305,7 +319,7 @@ def generate(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
-        _token(token_file),
+        token_file,
         config,
         assignments,
         model=model,
@@ -356,7 +370,7 @@ def chat(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
-        _token(token_file),
+        token_file,
         config,
         assignments,
         model=model,
@@ -402,6 +416,67 @@ def chat(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel="Generate")
+def batch(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Requests, one JSON object a line; - is standard input.")
+    ] = "-",
+    address: Annotated[
+        str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to call.")
+    ] = "127.0.0.1:50051",
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
+    size: Annotated[int, typer.Option("--size", min=1, help="Requests of one call, at most.")] = 64,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", min=0.001, help="Seconds a call may take; else the server's.", show_default=False
+        ),
+    ] = None,
+    max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    seed: SeedFlag = None,
+    stop: StopFlag = None,
+    ignore_eos: IgnoreEosFlag = False,
+) -> None:
+    """Run many requests through a server; prints one JSON object a line for each, as they end.
+
+    A line of FILE has `text` or `messages`, and may have `id`, which its answer repeats, max_tokens,
+    temperature, top_p, top_k, seed, stop and ignore_eos; the flags are for lines that do not say. An answer
+    has `item`, the number of the request from 0, and `text` or `error`. Exit code 1 if any failed.
+    """
+    default = Request(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos or None,
+    )
+    raw = sys.stdin.buffer.read() if file == "-" else _read_file("FILE", Path(file))
+    try:
+        # Not splitlines, which ends a line at separators that JSON may hold as they are.
+        entries = read_entries(raw.decode().split("\n"), default)
+    except UnicodeDecodeError:
+        raise typer.BadParameter("the requests are not valid UTF-8") from None
+    num_failed = 0
+    with Client(address, tls=_tls(tls_ca, tls_cert, tls_key), token=_token(token_file)) as client:
+        for chunk in chunks(entries, size, _MAX_BATCH_BYTES):
+            requests = [entry.request for entry in chunk]
+            with closing(client.batch(requests, timeout_s=timeout_s)) as answers:
+                for answer in answers:
+                    num_failed += answer.error is not None
+                    _write(render(chunk[answer.item], answer) + "\n")
+    if num_failed:
+        _err.print(f"{num_failed} of {len(entries)} requests failed", style="red", highlight=False)
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel="Inspect")
 def tokenize(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text; - reads standard input.")],
@@ -420,9 +495,9 @@ def tokenize(
 ) -> None:
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
-    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
+    tls = _tls(tls_ca, tls_cert, tls_key)
     if address is None:
-        _refuse_without_address(tls, token)
+        _refuse_without_address(tls, token_file)
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
@@ -431,7 +506,7 @@ def tokenize(
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:
-        with Client(address, tls=tls, token=token) as client:
+        with Client(address, tls=tls, token=_token(token_file)) as client:
             tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
         print(*tokens.ids)
@@ -535,8 +610,8 @@ def health(
     token_file: TokenFlag = None,
 ) -> None:
     """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
-    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
-    with Client(address, tls=tls, token=token) as client:
+    tls = _tls(tls_ca, tls_cert, tls_key)
+    with Client(address, tls=tls, token=_token(token_file)) as client:
         if not client.wait_until_serving(wait_s):
             _err.print(f"{address} is not serving", markup=False, highlight=False)
             raise typer.Exit(1)
@@ -671,13 +746,17 @@ def _read_file(flag: str, path: Path) -> bytes:
 
 
 def _token(file: Path | None) -> str:
-    """The token in the file of --token-file; empty without one. Raises ConfigError."""
+    """The token in the file of --token-file, else in PHOTON_TOKEN; empty for none. Raises ConfigError."""
     if file is None:
-        return ""
-    token = _read_file("--token-file", file).decode(errors="replace").strip()
+        source, token = TOKEN_VARIABLE, token_from_environment().strip()
+        if not token:
+            return ""
+    else:
+        source = f"--token-file {file}"
+        token = _read_file("--token-file", file).decode(errors="replace").strip()
     # What metadata may hold, so that a wrong file is an error here and not inside grpc.
     if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"--token-file {file}: holds no token")
+        raise ConfigError(f"{source}: holds no token")
     return token
 
 
@@ -687,8 +766,9 @@ def _control(
     return ControlClient(address, tls=_tls(ca, certificate, key), token=_token(token_file))
 
 
-def _refuse_without_address(tls: Tls | None, token: str) -> None:
-    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * bool(token)
+def _refuse_without_address(tls: Tls | None, token_file: Path | None) -> None:
+    # Not PHOTON_TOKEN: it is there for whichever command needs it.
+    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * (token_file is not None)
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect without --address")
 
@@ -697,14 +777,14 @@ def _refuse_without_address(tls: Tls | None, token: str) -> None:
 def _source(
     address: str | None,
     tls: Tls | None,
-    token: str,
+    token_file: Path | None,
     config: Path | None,
     assignments: Sequence[str] | None,
     **flags: object,
 ) -> Iterator[TextSource]:
     """The server at `address`, or else the model loaded into this process."""
     if address is None:
-        _refuse_without_address(tls, token)
+        _refuse_without_address(tls, token_file)
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
@@ -723,7 +803,7 @@ def _source(
     given += ["--set"] if assignments else []
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
-    with Client(address, tls=tls, token=token) as client:
+    with Client(address, tls=tls, token=_token(token_file)) as client:
         yield client
 
 

@@ -47,7 +47,7 @@ def problems(spec: KernelSpec, macros: dict[str, int | str], compiled: Compiled,
     report = compiled.functions.get(spec.name)
     if report is None:
         return [*found, f'no extern "C" function {spec.name}']
-    if report.spill_bytes:
+    if report.spill_bytes > spec.max_spill_bytes:
         found.append(f"spills {report.spill_bytes} bytes")
     if report.registers > spec.max_registers:
         found.append(f"{report.registers} registers, budget {spec.max_registers}")

@@ -6,6 +6,7 @@ the engine thread; knows ids and numbers, no text and no grpc.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,7 @@ from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.runner.base import Runner
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
 from photon_grpc.scheduler.output import SamplerSpec, SchedulerOutput
-from photon_grpc.scheduler.prefix_cache import scope_root
+from photon_grpc.scheduler.prefix_cache import KEY_BYTES, scope_root
 from photon_grpc.scheduler.request import Request
 from photon_grpc.scheduler.scheduler import Scheduler
 
@@ -61,6 +62,8 @@ class EngineCore:
         self._clock = clock
         self._in_flight: deque[SchedulerOutput] = deque()
         self._last_seq_id = 0
+        # Of this engine's lifetime: the cache it names does not outlive it either.
+        self._cache_key = os.urandom(KEY_BYTES)
 
     @property
     def has_work(self) -> bool:
@@ -80,7 +83,7 @@ class EngineCore:
     def submit(self, message: Submit) -> None:
         """Turn a request into its `n` sequences."""
         request = message.request
-        cache_root = scope_root(request.cache_scope)
+        cache_root = scope_root(self._cache_key, request.tenant, request.cache_salt)
         for index in range(request.sampling.n):
             self._last_seq_id += 1
             self.scheduler.add(_sequence(self._last_seq_id, message.key, index, request, cache_root))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -258,15 +258,17 @@ class CudaRunner:
         last = self._rows
         if output.same_rows and last is not None and not last.prefills:
             return last
-        return self._arrange(output.rows)
+        return self._arrange(output.rows, {new.seq_id for new in output.new})
 
-    def _arrange(self, scheduled: Sequence[ScheduledSequence]) -> _Rows:
-        # A lone token that is not the newest is the host's to bring.
-        decode_ids = [row.seq_id for row in scheduled if row.num_tokens == 1 and row.sample]
+    def _arrange(self, scheduled: Sequence[ScheduledSequence], new_ids: Set[int]) -> _Rows:
+        # A lone token that is not the newest is the host's to bring. And a row that begins may share blocks
+        # that others fill in this very step, which attention over decode rows does not wait for.
+        is_decode = [row.num_tokens == 1 and row.sample and row.seq_id not in new_ids for row in scheduled]
+        decode_ids = [row.seq_id for row, decodes in zip(scheduled, is_decode, strict=True) if decodes]
         prefills = tuple(
             PrefillRow(row.seq_id, row.num_tokens, row.sample)
-            for row in scheduled
-            if row.num_tokens > 1 or not row.sample
+            for row, decodes in zip(scheduled, is_decode, strict=True)
+            if not decodes
         )
         num_prefill_tokens = sum(row.num_tokens for row in prefills)
         scored = any(self._num_scored(row) for row in prefills) if self._to_score else False

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import select
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from queue import Empty, SimpleQueue
 from typing import TextIO
 
@@ -36,6 +38,8 @@ class LogSink:
         self._num_dropped = 0
         self._num_told = 0
         self._closed = False
+        # What came last into the stream is the beginning of a line.
+        self._is_torn = False
         self._thread = threading.Thread(target=self._run, name="photon-log", daemon=True)
         self._thread.start()
 
@@ -95,27 +99,43 @@ class LogSink:
 
     def _write(self, lines: list[str]) -> None:
         dropped = self._num_dropped - self._num_told
-        if dropped:
+        records = [*lines, self._notice(dropped)] if dropped else lines
+        num_written = self._write_records(records)
+        if num_written == len(records):
             self._num_told += dropped
-            lines = [*lines, self._notice(dropped)]
-        try:
-            self._write_text("".join(lines))
-        except (OSError, ValueError):
-            # The reader has gone, or the stream is closed: there is nowhere left to say so but the count.
-            self.count_dropped(len(lines))
+        elif num_written < len(lines):
+            # There is nowhere left to say so but the count, until there is room again.
+            self.count_dropped(len(lines) - num_written)
 
-    def _write_text(self, text: str) -> None:
-        if self._fd is None:
-            self._stream.write(text)
+    def _write_records(self, records: list[str]) -> int:
+        """How many were written whole: all, or those before the reader was gone or the room was used up."""
+        if self._fd is not None:
+            return self._write_bytes(self._fd, [r.encode(errors="backslashreplace") for r in records])
+        try:
+            self._stream.write("".join(records))
             self._stream.flush()
-            return
-        # Past the stream's own buffer, whose lock the interpreter wants at its exit.
-        data = memoryview(text.encode(errors="backslashreplace"))
-        while data:
+        except (OSError, ValueError):
+            return 0
+        return len(records)
+
+    def _write_bytes(self, fd: int, records: list[bytes]) -> int:
+        """Past the stream's own buffer, whose lock the interpreter wants at its exit."""
+        if self._is_torn:
+            records = [b"\n" + records[0], *records[1:]]
+        ends = list(accumulate(map(len, records)))
+        data = memoryview(b"".join(records))
+        position = 0
+        while position < len(data):
             try:
-                data = data[os.write(self._fd, data) :]
+                position += os.write(fd, data[position:])
             except BlockingIOError:
-                select.select([], [self._fd], [])
+                select.select([], [fd], [])
+            except OSError:
+                break
+        num_written = bisect_right(ends, position)
+        if position:
+            self._is_torn = position != (ends[num_written - 1] if num_written else 0)
+        return num_written
 
 
 def _descriptor_of(stream: TextIO) -> int | None:

@@ -375,13 +375,21 @@ class Metrics:
         self._rpc.labels(call.method, call.code).observe(call.seconds)
         if call.reason == "CLIENT_STALLED":
             self._slow_consumers.inc()
-        generation = call.generation
+        if not call.items:
+            self._count_end(call, call.reason)
+        for item in call.items:
+            # One that was still under way was ended by what ended the call.
+            self._count_end(item, item.reason or call.reason)
+
+    def _count_end(self, record: CallRecord, reason: str) -> None:
+        """Count a request that was refused, or that was ended before its time."""
+        generation = record.generation
         if generation is None:
-            if call.reason in _SHED:
-                self._shed.labels(call.reason.lower()).inc()
-        elif call.code != "OK" and call.reason in _CANCELLED_BY:
+            if record.code != "OK" and reason in _SHED:
+                self._shed.labels(reason.lower()).inc()
+        elif record.code != "OK" and reason in _CANCELLED_BY:
             state = "generating" if generation.has_first_token else "waiting"
-            self._cancelled.labels(_CANCELLED_BY[call.reason], state).inc()
+            self._cancelled.labels(_CANCELLED_BY[reason], state).inc()
 
     def observe_certificate(self, expires_at: float) -> None:
         """The server's certificate is one that expires at `expires_at`, in seconds since 1970."""

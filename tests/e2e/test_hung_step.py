@@ -116,7 +116,9 @@ def test_fault_05_a_step_that_hangs(model: Path, tmp_path: Path, process: str) -
 
 
 @pytest.mark.parametrize("process", ["shared", "own"])
-def test_a_step_that_keeps_every_thread_from_running(model: Path, tmp_path: Path, process: str) -> None:
+def test_fault_05_a_step_that_keeps_every_thread_from_running(
+    model: Path, tmp_path: Path, process: str
+) -> None:
     with served(model, tmp_path / "log", process, "holds", STEP_TIMEOUT_S) as server:
         call = server.stream()
         if process == "own":
@@ -130,7 +132,7 @@ def test_a_step_that_keeps_every_thread_from_running(model: Path, tmp_path: Path
         assert "in launch" in server.log.read_text()
 
 
-def test_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path) -> None:
+def test_fault_07_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path) -> None:
     with served(model, tmp_path / "log", "own", "never", STEP_TIMEOUT_S) as server:
         call = server.stream()
         next(call)

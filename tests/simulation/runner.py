@@ -67,8 +67,8 @@ def _next_past(before: int, token_id: int) -> int:
     return ((before ^ (token_id + 1)) * _SCRAMBLE + 0x1234567) & _MASK
 
 
-def _pasts(scope: bytes, token_ids: tuple[int, ...]) -> list[int]:
-    past = int.from_bytes(scope, "little") + 1
+def _pasts(call: Call, token_ids: tuple[int, ...]) -> list[int]:
+    past = int.from_bytes(f"{call.tenant} {call.salt}".encode(), "little")
     pasts = []
     for token_id in token_ids:
         past = _next_past(past, token_id)
@@ -197,7 +197,7 @@ class CheckingRunner:
             token_ids=list(new.token_ids),
             num_computed=new.num_computed_tokens,
             block_ids=list(new.block_ids),
-            past=_pasts(call.scope, new.token_ids),
+            past=_pasts(call, new.token_ids),
         )
         self._holders.update(new.block_ids)
 

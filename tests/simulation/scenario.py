@@ -63,7 +63,7 @@ class Call:
     tenant: str
     weight: float
     kv_share: float
-    scope: bytes
+    salt: str
     bypass_prefix_cache: bool
     top_logprobs: int | None
     prompt_top_logprobs: int | None
@@ -154,10 +154,11 @@ class _Maker:
         self.step_s = rng.choice((0.001, 0.01, 0.03))
         self.gap_s = rng.choice((0.0, 0.1, 1.0, 4.0)) * self.step_s
         self.documents = [self.tokens(self.longest_prompt) for _ in range(rng.choice((1, 1, 2, 3)))]
-        self.scopes = [b"a", b"b"][: rng.choice((1, 2))]
+        self.salts = ["", "b"][: rng.choice((1, 2))]
         self.eos_is_common = self.chance(0.7)
         # Whose calls they are is drawn apart, so that one tenant or three see the same calls.
         self.tenant_random = random.Random(f"tenants of {seed}")
+        self.id_random = random.Random(f"ids of {seed}")
         names = "abc"[: self.tenant_random.choice((1, 2, 2, 3))]
         self.tenants = {name: self.tenant_random.choice((0.5, 1.0, 1.0, 2.0, 4.0)) for name in names}
         # Caps of half of the pool or less, in some scenarios.
@@ -222,10 +223,13 @@ class _Maker:
         if leave is not None and leave.state is State.IN_FLIGHT and self.chance(0.3):
             # The row whose caller has just left is the faulty one.
             faults = {(n - 1, leave.tokens)}
+        tenant = self.tenant()
         request_id = f"r{number}"
         if self.calls and self.chance(0.05):
             request_id = rng.choice(self.calls).request_id
-        tenant = self.tenant()
+        others = [call.request_id for call in self.calls if call.tenant != tenant]
+        if others and self.id_random.random() < 0.3:
+            request_id = self.id_random.choice(others)
         return Call(
             number=number,
             at=at,
@@ -241,7 +245,7 @@ class _Maker:
             tenant=tenant,
             weight=self.tenants[tenant],
             kv_share=self.kv_shares[tenant],
-            scope=rng.choice(self.scopes),
+            salt=rng.choice(self.salts),
             bypass_prefix_cache=self.has("bypass"),
             top_logprobs=rng.choice((0, 2)) if self.has("logprobs") else None,
             prompt_top_logprobs=rng.choice((0, 1)) if self.has("prompt_logprobs") else None,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from photon_grpc.engine import core as engine_core
-from photon_grpc.engine.client import RequestStream
+from photon_grpc.engine.client import AsyncEngine, RequestStream
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import Abort, SequenceOutput, Submit
 from photon_grpc.scheduler import fair_queue, kv_cache_manager, scheduler
@@ -27,13 +27,13 @@ from photon_grpc.scheduler.output import (
     SchedulerOutput,
 )
 from photon_grpc.scheduler.policy import Rank
-from photon_grpc.scheduler.prefix_cache import extend_hashes
+from photon_grpc.scheduler.prefix_cache import extend_hashes, scope_root
 from photon_grpc.scheduler.request import Deadlines, Request
 from photon_grpc.scheduler.scheduler import Scheduler
 from tests.simulation.simulate import Simulator
 
 Patch = pytest.MonkeyPatch
-MAX_SEEDS = 300
+MAX_SEEDS = 400
 
 
 def a_freed_sequence_keeps_a_block(patch: Patch) -> None:
@@ -66,8 +66,22 @@ def _release_without_check(self: BlockPool, block_ids: Sequence[int]) -> None:
             self._free[block_id] = None
 
 
-def prefixes_are_found_across_scopes(patch: Patch) -> None:
-    patch.setattr(engine_core, "scope_root", lambda scope: b"")
+def prefixes_are_found_across_salts(patch: Patch) -> None:
+    patch.setattr(engine_core, "scope_root", lambda key, tenant, cache_salt: scope_root(key, tenant, ""))
+
+
+def prefixes_are_found_across_tenants(patch: Patch) -> None:
+    patch.setattr(engine_core, "scope_root", lambda key, tenant, cache_salt: scope_root(key, "", cache_salt))
+
+
+def an_id_is_taken_for_all_tenants(patch: Patch) -> None:
+    check = AsyncEngine.check_duplicate
+
+    def for_all(self: AsyncEngine, tenant: str, request_id: str) -> None:
+        for name in "abc":
+            check(self, name, request_id)
+
+    patch.setattr(AsyncEngine, "check_duplicate", for_all)
 
 
 def a_block_s_name_forgets_what_came_before(patch: Patch) -> None:
@@ -343,7 +357,9 @@ def a_shutdown_forgets_who_waits(patch: Patch) -> None:
 BUGS = [
     a_freed_sequence_keeps_a_block,
     a_shared_block_is_not_counted,
-    prefixes_are_found_across_scopes,
+    prefixes_are_found_across_salts,
+    prefixes_are_found_across_tenants,
+    an_id_is_taken_for_all_tenants,
     a_block_s_name_forgets_what_came_before,
     a_reused_block_keeps_its_name,
     a_prefix_may_cover_the_whole_prompt,

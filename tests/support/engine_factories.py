@@ -19,7 +19,10 @@ from tests.support.builders import model_info
 
 @dataclass(frozen=True)
 class Scripted:
-    """A ScriptedRunner; `load_s` passes first, and `progress` is told of it twice."""
+    """A ScriptedRunner; `load_s` passes first, and `progress` is told of it twice.
+
+    One that takes time to load says `loading` on standard output when it begins.
+    """
 
     model: ModelInfo = field(default_factory=model_info)
     num_blocks: int = 1024
@@ -29,6 +32,8 @@ class Scripted:
 
     def __call__(self, progress: Progress) -> Runner:
         progress(0, 100)
+        if self.load_s:
+            print("loading", flush=True)
         time.sleep(self.load_s)
         progress(100, 100)
         return ScriptedRunner(

@@ -124,6 +124,16 @@ def rich_error(error: grpc.RpcError) -> RichError:
     status = status_pb2.Status.FromString(packed)
     assert status.code == error.code().value[0]
     assert status.message == error.details()
+    return RichError(error.code(), error.details() or "", trailers, _details_of(status))
+
+
+def rich_item_error(status: status_pb2.Status) -> RichError:
+    """What the error of a batch's item says."""
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    return RichError(code, status.message, {}, _details_of(status))
+
+
+def _details_of(status: status_pb2.Status) -> dict[type[Message], Any]:
     details: dict[type[Message], Any] = {}
     for item in status.details:
         for detail_class in _DETAIL_CLASSES:
@@ -133,7 +143,7 @@ def rich_error(error: grpc.RpcError) -> RichError:
                 break
         else:
             raise AssertionError(f"a detail of unexpected type {item.type_url}")
-    return RichError(error.code(), error.details() or "", trailers, details)
+    return details
 
 
 async def read_all(call: Any) -> list[Any]:

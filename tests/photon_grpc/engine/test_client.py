@@ -29,6 +29,7 @@ from photon_grpc.errors import (
     EngineDrainingError,
     EngineStartingError,
     FirstTokenTimeoutError,
+    InvalidRequestError,
     MaxDurationError,
     ModelLoadError,
     OperatorAbortError,
@@ -340,8 +341,9 @@ async def test_a_live_id_is_refused_a_second_time() -> None:
             with pytest.raises(DuplicateRequestError):
                 running.submit("a", engine_request(PROMPT))
             with pytest.raises(DuplicateRequestError):
-                running.check_duplicate("a")
-            running.check_duplicate("b")
+                running.check_duplicate("", "a")
+            running.check_duplicate("", "b")
+            running.check_duplicate("somebody", "a")
         running.submit("a", engine_request(PROMPT)).close()
 
 
@@ -424,6 +426,52 @@ async def test_an_operator_ends_one_or_all() -> None:
         assert running.abort_all() == 0
 
 
+async def test_fault_38_two_tenants_may_use_an_id_at_the_same_time() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        streams = {
+            name: running.submit("a", engine_request(PROMPT, 400, tenant=name))
+            for name in ("alice", "bob", "")
+        }
+        with pytest.raises(DuplicateRequestError):
+            running.submit("a", engine_request(PROMPT, tenant="alice"))
+        streams["alice"].close()
+        # What was alice's is free again, and what is bob's is not.
+        running.submit("a", engine_request(PROMPT, tenant="alice")).close()
+        with pytest.raises(DuplicateRequestError):
+            running.submit("a", engine_request(PROMPT, tenant="bob"))
+        for stream in streams.values():
+            stream.close()
+        await until_idle(running)
+        assert running.num_live_requests == 0
+
+
+async def test_an_operator_ends_one_tenant_s() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        streams = {
+            (tenant, name): running.submit(name, engine_request(PROMPT, 400, tenant=tenant))
+            for tenant, name in (("alice", "a"), ("alice", "b"), ("bob", "a"), ("bob", "c"), ("bob", "d"))
+        }
+        with pytest.raises(RequestNotFoundError):
+            running.abort("c", "alice")
+        with pytest.raises(InvalidRequestError) as ambiguous:
+            running.abort("a")
+        assert [violation.field for violation in ambiguous.value.violations] == ["tenant"]
+        assert not any(name in ambiguous.value.message for name in ("alice", "bob"))
+        # An id of one tenant alone needs no name.
+        assert running.abort("c") == 1
+        assert running.abort("a", "alice") == 1
+        assert running.abort_all("bob") == 3, "bob's are not closed yet"
+        assert running.abort_all("nobody") == 0
+        for name, stream in streams.items():
+            if name != ("alice", "b"):
+                with pytest.raises(OperatorAbortError):
+                    await read_all(stream)
+                stream.close()
+        assert len((await read_all(streams["alice", "b"]))[0]) == 400
+        streams["alice", "b"].close()
+        await until_idle(running)
+
+
 @pytest.mark.parametrize(
     ("failure", "error"),
     [
@@ -448,7 +496,7 @@ def test_no_failure_is_without_an_error() -> None:
 # --- the end of the engine ------------------------------------------------------------------------
 
 
-async def test_when_a_step_breaks_every_stream_gets_a_status() -> None:
+async def test_fault_02_when_a_step_breaks_every_stream_gets_a_status() -> None:
     async with engine(crash_at_step=3) as (running, watch):
         streams = [running.submit(f"r{i}", engine_request(PROMPT, 50, n=2)) for i in range(12)]
         results = await asyncio.gather(*(read_all(s, 2) for s in streams), return_exceptions=True)

@@ -239,7 +239,7 @@ async def test_shutdown_ends_every_stream_as_draining() -> None:
         assert running.stopped == [None]
 
 
-async def test_a_broken_step_ends_every_stream() -> None:
+async def test_fault_02_a_broken_step_ends_every_stream() -> None:
     async with engine(Scripted(crash_at_step=5)) as running:
         streams = [running.submit(f"r{n}", PROMPT, 400) for n in range(3)]
         for stream in streams:
@@ -249,7 +249,7 @@ async def test_a_broken_step_ends_every_stream() -> None:
 
 
 @pytest.mark.parametrize("state", ["stepping", "idle"])
-async def test_a_killed_process_is_noticed_at_once(state: str) -> None:
+async def test_fault_07_a_killed_process_is_noticed_at_once(state: str) -> None:
     async with engine(Scripted(step_s=0.001)) as running:
         streams = [running.submit(f"r{n}", PROMPT, 400) for n in range(20 if state == "stepping" else 0)]
         for stream in streams[:8]:

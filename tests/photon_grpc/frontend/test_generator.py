@@ -35,7 +35,7 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.frontend.chat import ChatRenderer
-from photon_grpc.frontend.events import Delta, Event, Finished, Started, Summary
+from photon_grpc.frontend.events import AdmissionOutlook, Delta, Event, Finished, Started, Summary
 from photon_grpc.frontend.generator import Generator, TextStream
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions, TenantOptions
@@ -240,7 +240,7 @@ async def test_what_ends_in_the_middle_of_a_character_is_flushed(tokenizer: Toke
         assert text_of(events).endswith("\ufffd")
 
 
-async def test_usage_is_the_ids_emitted(tokenizer: Tokenizer) -> None:
+async def test_fault_22_usage_is_the_ids_emitted(tokenizer: Tokenizer) -> None:
     """Bug of two ancestors: `tokens` echoed max_tokens, or counted characters."""
     async with house(tokenizer, block_size=16) as it:
         (ids,) = it.say(TEXT)
@@ -417,7 +417,7 @@ async def test_a_stop_id_is_cut_unless_it_is_wanted(tokenizer: Tokenizer) -> Non
 
 @pytest.mark.parametrize("step_s", [0.0, 0.002])
 @pytest.mark.parametrize("include", [False, True])
-async def test_a_stop_string_across_tokens_and_deltas(
+async def test_fault_21_a_stop_string_across_tokens_and_deltas(
     tokenizer: Tokenizer, include: bool, step_s: float
 ) -> None:
     """Bug of an ancestor: stop strings were matched on ids, so one that is split otherwise was missed."""
@@ -758,6 +758,7 @@ async def test_validate_only_counts_and_takes_no_step(tokenizer: Tokenizer) -> N
         assert (result.prompt.num_tokens, result.prompt.token_ids) == (len(ids), ids)
         assert (result.usage.prompt_tokens, result.usage.output_tokens) == (len(ids), 0)
         assert result.effective.stop.max_tokens == 512 - len(ids)
+        assert result.admission == AdmissionOutlook(0.0, None)
         assert it.engine.stats.steps == it.engine.stats.running == it.engine.stats.waiting == 0
         assert it.engine.num_live_requests == 0
 

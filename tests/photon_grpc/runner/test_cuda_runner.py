@@ -145,7 +145,7 @@ def test_one_request(models: Models, length: int) -> None:
 
 @pytest.mark.parametrize("gap", [0, 1, 3])
 @pytest.mark.parametrize("capture", [True, False])
-def test_company(models: Models, gap: int, capture: bool) -> None:
+def test_fault_16_company_captured_or_not(models: Models, gap: int, capture: bool) -> None:
     requests = [request(prompt(length, i), 5 + 4 * i) for i, length in enumerate((1, 30, 4, 17, 90, 5, 8, 9))]
     assert_same(models, requests, gap, capture=capture)
 
@@ -198,7 +198,9 @@ def test_logprobs_of_outputs_and_prompts(models: Models) -> None:
             assert [token_id for token_id, _ in a.top] == [token_id for token_id, _ in b.top]
 
 
-def test_a_row_of_nan_ends_its_request_alone(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_06_a_row_of_nan_ends_its_request_alone(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = models.cores()[1]
     runner = core.runner
     assert isinstance(runner, CudaRunner)
@@ -297,7 +299,7 @@ def test_warm_up_leaves_no_trace(models: Models) -> None:
     assert tokens_of(results(engine_core(runner, max_num_seqs=1), [request(prompt(20))])) == expected
 
 
-def test_idle_rows_write_no_kv(models: Models) -> None:
+def test_fault_16_idle_rows_write_no_kv(models: Models) -> None:
     runner = models.ahead(64, 6)
     runner.prepare()
     runner._steps[0].arrived.set()

@@ -42,7 +42,7 @@ async def refusal(request: control_pb2.AbortRequest) -> RichError:
 
 async def test_abort_one_and_all() -> None:
     front_door = FakeFrontDoor()
-    front_door.live_ids = {"a", "b", "c"}
+    front_door.live_ids = {("", "a"), ("", "b"), ("", "c")}
     async with running_server(front_door) as harness:
         one = await harness.control.Abort(control_pb2.AbortRequest(request_id="a", reason="test"))
         rest = await harness.control.Abort(control_pb2.AbortRequest(all=control_pb2.AllRequests()))
@@ -54,7 +54,7 @@ async def test_abort_one_and_all() -> None:
 
 async def test_abort_of_one_that_is_just_ending() -> None:
     class JustEnding(FakeFrontDoor):
-        def abort(self, request_id: str) -> int:
+        def abort(self, request_id: str, *, tenant: str = "") -> int:
             return 0
 
     async with running_server(JustEnding()) as harness:
@@ -73,9 +73,20 @@ async def test_abort_without_a_target() -> None:
     assert (await refusal(control_pb2.AbortRequest(request_id=""))).fields == ["request_id"]
 
 
-async def test_abort_by_tenant_is_unsupported() -> None:
-    rich = await refusal(control_pb2.AbortRequest(request_id="a", tenant="t"))
-    assert (rich.reason, rich.fields) == ("UNSUPPORTED_FEATURE", ["tenant"])
+async def test_abort_of_one_tenant_s() -> None:
+    front_door = FakeFrontDoor()
+    front_door.live_ids = {("alice", "a"), ("alice", "b"), ("bob", "a"), ("bob", "b")}
+    async with running_server(front_door) as harness:
+        one = await harness.control.Abort(control_pb2.AbortRequest(request_id="a", tenant="alice"))
+        assert front_door.live_ids == {("alice", "b"), ("bob", "a"), ("bob", "b")}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.control.Abort(control_pb2.AbortRequest(request_id="a", tenant="alice"))
+        everything = control_pb2.AllRequests()
+        two = await harness.control.Abort(control_pb2.AbortRequest(all=everything, tenant="bob"))
+        none = await harness.control.Abort(control_pb2.AbortRequest(all=everything, tenant="nobody"))
+    assert (one.aborted, two.aborted, none.aborted) == (1, 2, 0)
+    assert rich_error(caught.value).reason == "REQUEST_NOT_FOUND"
+    assert front_door.live_ids == {("alice", "b")}
 
 
 async def test_load() -> None:

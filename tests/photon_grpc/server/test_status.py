@@ -83,6 +83,7 @@ ROWS = [
         {"QuotaFailure"},
         "-1",
     ),
+    (errors.OutOfMemoryError(), "UNAVAILABLE", "OUT_OF_MEMORY", {"RetryInfo"}, "1000"),
     (errors.UnauthenticatedError(), "UNAUTHENTICATED", "UNAUTHENTICATED", set(), None),
     (errors.ForbiddenError(), "PERMISSION_DENIED", "FORBIDDEN", set(), None),
     (errors.EngineStartingError(), "UNAVAILABLE", "STARTING", {"RetryInfo"}, "1000"),

@@ -208,6 +208,38 @@ def test_what_was_refused_is_shed_and_what_was_cut_off_is_cancelled() -> None:
     assert read["photon_slow_consumer_aborts_total"] == 1
 
 
+def test_the_items_of_a_batch_are_counted_one_by_one() -> None:
+    metrics = Metrics("1")
+    served = call("OK")
+    served.items = [
+        call("OK", generation=generating()),
+        call("UNAVAILABLE", "OVERLOADED"),
+        call("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),
+        call("ABORTED", "ABORTED_BY_OPERATOR", generating()),
+    ]
+    metrics.observe_call(served)
+    ended = call("UNAVAILABLE", "DRAINING")
+    ended.items = [
+        call("OK", generation=generating()),
+        call("CANCELLED", generation=generating()),
+        # Begun, and not yet with the engine.
+        call("CANCELLED"),
+    ]
+    metrics.observe_call(ended)
+    read = scrape(metrics)
+    assert {k: v for k, v in read.items() if k.startswith("photon_shed_total") and v} == {
+        "photon_shed_total{reason=overloaded}": 1,
+        "photon_shed_total{reason=quota_exceeded}": 1,
+        "photon_shed_total{reason=draining}": 1,
+    }
+    assert {k: v for k, v in read.items() if k.startswith("photon_cancelled_total") and v} == {
+        "photon_cancelled_total{by=operator}{state=generating}": 1,
+        "photon_cancelled_total{by=server}{state=generating}": 1,
+    }
+    labels = "{code=%s}{method=photon.v1.InferenceService/Generate}"
+    assert read["photon_rpc_seconds_count" + labels % "OK"] == 1
+
+
 def test_what_is_watched_is_read_at_each_scrape() -> None:
     metrics = Metrics("1")
     figures = {"age": 1.5, "unread": 3, "lag": 0.25}

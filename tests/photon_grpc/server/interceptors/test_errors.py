@@ -8,8 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
+from photon_grpc.errors import SlowConsumerError
+from photon_grpc.server.interceptors import errors
 from photon_grpc.server.interceptors.errors import ErrorInterceptor, is_usable_id, request_id_of
 from photon_grpc.server.status import RpcStatus
+from photon_grpc.telemetry.call_record import CallRecord, current_call
 
 
 class Context:
@@ -41,7 +44,7 @@ async def guard(behavior: Any) -> Any:
     async def continuation(_: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(behavior)
 
-    handler = await ErrorInterceptor().intercept_service(continuation, Details())
+    handler = await ErrorInterceptor(16 << 10).intercept_service(continuation, Details())
     assert handler is not None
     return handler.unary_unary
 
@@ -72,17 +75,64 @@ async def test_an_error_is_awaited_into_an_abort() -> None:
     assert context.aborted.code is grpc.StatusCode.INTERNAL
 
 
-async def test_unknown_methods_and_bidirectional_ones_are_left_alone() -> None:
+async def test_an_error_of_a_bidirectional_method_is_an_abort_too() -> None:
+    async def behavior(requests: Any, context: Any) -> Any:
+        yield b"first"
+        raise ValueError
+
+    async def continuation(_: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(behavior)
+
+    handler = await ErrorInterceptor(16 << 10).intercept_service(continuation, Details())
+    assert handler is not None
+    context = Context()
+    responses = handler.stream_stream(None, context)
+    assert await anext(responses) == b"first"
+    with pytest.raises(grpc.aio.AbortError):
+        await anext(responses)
+    assert context.aborted is not None
+    assert context.aborted.code is grpc.StatusCode.INTERNAL
+
+
+async def fail(request: Any, context: Any) -> None:
+    raise SlowConsumerError
+
+
+class Unread(Context):
+    """Of a client that takes nothing, and leaves with `client_left`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client_left = asyncio.Event()
+
+    async def abort_with_status(self, status: RpcStatus) -> None:
+        self.aborted = status
+        await self.client_left.wait()
+        raise grpc.aio.InternalError("the batch failed")
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_status_that_is_not_taken_is_recorded_and_given_up(
+    leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "_STATUS_S", 30.0 if leaves else 0.01)
+    context, record = Unread(), CallRecord("photon.v1.X/Y", 0.0)
+    if leaves:
+        context.client_left.set()
+    token = current_call.set(record)
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await (await guard(fail))(b"", context)
+    finally:
+        current_call.reset(token)
+    assert (record.code, record.reason) == ("ABORTED", "CLIENT_STALLED")
+
+
+async def test_unknown_methods_are_left_alone() -> None:
     async def none(_: Any) -> None:
         return None
 
-    assert await ErrorInterceptor().intercept_service(none, Details()) is None
-    handler = grpc.stream_stream_rpc_method_handler(lambda *_: None)
-
-    async def bidirectional(_: Any) -> Any:
-        return handler
-
-    assert await ErrorInterceptor().intercept_service(bidirectional, Details()) is handler
+    assert await ErrorInterceptor(16 << 10).intercept_service(none, Details()) is None
 
 
 @pytest.mark.parametrize(
