@@ -25,7 +25,7 @@
 // Launch: grid of any size (one CTA per multiprocessor keeps room for the next kernel), kThreads threads,
 // PHOTON_SHARED_BYTES of dynamic shared memory: the rings, and the x of all tokens for staged and normed. direct
 // has x in the rings instead, read from L2 again for every tile: for kernels of one or two tiles a CTA.
-// Preconditions: 1 <= tokens <= 8; k a multiple of 8, n * k below 2^32; input, weight, norm 16-byte aligned, and
+// Preconditions: 1 <= tokens <= PHOTON_TOKENS, which is 8 or 16; k a multiple of 8, n * k below 2^32; input, weight, norm 16-byte aligned, and
 // input_row_stride a multiple of 16 bytes.
 // Arithmetic: products of 16-bit values, sums in float32. In bf16 a normed x is input * norm, rounded, and the
 // root of the mean divides the sum: relative errors are the same, and no thread waits for the mean. f16 would
@@ -36,8 +36,9 @@
 #include "photon/linear_output.cuh"
 #include "photon/reduce.cuh"
 
-#if !defined(PHOTON_K) || !defined(PHOTON_INPUT) || !defined(PHOTON_DEPTH) || !defined(PHOTON_SHARED_BYTES)
-#error "PHOTON_K, PHOTON_INPUT, PHOTON_DEPTH and PHOTON_SHARED_BYTES must be defined"
+#if !defined(PHOTON_K) || !defined(PHOTON_INPUT) || !defined(PHOTON_TOKENS) || !defined(PHOTON_DEPTH) || \
+    !defined(PHOTON_SHARED_BYTES)
+#error "PHOTON_K, PHOTON_INPUT, PHOTON_TOKENS, PHOTON_DEPTH and PHOTON_SHARED_BYTES must be defined"
 #endif
 
 namespace photon {
@@ -46,7 +47,9 @@ enum InputKind { direct, staged, normed };
 constexpr InputKind kInput = PHOTON_INPUT;
 
 constexpr int kK = PHOTON_K;
-constexpr int kTokens = 8;  // the N of an mma
+constexpr int kTokens = PHOTON_TOKENS;
+constexpr int kMmaTokens = 8;  // the N of an mma
+constexpr int kTokenTiles = kTokens / kMmaTokens;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPairs = 8;  // of weight rows in a tile
@@ -63,7 +66,7 @@ constexpr int kTokensTogether = 4;
 
 // A thread's pieces of 16 bytes in a slot of the ring: of two weight rows, and of its x for direct.
 constexpr int kWeightPieces = 4;
-constexpr int kPieces = kWeightPieces + (kInput == direct ? 2 : 0);
+constexpr int kPieces = kWeightPieces + (kInput == direct ? 2 * kTokenTiles : 0);
 constexpr int kDepth = PHOTON_DEPTH;
 constexpr int kEarly = 2;
 constexpr int kPieceBytes = 16 * kThreads;
@@ -75,6 +78,7 @@ constexpr int kNormStart = kTokens * kStagedStride;
 constexpr int kStagedValues = kInput == direct ? 0 : kNormStart + (kInput == normed ? kStagedK : 0);
 static_assert(kRingBytes + 2 * kStagedValues == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
 static_assert(kK % 8 == 0, "16-byte loads");
+static_assert(kTokens % kMmaTokens == 0 && kTokens * kPairs <= kThreads, "whole mma tiles; a thread for each pair");
 static_assert(kEarly < kDepth, "one slot is in use");
 
 template <typename T>
@@ -159,13 +163,19 @@ __device__ __forceinline__ void request_weights(const Cursor& cursor, const Stor
     }
 }
 
-// The x of the same chunk, for direct; `x` is where the lane begins in its token. Tokens past the last one are
-// zeros: reading one of the others again would be as slow as reading another.
-__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* x, bool is_token) {
+// The x of the same chunk, for direct; `x` is where the lane begins in the first of its tokens, which are
+// kMmaTokens apart. Tokens past the last one are zeros: reading one of the others again would be as slow as
+// reading another.
+__device__ __forceinline__ void request_tokens(const Cursor& cursor, const Storage* x, i64 row_stride, int tokens) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        request(cursor.slot + (kWeightPieces + half) * kPieceBytes, x + cursor.k + 32 * half,
-                is_token && is_inside(cursor.k, half));
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+        const bool is_token = tile * kMmaTokens + static_cast<int>((threadIdx.x & 31) >> 2) < tokens;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            request(cursor.slot + (kWeightPieces + 2 * tile + half) * kPieceBytes,
+                    x + tile * kMmaTokens * row_stride + cursor.k + 32 * half,
+                    is_token && is_inside(cursor.k, half));
+        }
     }
 }
 
@@ -282,17 +292,23 @@ __device__ __forceinline__ void stage_normed(Storage* staged_tokens, const Share
     }
 }
 
-// Adds the products of one chunk, its halves apart: one mma need not wait for the one before. `token_row` is
-// where the lane's x stands in shared memory.
-__device__ __forceinline__ void multiply(float (&sums)[2][4], u32 slot, u32 token_row, int k) {
+// Sums of one mma tile of tokens, of the two halves of chunks apart: one mma need not wait for the one before.
+typedef float Sums[kTokenTiles][2][4];
+
+// Adds the products of one chunk. `token_rows` are where the lane's x stands in shared memory.
+__device__ __forceinline__ void multiply(Sums& sums, u32 slot, const u32 (&token_rows)[kTokenTiles], int k) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint4 low = load_shared(slot + 2 * half * kPieceBytes);
         const uint4 high = load_shared(slot + (2 * half + 1) * kPieceBytes);
-        const uint4 x = kInput == direct ? load_shared(slot + (kWeightPieces + half) * kPieceBytes)
-                                         : load_shared(token_row + 2 * (k + 32 * half));
-        mma_16x8x16<Storage>(sums[half], low.x, high.x, low.y, high.y, x.x, x.y);
-        mma_16x8x16<Storage>(sums[half], low.z, high.z, low.w, high.w, x.z, x.w);
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+            const uint4 x = kInput == direct
+                                ? load_shared(slot + (kWeightPieces + 2 * tile + half) * kPieceBytes)
+                                : load_shared(token_rows[tile] + 2 * (k + 32 * half));
+            mma_16x8x16<Storage>(sums[tile][half], low.x, high.x, low.y, high.y, x.x, x.y);
+            mma_16x8x16<Storage>(sums[tile][half], low.z, high.z, low.w, high.w, x.z, x.w);
+        }
     }
 }
 
@@ -334,16 +350,15 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
     wait_for_previous();
     if (static_cast<int>(blockIdx.x) >= num_tiles) return;
 
-    const bool is_token = g < tokens;
     const Storage* x = nullptr;
     ResidualPart part;
     if (kInput == direct) {
-        if (is_token) x = static_cast<const Storage*>(input) + g * input_row_stride + lane_start();
+        x = static_cast<const Storage*>(input) + g * input_row_stride + lane_start();
         // Each in a group of its own, so that the count of groups below is right for them.
         Cursor late = start;
 #pragma unroll
         for (int i = 0; i < kEarly; ++i) {
-            request_tokens(late, x, is_token);
+            request_tokens(late, x, input_row_stride, tokens);
             commit_copies();
             advance(late, output, ring);
         }
@@ -362,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
 #pragma unroll
     for (int i = kEarly; i < kDepth - 1; ++i) {
         request_weights(cursor, weight, num_tiles);
-        if (kInput == direct) request_tokens(cursor, x, is_token);
+        if (kInput == direct) request_tokens(cursor, x, input_row_stride, tokens);
         commit_copies();
         advance(cursor, output, ring);
     }
@@ -378,8 +393,12 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
         }
     }
     // Staged tokens past the last one repeat it, and nothing comes of them.
-    const u32 token_row = static_cast<u32>(
-        __cvta_generic_to_shared(staged_row(staged_tokens, min(g, tokens - 1)) + lane_start()));
+    u32 token_rows[kTokenTiles];
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+        Storage* const row = staged_row(staged_tokens, min(i * kMmaTokens + g, tokens - 1));
+        token_rows[i] = static_cast<u32>(__cvta_generic_to_shared(row + lane_start()));
+    }
 
     // Who finishes what: thread i a token and one of the eight pairs, the same for every tile.
     const int my_token = threadIdx.x % kTokens, my_pair = threadIdx.x / kTokens;
@@ -397,23 +416,27 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
         float2 operands = make_float2(0.0f, 0.0f);
         if (finishes) operands = request_pair(output, tile * kPairs + my_pair, my_token, place);
 
-        float sums[2][4] = {};
+        Sums sums = {};
 #pragma unroll 4
         for (int i = 0; i < kChunksPerWarp; ++i) {
             // Into the slot whose chunk was used last.
             request_weights(cursor, weight, num_tiles);
-            if (kInput == direct) request_tokens(cursor, x, is_token);
+            if (kInput == direct) request_tokens(cursor, x, input_row_stride, tokens);
             commit_copies();
             advance(cursor, output, ring);
             wait_for_requests<kDepth - 1>();
-            multiply(sums, slot, token_row, i * kChunkStep);
+            multiply(sums, slot, token_rows, i * kChunkStep);
             slot = next_slot(slot, ring);
         }
 
-        float* const partials = &shared.sums[parity][warp][g][2 * t];
-        *reinterpret_cast<float2*>(partials) = make_float2(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]);
-        *reinterpret_cast<float2*>(partials + kPairs * kTokens) =
-            make_float2(sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+            const float(&even)[4] = sums[i][0], (&odd)[4] = sums[i][1];
+            float* const partials = &shared.sums[parity][warp][g][i * kMmaTokens + 2 * t];
+            *reinterpret_cast<float2*>(partials) = make_float2(even[0] + odd[0], even[1] + odd[1]);
+            *reinterpret_cast<float2*>(partials + kPairs * kTokens) =
+                make_float2(even[2] + odd[2], even[3] + odd[3]);
+        }
         __syncthreads();
         if (finishes) {
             float low = 0.0f, high = 0.0f;

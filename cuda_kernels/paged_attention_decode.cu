@@ -6,12 +6,18 @@
 // kv_cache [blocks][kv_heads][K, V][block_size][head_dim]; block_tables [rows][block_table_stride].
 //
 // Work: a row's context is cut into splits of kChunk tokens, or into kMaxSplits longer ones. Where a row is
-// cut depends on its own length alone, so its result does not depend on the batch, the grid or the device. An
-// item is (row, split, kv head). Every CTA sums the rows' splits from context_lens and walks items
-// blockIdx.x, blockIdx.x + gridDim.x, ...: any grid is right, and a captured launch needs no host knowledge
-// of the lengths. A row of one split is finished by its CTA; else partial results go to a workspace and the
-// last arriver of (row, kv head) folds them in split order. It also sets the counter back to zero, so
-// counters are cleared once, when they are allocated.
+// cut depends on its own length alone, and how its tokens are added on that and on PHOTON_SHARERS: a result does
+// not depend on the other rows, the grid or the device. An item is (row, split, kv head), and a team of
+// PHOTON_SHARERS warps takes one at a time: all eight of a CTA where items are few, fewer where they would fill
+// the machine without, since warps that share nothing wait for nobody. Every CTA sums the rows' splits from
+// context_lens, and teams walk items a grid's worth of teams apart: any grid is right, and a captured launch needs
+// no host knowledge of the lengths. A row of one split is finished by its team; else partial results go to a
+// workspace and the last arriver of (row, kv head) folds them in split order. It also sets the counter back to
+// zero, so counters are cleared once, when they are allocated.
+//
+// With reads_early, all that a row sees but its newest token, and the tables, were written before the kernel that
+// writes that token began: they are read while it runs. That needs more than the order of the launches: a row
+// that begins in this step may share blocks that another row fills in it.
 //
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
@@ -36,7 +42,7 @@
 
 #if !defined(PHOTON_STORAGE) || !defined(PHOTON_HEAD_DIM) || !defined(PHOTON_KV_HEADS) || \
     !defined(PHOTON_GROUP) || !defined(PHOTON_BLOCK_SIZE) || !defined(PHOTON_CHUNK) ||    \
-    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS)
+    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS) || !defined(PHOTON_SHARERS)
 #error "shape constants must be defined"
 #endif
 
@@ -55,10 +61,14 @@ constexpr int kMaxRows = PHOTON_MAX_ROWS;
 constexpr int kTile = 16;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
+// Warps that share an item, a team.
+constexpr int kSharers = PHOTON_SHARERS;
+constexpr int kTeams = kWarps / kSharers;
+constexpr int kTeamThreads = 32 * kSharers;
 constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
 // Tiles that a warp requests and reduces together; more would not fit its registers.
 constexpr int kStepTiles = 2;
-constexpr int kStepTokens = kStepTiles * kWarps * kTile;
+constexpr int kStepTokens = kStepTiles * kSharers * kTile;
 // Lane t of four takes 8 dims of each span of 32; lane g of eight takes 8 dims of each pass of 64.
 constexpr int kSpans = (kHeadDim + 31) / 32;
 constexpr int kPasses = (kHeadDim + 63) / 64;
@@ -69,8 +79,9 @@ constexpr int kPartialStride = kHeadDim + 8;
 static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "16-byte loads; registers");
 static_assert(kGroup >= 1 && kGroup <= 8, "query heads are N = 8");
 static_assert(kBlockSize % kTile == 0, "a tile lies in one block");
-static_assert(kChunk % kStepTokens == 0, "a chunk is whole steps of all warps");
-static_assert(kMaxSplits * 2 <= kWarps * kPartialStride, "the fold reuses the partials' room");
+static_assert(kWarps % kSharers == 0, "whole teams");
+static_assert(kChunk % kStepTokens == 0, "a chunk is whole steps of a team");
+static_assert(kMaxSplits * 2 <= kSharers * kPartialStride, "the fold reuses the partials' room");
 
 struct Item {
     int index;
@@ -91,7 +102,7 @@ struct Shared {
     int warp_totals[kWarps];
     Item current[kWarps];
     Item next[kWarps];
-    int is_last;
+    int is_last[kTeams];
 };
 
 struct KeyTile {
@@ -167,9 +178,33 @@ __device__ __forceinline__ Item locate(const Shared& shared, int rows, int index
     return item;
 }
 
-// First token of a warp's tile: the warps take the tiles of an item in turn.
+__device__ __forceinline__ int my_team() {
+    return kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
+}
+
+// Its first warp.
+__device__ __forceinline__ int my_first_warp() {
+    return my_team() * kSharers;
+}
+
+__device__ __forceinline__ int thread_in_team() {
+    return static_cast<int>(threadIdx.x) % kTeamThreads;
+}
+
+// Barrier 0 is __syncthreads.
+__device__ __forceinline__ void sync_team() {
+    if (kSharers == 1) {
+        __syncwarp();
+    } else if (kTeams == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + my_team()), "n"(kTeamThreads) : "memory");
+    }
+}
+
+// First token of a warp's tile: the warps of a team take the tiles of an item in turn.
 __device__ __forceinline__ int tile_start(const Item& item, int tile) {
-    return item.start + (tile * kWarps + static_cast<int>(threadIdx.x >> 5)) * kTile;
+    return item.start + (tile * kSharers + static_cast<int>(threadIdx.x >> 5) % kSharers) * kTile;
 }
 
 // Lane i gets the block id of the warp's tile first_tile + i.
@@ -214,6 +249,33 @@ __device__ __forceinline__ void load_values(ValueTile& values, const Storage* __
             values.words[slot][pass] =
                 load_streaming(source + 2 * t * kHeadDim + 8 * g + token * kHeadDim + 64 * pass, token,
                                is_dim ? num_tokens - 2 * t : 0);
+        }
+    }
+}
+
+// One token of a tile anew; nothing where `token` is none of it.
+__device__ __forceinline__ void reload_keys(KeyTile& keys, const Storage* __restrict__ source, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            reload_streaming(keys.words[half][span], source + token * kHeadDim + 8 * t + 32 * span,
+                             is_dim && token == g + 8 * half);
+        }
+    }
+}
+
+__device__ __forceinline__ void reload_values(ValueTile& values, const Storage* __restrict__ source, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
+            reload_streaming(values.words[slot][pass], source + token * kHeadDim + 8 * g + 64 * pass,
+                             is_dim && token == 2 * t + (slot & 1) + 8 * (slot >> 1));
         }
     }
 }
@@ -268,11 +330,11 @@ __device__ __forceinline__ void multiply_values(float (&acc)[kPasses][4][4], con
 __device__ void fold_splits(float* scratch, Storage* __restrict__ out, const float* __restrict__ partial_acc,
                             const float* __restrict__ partial_stats, i64 row_head, int num_splits) {
     const i64 slot = row_head * kMaxSplits;
-    for (int i = threadIdx.x; i < num_splits * kGroup * 2; i += kThreads) {
+    for (int i = thread_in_team(); i < num_splits * kGroup * 2; i += kTeamThreads) {
         scratch[i] = __ldcg(partial_stats + slot * kGroup * 2 + i);
     }
-    __syncthreads();
-    for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
+    sync_team();
+    for (int pair = thread_in_team(); pair < kPairs; pair += kTeamThreads) {
         const int head = pair / (kHeadDim / 2);
         float max = kLowest;
         for (int split = 0; split < num_splits; ++split) {
@@ -291,7 +353,7 @@ __device__ void fold_splits(float* scratch, Storage* __restrict__ out, const flo
         reinterpret_cast<u32*>(out)[row_head * kPairs + pair] =
             pack_pair<Storage>(low * reciprocal_approx(sum), high * reciprocal_approx(sum));
     }
-    __syncthreads();
+    sync_team();
 }
 
 }  // namespace photon
@@ -304,19 +366,25 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
                            const photon::Storage* __restrict__ q,
                            const photon::Storage* __restrict__ kv_cache, const int* __restrict__ block_tables,
                            const int* __restrict__ context_lens, int rows, int block_table_stride,
-                           photon::i64 q_row_stride, float scale_log2) {
+                           photon::i64 q_row_stride, float scale_log2, int reads_early) {
     using namespace photon;
     __shared__ Shared shared;
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 
-    wait_for_previous();
-    // CTAs without an item leave their room to the next kernel, which has weights to request.
-    let_next_start();
+    const bool early = kOverlaps && reads_early;
+    if (!early) wait_for_previous();
     sum_splits(shared, context_lens, rows);
-    const int num_items = shared.first_split[rows] * kKvHeads;
-    if (static_cast<int>(blockIdx.x) >= num_items) return;
+    // Read anew for every item: registers are short.
+    const auto num_items = [&] { return shared.first_split[rows] * kKvHeads; };
+    // Neighbouring items go to different multiprocessors.
+    const int first_item = my_team() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    if (first_item >= num_items()) {
+        // Its room goes to the next kernel, which has weights to request.
+        if (early) wait_for_previous();
+        return;
+    }
 
-    Item item = locate(shared, rows, blockIdx.x);
+    Item item = locate(shared, rows, first_item);
     int block_ids = load_block_ids(item, 0, block_tables, block_table_stride);
     KeyTile keys[kStepTiles];
     ValueTile values[kStepTiles];
@@ -337,14 +405,33 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
     };
 
+    // Less the newest token of the row, where the item has it: it is the last.
+    const bool waits_for_newest = early && item.stop == shared.context_lens[item.row];
+    if (waits_for_newest) --item.stop;
     request_keys(item, 0);
     request_values(item, 0);
+    if (early) {
+        wait_for_previous();
+        if (waits_for_newest) {
+            // Which of this warp's tiles the newest token is in, and where.
+            const int tile = (item.stop - item.start) / kTile / kSharers;
+            const Storage* const source = tile_keys(kv_cache, item, tile, block_ids);
+            const int token = item.stop - tile_start(item, tile);
+#pragma unroll
+            for (int i = 0; i < kStepTiles; ++i) {
+                reload_keys(keys[i], source, i == tile ? token : -1);
+                reload_values(values[i], source + kBlockSize * kHeadDim, i == tile ? token : -1);
+            }
+            ++item.stop;
+        }
+    }
+    let_next_start();
 
     while (true) {
-        const bool has_next = item.index + static_cast<int>(gridDim.x) < num_items;
+        const bool has_next = item.index + static_cast<int>(gridDim.x) * kTeams < num_items();
         int next_block_ids = 0;
         if (has_next) {
-            const Item next = locate(shared, rows, item.index + gridDim.x);
+            const Item next = locate(shared, rows, item.index + static_cast<int>(gridDim.x) * kTeams);
             next_block_ids = load_block_ids(next, 0, block_tables, block_table_stride);
             shared.next[warp] = next;
         }
@@ -456,23 +543,24 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             request_keys(next, 0);
             request_values(next, 0);
         }
-        __syncthreads();
+        sync_team();
 
         item = shared.current[warp];
         const i64 row_head = item.row_head();
         const int first_split = shared.first_split[item.row];
         const int num_splits = shared.first_split[item.row + 1] - first_split;
-        for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
+#pragma unroll 1
+        for (int pair = thread_in_team(); pair < kPairs; pair += kTeamThreads) {
             const int head = pair / (kHeadDim / 2), dim = pair % (kHeadDim / 2) * 2;
             float max = kLowest;
 #pragma unroll
-            for (int other = 0; other < kWarps; ++other) max = fmaxf(max, shared.max[other][head]);
+            for (int other = 0; other < kSharers; ++other) max = fmaxf(max, shared.max[my_first_warp() + other][head]);
             float sum = 0.0f, low = 0.0f, high = 0.0f;
 #pragma unroll
-            for (int other = 0; other < kWarps; ++other) {
-                const float weight = exp2_approx(shared.max[other][head] - max);
-                const float2 part = *reinterpret_cast<const float2*>(&shared.acc[other][head][dim]);
-                sum += weight * shared.sum[other][head];
+            for (int other = 0; other < kSharers; ++other) {
+                const float weight = exp2_approx(shared.max[my_first_warp() + other][head] - max);
+                const float2 part = *reinterpret_cast<const float2*>(&shared.acc[my_first_warp() + other][head][dim]);
+                sum += weight * shared.sum[my_first_warp() + other][head];
                 low += weight * part.x;
                 high += weight * part.y;
             }
@@ -489,16 +577,18 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
                 }
             }
         }
-        __syncthreads();
+        sync_team();
 
         if (num_splits > 1) {
-            if (threadIdx.x == 0) {
-                shared.is_last = arrive(counters + row_head) == num_splits - 1;
-                if (shared.is_last) counters[row_head] = 0;
+            int& is_last = shared.is_last[my_team()];
+            if (thread_in_team() == 0) {
+                is_last = arrive(counters + row_head) == num_splits - 1;
+                if (is_last) counters[row_head] = 0;
             }
-            __syncthreads();
-            if (shared.is_last)
-                fold_splits(&shared.acc[0][0][0], out, partial_acc, partial_stats, row_head, num_splits);
+            sync_team();
+            if (is_last) {
+                fold_splits(&shared.acc[my_first_warp()][0][0], out, partial_acc, partial_stats, row_head, num_splits);
+            }
         }
         if (!has_next) return;
         item = shared.next[warp];

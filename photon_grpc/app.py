@@ -7,10 +7,12 @@ them, and taken down in the opposite one.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import faulthandler
+import os
 import signal
+import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,13 +30,14 @@ from photon_grpc.engine.watchdog import LATE_S, STDERR, longest_step_s
 from photon_grpc.errors import ConfigError, ModelLoadError, PhotonError
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
+from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner_factory import RunnerFactory, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.call_record import CallRecord
 from photon_grpc.telemetry.call_trace import CallTrace
-from photon_grpc.telemetry.logging import num_dropped_records
+from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
 from photon_grpc.telemetry.otlp import OtlpExport
@@ -42,8 +45,9 @@ from photon_grpc.telemetry.otlp import OtlpExport
 _log = structlog.get_logger(__name__)
 
 _ENGINE_STOP_S = 10.0
-# One that is dead has nothing to finish; its thread or process may hang.
-_DEAD_ENGINE_STOP_S = 2.0
+# One that is dead has nothing to finish, and its thread or process may hang; one that loads cannot be
+# interrupted where it is a thread, and ends with the process.
+_IDLE_ENGINE_STOP_S = 2.0
 # From the engine's death to the end of the process at the latest, even if it hangs on the way.
 _LEAVE_S = 20.0
 _GUARD_INTERVAL_S = 1.0
@@ -104,7 +108,7 @@ class InferenceStack:
     ) -> None:
         self._folder = model_folder(options.model)
         self._has_own_process = has_own_process(options)
-        self._text_pool = ThreadPoolExecutor(options.server.text_threads, thread_name_prefix="photon-text")
+        self._text_pool = TextPool(options.server.text_threads)
         self.engine = AsyncEngine(
             RunnerFactory(self._folder, options, self._has_own_process),
             options.scheduler,
@@ -120,6 +124,8 @@ class InferenceStack:
             ),
         )
         metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
+        if self._has_own_process:
+            metrics.watch_engine_process(lambda: self.engine.process_id)
         self._metrics = metrics
         self._cache_options = options.cache
         self.generator = Generator(
@@ -194,6 +200,7 @@ async def serve(
     lag.start()
     exposition: MetricsServer | None = None
     guard: asyncio.Task[None] | None = None
+    engine: EngineReady | None = None
     _on_signals(leave, server)
     ports = await server.start()
     try:
@@ -224,14 +231,15 @@ async def serve(
             guard.cancel()
         _end_within(_LEAVE_S)
         await server.stop()
-        stopped = await stack.stop(_DEAD_ENGINE_STOP_S if died else _ENGINE_STOP_S)
+        has_work = engine is not None and not died
+        stopped = await stack.stop(_ENGINE_STOP_S if has_work else _IDLE_ENGINE_STOP_S)
         faulthandler.cancel_dump_traceback_later()
         if exposition is not None:
             exposition.close()
         lag.stop()
         if otlp is not None:
             await asyncio.get_running_loop().run_in_executor(None, otlp.close)
-    return 1 if died or not stopped else 0
+    return 1 if died or (has_work and not stopped) else 0
 
 
 async def _guard(engine: AsyncEngine, step_timeout_s: float) -> None:
@@ -292,6 +300,14 @@ def run(
     """`serve` on a new uvloop event loop; the exit code. Raises StartupError."""
     code: int = uvloop.run(serve(options, ready=ready, progress=progress))
     if code:
-        # The interpreter's own end can hang too, on a device that does.
+        # The interpreter's own end can hang too, on a device that does; on one that is lost it aborts.
         _end_within(_LEAVE_S)
+        atexit.register(_end_now, code)
     return code
+
+
+def _end_now(code: int) -> None:
+    """End the process without letting go of anything: what holds on to a device may only fail."""
+    flush_logs()
+    sys.stdout.flush()
+    os._exit(code)

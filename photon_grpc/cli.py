@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -31,9 +31,16 @@ from rich.table import Table
 from rich.text import Text
 
 from photon_grpc import __version__
+from photon_grpc.batch_file import chunks, read_entries, render
 from photon_grpc.bench import LoadReport, percentile, run_load
 from photon_grpc.client import CallError, Client, ControlClient, Ending, Request, ServerState, Tls, Tokens
-from photon_grpc.config import Override, load_options, parse_assignment
+from photon_grpc.config import (
+    TOKEN_VARIABLE,
+    Override,
+    load_options,
+    parse_assignment,
+    token_from_environment,
+)
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
 from photon_grpc.telemetry.logging import configure_logging
@@ -42,6 +49,8 @@ __all__ = ["app", "main"]
 
 DEFAULT_MAX_TOKENS = 256
 INTERRUPTED = 130
+# Half of what a server takes as one message.
+_MAX_BATCH_BYTES = 512 << 10
 
 app = typer.Typer(
     name="photon-grpc",
@@ -74,6 +83,12 @@ _SETTINGS_PANEL = "Settings (others through --config, --set and PHOTON_* variabl
 _SAMPLING_PANEL = "Generation"
 _CALL_PANEL = "Calls to a server"
 
+
+def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
+    """An option in a panel of its own in --help, whose default says nothing to a reader."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
 ModelFlag = Annotated[
     str | None,
     typer.Option(
@@ -89,122 +104,83 @@ AdminAddressFlag = Annotated[
 ]
 TlsCaFlag = Annotated[
     Path | None,
-    typer.Option(
+    _option(
+        _CALL_PANEL,
         "--tls-ca",
         metavar="FILE",
         help="Call over TLS and believe servers of these authorities (PEM).",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
     ),
 ]
 TlsCertFlag = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-cert",
-        metavar="FILE",
-        help="Client certificate to show, with --tls-key.",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
-    ),
+    _option(_CALL_PANEL, "--tls-cert", metavar="FILE", help="Client certificate to show, with --tls-key."),
 ]
 TokenFlag = Annotated[
     Path | None,
-    typer.Option(
+    _option(
+        _CALL_PANEL,
         "--token-file",
         metavar="FILE",
-        help="Send the bearer token in this file.",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
+        help="Send the bearer token in this file; else that of PHOTON_TOKEN.",
     ),
 ]
 TlsKeyFlag = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-key",
-        metavar="FILE",
-        help="Private key of --tls-cert.",
-        rich_help_panel=_CALL_PANEL,
-        show_default=False,
-    ),
+    _option(_CALL_PANEL, "--tls-key", metavar="FILE", help="Private key of --tls-cert."),
 ]
 DtypeFlag = Annotated[
     str | None,
-    typer.Option(
-        "--dtype",
-        help="auto, float32, bfloat16 or float16.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--dtype", help="auto, float32, bfloat16 or float16."),
 ]
 BackendFlag = Annotated[
     str | None,
-    typer.Option("--backend", help="auto, cpu or cuda.", rich_help_panel=_SETTINGS_PANEL, show_default=False),
+    _option(_SETTINGS_PANEL, "--backend", help="auto, cpu or cuda."),
 ]
 KVMemoryFlag = Annotated[
     str | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--kv-cache-memory",
         metavar="SIZE",
         help="Size of the KV pool, such as 2GiB; else a share of the free memory.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 GpuMemoryFlag = Annotated[
     float | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--gpu-memory-utilization",
         metavar="SHARE",
         help="Share of the GPU's memory that is in use once the KV pool is made.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 MaxModelLenFlag = Annotated[
     int | None,
-    typer.Option(
-        "--max-model-len",
-        help="Longest prompt plus output, in tokens.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--max-model-len", help="Longest prompt plus output, in tokens."),
 ]
 MaxNumSeqsFlag = Annotated[
     int | None,
-    typer.Option(
-        "--max-num-seqs",
-        help="Sequences that run at the same time.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--max-num-seqs", help="Sequences that run at the same time."),
 ]
 PrefixCachingFlag = Annotated[
     bool | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--prefix-caching/--no-prefix-caching",
         help="Share KV blocks between requests with equal prefixes.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 ConfigFlag = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="TOML file of settings; also PHOTON_CONFIG.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
-    ),
+    _option(_SETTINGS_PANEL, "--config", metavar="FILE", help="TOML file of settings; also PHOTON_CONFIG."),
 ]
 SetFlag = Annotated[
     list[str] | None,
-    typer.Option(
+    _option(
+        _SETTINGS_PANEL,
         "--set",
         metavar="SECTION.KEY=VALUE",
         help="Any setting of README's table; may be repeated.",
-        rich_help_panel=_SETTINGS_PANEL,
-        show_default=False,
     ),
 ]
 MaxTokensFlag = Annotated[
@@ -212,49 +188,27 @@ MaxTokensFlag = Annotated[
 ]
 TemperatureFlag = Annotated[
     float | None,
-    typer.Option(
-        "--temperature",
-        "-t",
-        help="0 is greedy; default: the model's own.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--temperature", "-t", help="0 is greedy; default: the model's own."),
 ]
 TopPFlag = Annotated[
     float | None,
-    typer.Option("--top-p", help="Nucleus sampling.", rich_help_panel=_SAMPLING_PANEL, show_default=False),
+    _option(_SAMPLING_PANEL, "--top-p", help="Nucleus sampling."),
 ]
 TopKFlag = Annotated[
     int | None,
-    typer.Option("--top-k", help="0 is off.", rich_help_panel=_SAMPLING_PANEL, show_default=False),
+    _option(_SAMPLING_PANEL, "--top-k", help="0 is off."),
 ]
 SeedFlag = Annotated[
     int | None,
-    typer.Option(
-        "--seed",
-        help="Equal seeds give equal tokens.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--seed", help="Equal seeds give equal tokens."),
 ]
 StopFlag = Annotated[
     list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help="End before this text; may be repeated.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--stop", metavar="TEXT", help="End before this text; may be repeated."),
 ]
 IgnoreEosFlag = Annotated[
     bool,
-    typer.Option(
-        "--ignore-eos",
-        help="Go on past the end-of-sequence token.",
-        rich_help_panel=_SAMPLING_PANEL,
-        show_default=False,
-    ),
+    _option(_SAMPLING_PANEL, "--ignore-eos", help="Go on past the end-of-sequence token."),
 ]
 
 
@@ -365,7 +319,7 @@ def generate(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
-        _token(token_file),
+        token_file,
         config,
         assignments,
         model=model,
@@ -416,7 +370,7 @@ def chat(
     with _source(
         address,
         _tls(tls_ca, tls_cert, tls_key),
-        _token(token_file),
+        token_file,
         config,
         assignments,
         model=model,
@@ -462,6 +416,67 @@ def chat(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel="Generate")
+def batch(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Requests, one JSON object a line; - is standard input.")
+    ] = "-",
+    address: Annotated[
+        str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The server to call.")
+    ] = "127.0.0.1:50051",
+    tls_ca: TlsCaFlag = None,
+    tls_cert: TlsCertFlag = None,
+    tls_key: TlsKeyFlag = None,
+    token_file: TokenFlag = None,
+    size: Annotated[int, typer.Option("--size", min=1, help="Requests of one call, at most.")] = 64,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", min=0.001, help="Seconds a call may take; else the server's.", show_default=False
+        ),
+    ] = None,
+    max_tokens: MaxTokensFlag = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    seed: SeedFlag = None,
+    stop: StopFlag = None,
+    ignore_eos: IgnoreEosFlag = False,
+) -> None:
+    """Run many requests through a server; prints one JSON object a line for each, as they end.
+
+    A line of FILE has `text` or `messages`, and may have `id`, which its answer repeats, max_tokens,
+    temperature, top_p, top_k, seed, stop and ignore_eos; the flags are for lines that do not say. An answer
+    has `item`, the number of the request from 0, and `text` or `error`. Exit code 1 if any failed.
+    """
+    default = Request(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos or None,
+    )
+    raw = sys.stdin.buffer.read() if file == "-" else _read_file("FILE", Path(file))
+    try:
+        # Not splitlines, which ends a line at separators that JSON may hold as they are.
+        entries = read_entries(raw.decode().split("\n"), default)
+    except UnicodeDecodeError:
+        raise typer.BadParameter("the requests are not valid UTF-8") from None
+    num_failed = 0
+    with Client(address, tls=_tls(tls_ca, tls_cert, tls_key), token=_token(token_file)) as client:
+        for chunk in chunks(entries, size, _MAX_BATCH_BYTES):
+            requests = [entry.request for entry in chunk]
+            with closing(client.batch(requests, timeout_s=timeout_s)) as answers:
+                for answer in answers:
+                    num_failed += answer.error is not None
+                    _write(render(chunk[answer.item], answer) + "\n")
+    if num_failed:
+        _err.print(f"{num_failed} of {len(entries)} requests failed", style="red", highlight=False)
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel="Inspect")
 def tokenize(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text; - reads standard input.")],
@@ -480,9 +495,9 @@ def tokenize(
 ) -> None:
     """Show how a text becomes tokens. Loads no weights."""
     text = _text(text)
-    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
+    tls = _tls(tls_ca, tls_cert, tls_key)
     if address is None:
-        _refuse_without_address(tls, token)
+        _refuse_without_address(tls, token_file)
         from photon_grpc.app import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
@@ -491,7 +506,7 @@ def tokenize(
         ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=special_tokens)
         tokens = Tokens(ids, offsets)
     else:
-        with Client(address, tls=tls, token=token) as client:
+        with Client(address, tls=tls, token=_token(token_file)) as client:
             tokens = client.tokenize(text, add_special_tokens=special_tokens)
     if ids_only:
         print(*tokens.ids)
@@ -595,8 +610,8 @@ def health(
     token_file: TokenFlag = None,
 ) -> None:
     """Ask a server whether it takes requests: exit code 0 if it does, 1 if not."""
-    tls, token = _tls(tls_ca, tls_cert, tls_key), _token(token_file)
-    with Client(address, tls=tls, token=token) as client:
+    tls = _tls(tls_ca, tls_cert, tls_key)
+    with Client(address, tls=tls, token=_token(token_file)) as client:
         if not client.wait_until_serving(wait_s):
             _err.print(f"{address} is not serving", markup=False, highlight=False)
             raise typer.Exit(1)
@@ -731,13 +746,17 @@ def _read_file(flag: str, path: Path) -> bytes:
 
 
 def _token(file: Path | None) -> str:
-    """The token in the file of --token-file; empty without one. Raises ConfigError."""
+    """The token in the file of --token-file, else in PHOTON_TOKEN; empty for none. Raises ConfigError."""
     if file is None:
-        return ""
-    token = _read_file("--token-file", file).decode(errors="replace").strip()
+        source, token = TOKEN_VARIABLE, token_from_environment().strip()
+        if not token:
+            return ""
+    else:
+        source = f"--token-file {file}"
+        token = _read_file("--token-file", file).decode(errors="replace").strip()
     # What metadata may hold, so that a wrong file is an error here and not inside grpc.
     if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"--token-file {file}: holds no token")
+        raise ConfigError(f"{source}: holds no token")
     return token
 
 
@@ -747,8 +766,9 @@ def _control(
     return ControlClient(address, tls=_tls(ca, certificate, key), token=_token(token_file))
 
 
-def _refuse_without_address(tls: Tls | None, token: str) -> None:
-    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * bool(token)
+def _refuse_without_address(tls: Tls | None, token_file: Path | None) -> None:
+    # Not PHOTON_TOKEN: it is there for whichever command needs it.
+    given = ["--tls-ca"] * (tls is not None) + ["--token-file"] * (token_file is not None)
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect without --address")
 
@@ -757,14 +777,14 @@ def _refuse_without_address(tls: Tls | None, token: str) -> None:
 def _source(
     address: str | None,
     tls: Tls | None,
-    token: str,
+    token_file: Path | None,
     config: Path | None,
     assignments: Sequence[str] | None,
     **flags: object,
 ) -> Iterator[TextSource]:
     """The server at `address`, or else the model loaded into this process."""
     if address is None:
-        _refuse_without_address(tls, token)
+        _refuse_without_address(tls, token_file)
         from photon_grpc.offline import OfflineSource
 
         options = _load(config, assignments, **flags)
@@ -783,7 +803,7 @@ def _source(
     given += ["--set"] if assignments else []
     if given:
         raise ConfigError(f"{', '.join(given)}: has no effect on the server at --address")
-    with Client(address, tls=tls, token=token) as client:
+    with Client(address, tls=tls, token=_token(token_file)) as client:
         yield client
 
 

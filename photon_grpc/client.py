@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
@@ -27,6 +27,7 @@ from photon_grpc.v1 import (
 )
 
 __all__ = [
+    "Answer",
     "CallError",
     "Client",
     "ControlClient",
@@ -43,6 +44,7 @@ __all__ = [
 
 _READY_SERVICE = "photon.v1.InferenceService"
 _POLL_S = 0.1
+_CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 _ROLES = {
     "system": inference_pb2.ChatMessage.ROLE_SYSTEM,
     "user": inference_pb2.ChatMessage.ROLE_USER,
@@ -106,6 +108,16 @@ class Ending:
     first_token_s: float
     decode_s: float
     total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the request number `item` of a batch came to: `text` and `ending`, or `error`."""
+
+    item: int
+    text: str = ""
+    ending: Ending | None = None
+    error: CallError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +227,28 @@ class Client:
                     reason = _finish_name(response.finished.finish)
                 elif event == "summary":
                     yield _ending(reason, response.summary)
+        except grpc.RpcError as error:
+            raise _call_error(error) from None
+        finally:
+            call.cancel()
+
+    def batch(
+        self, requests: Sequence[Request], *, request_id: str = "", timeout_s: float | None = None
+    ) -> Generator[Answer]:
+        """One Answer per request, in the order in which they end. Raises CallError for the whole call.
+
+        Closing the iterator cancels the call.
+        """
+        call = self._inference.BatchGenerate(
+            inference_pb2.BatchGenerateRequest(
+                request_id=request_id, specs=[_spec(request) for request in requests]
+            ),
+            timeout=timeout_s,
+            metadata=self._metadata,
+        )
+        try:
+            for response in call:
+                yield _answer(response)
         except grpc.RpcError as error:
             raise _call_error(error) from None
         finally:
@@ -367,6 +401,10 @@ async def measure(
 
 
 def _stream_request(request: Request) -> inference_pb2.StreamGenerateRequest:
+    return inference_pb2.StreamGenerateRequest(spec=_spec(request))
+
+
+def _spec(request: Request) -> inference_pb2.GenerationSpec:
     spec = inference_pb2.GenerationSpec(
         sampling=inference_pb2.SamplingParams(
             temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed
@@ -380,7 +418,7 @@ def _stream_request(request: Request) -> inference_pb2.StreamGenerateRequest:
             spec.chat.messages.add(role=_ROLES[role], content=content)
     else:
         spec.text = request.text
-    return inference_pb2.StreamGenerateRequest(spec=spec)
+    return spec
 
 
 def _finish_name(finish: inference_pb2.Finish) -> str:
@@ -388,7 +426,17 @@ def _finish_name(finish: inference_pb2.Finish) -> str:
     return f"{name} {finish.stop_string!r}" if finish.HasField("stop_string") else name
 
 
-def _ending(reason: str, summary: inference_pb2.Summary) -> Ending:
+def _answer(response: inference_pb2.BatchGenerateResponse) -> Answer:
+    if response.WhichOneof("result") == "error":
+        return Answer(response.item, error=_error_of(response.error))
+    result = response.response
+    # A Request asks for one completion.
+    (completion,) = result.completions
+    ending = _ending(_finish_name(completion.finish), result)
+    return Answer(response.item, text=completion.text, ending=ending)
+
+
+def _ending(reason: str, summary: inference_pb2.Summary | inference_pb2.GenerateResponse) -> Ending:
     usage, timings = summary.usage, summary.timings
     return Ending(
         finish_reason=reason,
@@ -416,11 +464,17 @@ def _server_state(response: control_pb2.WatchStateResponse) -> ServerState:
 
 
 def _call_error(error: Any) -> CallError:
+    status = rpc_status.from_call(error)
+    if status is None:
+        return CallError(error.code().name, error.details() or "no message")
+    return _error_of(status)
+
+
+def _error_of(status: status_pb2.Status) -> CallError:
     reason = ""
     violations: list[tuple[str, str]] = []
     retry_after_s: float | None = None
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
+    for detail in status.details:
         info = error_details_pb2.ErrorInfo()
         bad = error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
@@ -431,8 +485,8 @@ def _call_error(error: Any) -> CallError:
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
     return CallError(
-        error.code().name,
-        error.details() or "no message",
+        _CODES.get(status.code, "UNKNOWN"),
+        status.message or "no message",
         reason=reason,
         violations=violations,
         retry_after_s=retry_after_s,

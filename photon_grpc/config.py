@@ -33,6 +33,8 @@ from photon_grpc.options import Options
 
 ENV_PREFIX = "PHOTON_"
 CONFIG_VARIABLE = "PHOTON_CONFIG"
+# What the commands that call a server send as a bearer token; no setting, and a server does nothing with it.
+TOKEN_VARIABLE = "PHOTON_TOKEN"
 
 _POSITIVE = Field(gt=0)
 _AT_LEAST_ZERO = Field(ge=0)
@@ -94,6 +96,9 @@ RANGES: Mapping[str, Any] = {
     "limits.max_chunk_delay_s": _POSITIVE,
     "limits.max_queued_requests": _POSITIVE,
     "limits.max_queued_tokens": _POSITIVE,
+    "limits.max_batch_items": _POSITIVE,
+    "limits.max_batch_tokens": _POSITIVE,
+    "limits.max_batch_concurrency": _POSITIVE,
     "limits.default_deadline_s": _POSITIVE,
     "limits.max_deadline_s": _POSITIVE,
     "limits.slow_consumer_timeout_s": _POSITIVE,
@@ -239,10 +244,15 @@ def _environment() -> dict[str, Any]:
     known = {f"{ENV_PREFIX}{path.replace('.', '__')}".upper(): path for path in known_fields()}
     for variable in os.environ:
         upper = variable.upper()
-        if not upper.startswith(ENV_PREFIX) or upper == CONFIG_VARIABLE or upper in known:
+        if not upper.startswith(ENV_PREFIX) or upper in known or upper in (CONFIG_VARIABLE, TOKEN_VARIABLE):
             continue
         raise ConfigError(f"{variable}: no such setting{_suggest(upper, list(known))}")
     return dict(EnvSettingsSource(_SETTINGS)())
+
+
+def token_from_environment() -> str:
+    """What PHOTON_TOKEN holds; empty where it is not set."""
+    return os.environ.get(TOKEN_VARIABLE, "")
 
 
 def _file_from_environment() -> Path | None:
@@ -338,6 +348,8 @@ def _cross_checks(options: Options, origins: _Origins) -> list[str]:
             "server.admin_host",
             "off loopback it needs tls.client_ca_file, and auth.callers_file for its roles",
         )
+    if options.auth.trusted_hops and not options.auth.callers_file:
+        refuse("auth.trusted_hops", "needs auth.callers_file, which names callers")
     if not _is_loopback(server.host) and not tls.cert_file and not server.allow_plaintext:
         refuse("server.host", "off loopback it needs tls.cert_file, or server.allow_plaintext")
     if bool(tls.cert_file) != bool(tls.key_file):

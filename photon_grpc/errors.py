@@ -18,6 +18,7 @@ The tree, with the gRPC status each branch ends in (`server/status.py` holds the
         OverloadedError           UNAVAILABLE
         DeadlineUnreachableError  UNAVAILABLE
         QuotaExceededError        RESOURCE_EXHAUSTED
+        OutOfMemoryError          UNAVAILABLE
       LifecycleError
         EngineStartingError       UNAVAILABLE
         EngineDrainingError       UNAVAILABLE
@@ -102,6 +103,11 @@ class InvalidRequestError(RequestError):
         """The common case of a single violation."""
         return cls([FieldViolation(field, description)])
 
+    @classmethod
+    def ambiguous_id(cls) -> InvalidRequestError:
+        """An operator named an id that live requests of several tenants have. Says nothing of whose."""
+        return cls.of("tenant", "required: live requests of several tenants have this id")
+
 
 class ContextLengthError(RequestError):
     """The prompt leaves no room for a single output token."""
@@ -162,10 +168,11 @@ class UnauthenticatedError(AccessError):
 
 
 class ForbiddenError(AccessError):
-    """The caller is known and lacks the role that the method needs."""
+    """The caller is known, and this is not for it: the method needs a role that it lacks, or it states
+    what only others may."""
 
-    def __init__(self) -> None:
-        super().__init__("the caller lacks the role for this method")
+    def __init__(self, message: str = "the caller lacks the role for this method") -> None:
+        super().__init__(message)
 
 
 class CapacityError(PhotonError):
@@ -193,6 +200,13 @@ class QuotaExceededError(CapacityError):
     def __init__(self, limit: str, retry_after_s: float) -> None:
         super().__init__(f"the tenant's quota of {limit} is used up", retry_after_s)
         self.limit = limit
+
+
+class OutOfMemoryError(CapacityError):
+    """There is no memory for this request now; what is smaller, or comes later, may fit."""
+
+    def __init__(self, retry_after_s: float = 1.0) -> None:
+        super().__init__("the server has no memory for the request", retry_after_s)
 
 
 class LifecycleError(PhotonError):

@@ -100,6 +100,9 @@ class AuthOptions:
     callers_file: str = _opt(
         "", "who may call and in which roles, one `name role[,role] credential` a line; empty: everybody"
     )
+    trusted_hops: str = _opt(
+        "", "callers, separated by commas, that may state photon-tenant and photon-priority in the metadata"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,9 @@ class LimitOptions:
     max_queued_tokens: int = _opt(
         1 << 20, "prompt tokens of requests whose first token has not come; twice as many of several tenants"
     )
+    max_batch_items: int = _opt(128, "specs of one BatchGenerate")
+    max_batch_tokens: int = _opt(1 << 20, "prompts and max_tokens of one BatchGenerate in all")
+    max_batch_concurrency: int = _opt(32, "specs of one BatchGenerate that run at the same time")
     default_deadline_s: float = _opt(300.0, "deadline of a call that brings none")
     max_deadline_s: float = _opt(900.0, "longest that any call may run")
     slow_consumer_timeout_s: float = _opt(30.0, "a single write pending for longer ends the call")

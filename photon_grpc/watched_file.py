@@ -27,7 +27,7 @@ class WatchedFile(Generic[_T]):
         self._file = Path(file)
         self._parse = parse
         # Before the read: what is written in between is then read with the next question.
-        self._stamp = self._look()
+        self._stamp = self._unreadable = self._look()
         try:
             self._value = parse(self._file.read_bytes())
         except (OSError, ValueError) as error:
@@ -38,16 +38,27 @@ class WatchedFile(Generic[_T]):
         stamp = self._look()
         if stamp == self._stamp:
             return self._value
-        self._stamp = stamp
         try:
-            self._value = self._parse(self._file.read_bytes())
-        except (OSError, ValueError) as error:
-            _log.warning(
-                "file refused, the last good one stays", setting=self._setting, reason=self._describe(error)
-            )
+            content = self._file.read_bytes()
+        except OSError as error:
+            # It may be readable with the next question, unchanged: this process had no descriptor left.
+            if stamp != self._unreadable:
+                self._unreadable = stamp
+                self._warn(error)
+            return self._value
+        self._stamp = self._unreadable = stamp
+        try:
+            self._value = self._parse(content)
+        except ValueError as error:
+            self._warn(error)
         else:
             _log.info("file loaded", setting=self._setting)
         return self._value
+
+    def _warn(self, error: OSError | ValueError) -> None:
+        _log.warning(
+            "file refused, the last good one stays", setting=self._setting, reason=self._describe(error)
+        )
 
     def _look(self) -> tuple[int, int, int] | None:
         """What changes when the file is written or replaced; None while there is none."""

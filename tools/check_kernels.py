@@ -3,19 +3,23 @@
     python tools/check_kernels.py [--report] [source ...]
 
 Fails on errors, warnings, spilled registers, more registers than a kernel's budget, and more shared memory
-than an architecture has. Each source compiles in a process of its own, since some mistakes in inline PTX
-end NVRTC's. Needs NVRTC's wheels (the `dev` extra brings them), no toolkit and no driver.
+than an architecture has. Each compilation has a process of its own, since some mistakes in inline PTX end
+NVRTC's; all are forks of one that has imported everything, as many at a time as there are processors.
+Needs NVRTC's wheels (the `dev` extra brings them), no toolkit and no driver.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +37,8 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
 # Beyond this, shared memory has to be dynamic.
 STATIC_SHARED_BYTES = 48 << 10
+# What the process that the others are forked from imports, once.
+_PRELOADED = ["photon_grpc.kernels.registry", "cuda.bindings.nvrtc"]
 
 
 def problems(spec: KernelSpec, macros: dict[str, int | str], compiled: Compiled, arch: str) -> list[str]:
@@ -41,7 +47,7 @@ def problems(spec: KernelSpec, macros: dict[str, int | str], compiled: Compiled,
     report = compiled.functions.get(spec.name)
     if report is None:
         return [*found, f'no extern "C" function {spec.name}']
-    if report.spill_bytes:
+    if report.spill_bytes > spec.max_spill_bytes:
         found.append(f"spills {report.spill_bytes} bytes")
     if report.registers > spec.max_registers:
         found.append(f"{report.registers} registers, budget {spec.max_registers}")
@@ -53,78 +59,106 @@ def problems(spec: KernelSpec, macros: dict[str, int | str], compiled: Compiled,
     return found
 
 
-def check_source(stem: str) -> list[dict[str, object]]:
-    """One entry per variant and architecture, in this process."""
-    source = load_source(stem)
-    results: list[dict[str, object]] = []
-    variants = sorted((one for one in checked_variants() if one.spec.source == stem), key=_macros_text)
-    for _, group in groupby(variants, key=_macros_text):
-        same = list(group)
-        macros = dict(same[0].macros)
-        for arch in ARCHITECTURES:
-            try:
-                compiled = compile_source(source, macros, arch)
-            except StartupError as error:
-                found = {one: [error.message] for one in same}
-                reports: dict[str, FunctionReport] = {}
-            else:
-                found = {one: problems(one.spec, macros, compiled, arch) for one in same}
-                reports = compiled.functions
-            for one in same:
-                report = reports.get(one.spec.name)
-                results.append(
-                    {
-                        "variant": str(one),
-                        "arch": arch,
-                        "registers": report.registers if report else None,
-                        "problems": found[one],
-                    }
-                )
-    return results
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """Variants that one call of the compiler gives: functions of one source, with the same macros."""
+
+    variants: tuple[Variant, ...]
+    arch: str
+
+    def __str__(self) -> str:
+        return f"{self.variants[0]} {self.arch}"
 
 
-def _macros_text(variant: Variant) -> str:
-    return repr(variant.items)
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What became of one variant for one architecture; `registers` is None where nothing was compiled."""
+
+    name: str
+    registers: int | None
+    problems: list[str]
 
 
-def run_worker(stem: str) -> list[dict[str, object]]:
-    """`check_source` in a process of its own; its death is a problem like any other."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", stem], check=False, capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        text = f"the compiler's process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
-        return [{"variant": stem, "arch": "any", "registers": None, "problems": [text]}]
-    parsed: list[dict[str, object]] = json.loads(done.stdout)
-    return parsed
+def compilations(variants: Iterable[Variant]) -> list[Compilation]:
+    """Every call of the compiler that the variants need, those of one source together."""
+    same: defaultdict[tuple[str, str], list[Variant]] = defaultdict(list)
+    for one in variants:
+        same[one.spec.source, repr(one.items)].append(one)
+    return [Compilation(tuple(group), arch) for _, group in sorted(same.items()) for arch in ARCHITECTURES]
+
+
+def check(work: Compilation) -> list[Checked]:
+    """One entry per variant, in this process."""
+    first = work.variants[0]
+    macros = dict(first.macros)
+    reports: dict[str, FunctionReport] = {}
+    try:
+        compiled = compile_source(load_source(first.spec.source), macros, work.arch)
+    except StartupError as error:
+        found = [[error.message] for _ in work.variants]
+    else:
+        found = [problems(one.spec, macros, compiled, work.arch) for one in work.variants]
+        reports = compiled.functions
+    return [
+        Checked(f"{one} {work.arch}", report.registers if report else None, texts)
+        for one, texts in zip(work.variants, found, strict=True)
+        for report in [reports.get(one.spec.name)]
+    ]
+
+
+def check_apart(
+    works: Sequence[Compilation], checker: Callable[[Compilation], list[Checked]] = check
+) -> list[Checked]:
+    """`check` of each in a process of its own, whose death is a problem like any other; in their order."""
+    # From one thread: starting a process of `multiprocessing` reaps others, which is no work for two.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    results: list[list[Checked]] = [[] for _ in works]
+    waiting = deque(enumerate(works))
+    running: dict[Connection, tuple[int, BaseProcess]] = {}
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            index, work = waiting.popleft()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(sender, checker, work))
+            process.start()
+            sender.close()
+            running[receiver] = (index, process)
+        for ready in wait(list(running)):
+            assert isinstance(ready, Connection)
+            index, ended = running.pop(ready)
+            with ready, suppress(EOFError):
+                results[index] = ready.recv()
+            ended.join()
+            if ended.exitcode != 0:
+                text = f"the compiler's process ended with {ended.exitcode}"
+                results[index] = [Checked(str(works[index]), None, [text])]
+    return [result for part in results for result in part]
+
+
+def _send(sender: Connection, checker: Callable[[Compilation], list[Checked]], work: Compilation) -> None:
+    sender.send(checker(work))
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sources", nargs="*", help="stems; all by default")
     parser.add_argument("--report", action="store_true", help="print registers of every variant")
-    parser.add_argument("--worker", metavar="STEM", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.worker:
-        json.dump(check_source(options.worker), sys.stdout)
-        return 0
     if not sys.platform.startswith("linux"):
         print("kernels not checked: there is no NVRTC wheel with these options but for Linux")
         return 0
-    stems = sorted({one.spec.source for one in checked_variants()})
-    wanted = [stem for stem in stems if not options.sources or stem in options.sources]
-    if options.sources and set(options.sources) - set(stems):
+    variants = list(checked_variants())
+    stems = sorted({one.spec.source for one in variants})
+    if set(options.sources) - set(stems):
         parser.error(f"no such source; there are {', '.join(stems)}")
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = [result for part in pool.map(run_worker, wanted) for result in part]
-    bad = 0
+    wanted = [one for one in variants if not options.sources or one.spec.source in options.sources]
+    results = check_apart(compilations(wanted))
+    bad = sum(bool(result.problems) for result in results)
     for result in results:
-        texts = result["problems"]
-        assert isinstance(texts, list)
-        bad += bool(texts)
-        if texts or options.report:
-            print(f"{result['variant']} {result['arch']}: {result['registers']} registers")
-        for text in texts:
+        if result.problems or options.report:
+            print(f"{result.name}: {result.registers} registers")
+        for text in result.problems:
             print(f"    {text}")
     print(f"{len(results)} kernels compiled for {', '.join(ARCHITECTURES)}: {bad} with problems")
     return int(bad > 0)

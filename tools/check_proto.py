@@ -36,13 +36,16 @@ class ProtoError(Exception):
     """protoc is missing or refused the sources."""
 
 
-def compile_files(folder: Path = PROTO) -> pb.FileDescriptorSet:
-    """Descriptors of every .proto file under `folder`, without their imports. Raises ProtoError."""
+def compile_files(folder: Path = PROTO, below: str = "photon") -> pb.FileDescriptorSet:
+    """Descriptors of every .proto file in `folder` below `below`, without their imports.
+
+    Beside ours lies what is vendored, which is not ours to lint or to change. Raises ProtoError.
+    """
     try:
         from grpc_tools import protoc
     except ImportError as error:
         raise ProtoError("grpcio-tools is not installed") from error
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.proto"))
+    names = sorted(str(path.relative_to(folder)) for path in (folder / below).rglob("*.proto"))
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch, "set.bin")
         known = Path(protoc.__file__).parent / "_proto"

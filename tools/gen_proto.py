@@ -48,6 +48,8 @@ def generate(target: Path) -> None:
         arguments = [
             "protoc",
             f"-Iphoton_grpc/v1={SOURCE}",
+            # For what is vendored there; its Python modules come from googleapis-common-protos.
+            f"-I{SOURCE.parents[1]}",
             f"-I{Path(protoc.__file__).parent / '_proto'}",
             f"--python_out={folder}",
             f"--pyi_out={folder}",

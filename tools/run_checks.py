@@ -9,6 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +23,26 @@ CHECKS: dict[str, list[str]] = {
     "proto modules": [PYTHON, "tools/gen_proto.py", "--check"],
     "proto rules": [PYTHON, "tools/check_proto.py"],
     "settings table": [PYTHON, "tools/settings_table.py", "--check"],
-    "kernels": [PYTHON, "tools/check_kernels.py"],
 }
+# Most of the time before the tests, and work for every processor: begun first, beside the others.
+KERNELS = ("kernels", [PYTHON, "tools/check_kernels.py"])
+
+TESTS = [PYTHON, "-m", "pytest", "-m", "not gpu"]
+# A worker is a process that imports torch: beyond these the memory grows and the time hardly shrinks.
+WORKERS = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]
+# What these show or ask goes to a worker, which nobody sees.
+_NOT_IN_WORKERS = ("-s", "--capture=no", "--pdb", "--trace", "--co", "--collect-only", "no:xdist")
+
+
+def workers(arguments: Sequence[str]) -> list[str]:
+    """pytest-xdist's options beside a person's: none where theirs say how, or name nothing but files and
+    tests, which are done before the workers have started.
+    """
+    if any(one in _NOT_IN_WORKERS or one.startswith(("-n", "--numprocesses")) for one in arguments):
+        return []
+    paths = [ROOT / one.split("::")[0] for one in arguments if not one.startswith("-")]
+    named = [path for path in paths if path.exists()]
+    return WORKERS if not named or any(path.is_dir() for path in named) else []
 
 
 def run(name: str, command: list[str]) -> int:
@@ -31,12 +51,31 @@ def run(name: str, command: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
+def run_checks() -> list[str]:
+    """Every check; the names of those that failed."""
+    name, command = KERNELS
+    with ThreadPoolExecutor(1) as beside:
+        kernels = beside.submit(
+            subprocess.run,
+            command,
+            cwd=ROOT,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        failed = [each for each in CHECKS if run(each, CHECKS[each]) != 0]
+        done = kernels.result()
+    print(f"\n=== {name}\n{done.stdout}", end="", flush=True)
+    return failed + [name] * (done.returncode != 0)
+
+
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    failed = [name for name, command in CHECKS.items() if run(name, command) != 0]
-    verdict = f"failed: {', '.join(failed)}" if failed else f"all {len(CHECKS)} passed"
+    failed = run_checks()
+    verdict = f"failed: {', '.join(failed)}" if failed else f"all {len(CHECKS) + 1} passed"
     print(f"\n=== checks before the tests: {verdict} ({time.monotonic() - start:.0f} s)", flush=True)
-    tests = run("pytest", [PYTHON, "-m", "pytest", "-m", "not gpu", *arguments])
+    tests = run("pytest", [*TESTS, *workers(arguments), *arguments])
     if failed:
         print(f"failed before the tests: {', '.join(failed)}", file=sys.stderr)
     return tests or int(bool(failed))

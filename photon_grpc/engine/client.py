@@ -41,8 +41,10 @@ from photon_grpc.errors import (
     EngineDrainingError,
     EngineStartingError,
     FirstTokenTimeoutError,
+    InvalidRequestError,
     MaxDurationError,
     OperatorAbortError,
+    OutOfMemoryError,
     OverloadedError,
     PhotonError,
     QueueTimeoutError,
@@ -67,6 +69,7 @@ _ERROR_OF_FAILURE: dict[FailureKind, Callable[[], PhotonError]] = {
     FailureKind.FIRST_TOKEN_TIMEOUT: FirstTokenTimeoutError,
     FailureKind.MAX_DURATION: MaxDurationError,
     FailureKind.REQUEST_FAULT: RequestFaultError,
+    FailureKind.OUT_OF_MEMORY: OutOfMemoryError,
     FailureKind.OPERATOR_ABORT: OperatorAbortError,
     FailureKind.DRAINING: EngineDrainingError,
     FailureKind.ENGINE_DEAD: EngineDeadError,
@@ -81,7 +84,10 @@ def error_of(failure: FailureKind) -> PhotonError:
 class RequestStream:
     """The outputs of one submitted request. Use inside `with`: leaving early aborts what still runs."""
 
-    def __init__(self, engine: AsyncEngine, key: int, request_id: str, num_completions: int) -> None:
+    def __init__(
+        self, engine: AsyncEngine, key: int, tenant: str, request_id: str, num_completions: int
+    ) -> None:
+        self.tenant = tenant
         self.request_id = request_id
         self._engine = engine
         self._key = key
@@ -153,7 +159,7 @@ class RequestStream:
         if self._closed:
             return
         self._closed = True
-        self._engine.forget(self._key, self.request_id)
+        self._engine.forget(self._key, self)
         if self._num_open:
             self._engine.post(Abort(self._key))
 
@@ -279,7 +285,8 @@ class AsyncEngine:
         self._stopped: asyncio.Event | None = None
         self._info: EngineReady | None = None
         self._streams: dict[int, RequestStream] = {}
-        self._keys: dict[str, int] = {}
+        # By tenant and request_id: an id is unique among its tenant's live requests, and only there.
+        self._keys: dict[tuple[str, str], int] = {}
         self._last_key = 0
         self._num_live = 0
         self._pace = _Pace(self._host.writing_share)
@@ -346,6 +353,11 @@ class AsyncEngine:
             self._engine_stopped(EngineDeadError())
 
     @property
+    def process_id(self) -> int | None:
+        """The process that the engine has to itself; None where it shares ours, and while there is none."""
+        return self._host.process_id
+
+    @property
     def num_live_requests(self) -> int:
         """Submitted requests whose streams are not closed."""
         return len(self._streams)
@@ -384,41 +396,53 @@ class AsyncEngine:
     def submit(self, request_id: str, request: EngineRequest) -> RequestStream:
         """Hand a checked request to the engine.
 
-        Raises DuplicateRequestError for a live request_id, OverloadedError, EngineStartingError,
-        EngineDrainingError or EngineDeadError.
+        Raises DuplicateRequestError for an id that is live for the request's tenant, OverloadedError,
+        EngineStartingError, EngineDrainingError or EngineDeadError.
         """
         self.check_admission()
-        self.check_duplicate(request_id)
+        self.check_duplicate(request.tenant, request_id)
         self._check_room(request.sampling.n)
         self._last_key += 1
         key = self._last_key
-        stream = RequestStream(self, key, request_id, request.sampling.n)
+        stream = RequestStream(self, key, request.tenant, request_id, request.sampling.n)
         self._streams[key] = stream
-        self._keys[request_id] = key
+        self._keys[request.tenant, request_id] = key
         if not self._num_live:
             self._heartbeat = time.monotonic()
         self._num_live += request.sampling.n
         self._host.post(Submit(key, request))
         return stream
 
-    def check_duplicate(self, request_id: str) -> None:
-        """Raise DuplicateRequestError while a stream of this id is open."""
-        if request_id in self._keys:
+    def check_duplicate(self, tenant: str, request_id: str) -> None:
+        """Raise DuplicateRequestError while a stream of this id is open for this tenant."""
+        if (tenant, request_id) in self._keys:
             raise DuplicateRequestError(request_id)
 
-    def abort(self, request_id: str) -> int:
-        """End a live request for an operator. Raises RequestNotFoundError."""
-        key = self._keys.get(request_id)
-        if key is None:
+    def abort(self, request_id: str, tenant: str = "") -> int:
+        """End a live request for an operator; without a tenant, whosoever it is.
+
+        Raises RequestNotFoundError, and InvalidRequestError for an id that several tenants use at the
+        moment where none is named.
+        """
+        # An operator's question: looking at every live request is cheaper than a second table.
+        keys = [
+            key
+            for (owner, live_id), key in self._keys.items()
+            if live_id == request_id and (not tenant or owner == tenant)
+        ]
+        if not keys:
             raise RequestNotFoundError(request_id)
-        self.post(Abort(key, reason=AbortReason.OPERATOR))
+        if len(keys) > 1:
+            raise InvalidRequestError.ambiguous_id()
+        self.post(Abort(keys[0], reason=AbortReason.OPERATOR))
         return 1
 
-    def abort_all(self, reason: AbortReason = AbortReason.OPERATOR) -> int:
-        """End every live request; the number ended."""
-        for key in self._streams:
-            self.post(Abort(key, reason=reason))
-        return len(self._streams)
+    def abort_all(self, tenant: str = "") -> int:
+        """End every live request for an operator, or every one of a tenant; the number ended."""
+        keys = [key for key, stream in self._streams.items() if not tenant or stream.tenant == tenant]
+        for key in keys:
+            self.post(Abort(key, reason=AbortReason.OPERATOR))
+        return len(keys)
 
     async def flush_cache(self, *, wait_idle: bool) -> int:
         """Forget every cached prefix; the number of blocks that nobody holds and that kept one.
@@ -458,7 +482,10 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._stopped.wait(), timeout_s)
         except TimeoutError:
-            _log.error("engine_did_not_stop", timeout_s=timeout_s)
+            if self._info is None:
+                _log.warning("engine_left_loading")
+            else:
+                _log.error("engine_did_not_stop", timeout_s=timeout_s)
         return await loop.run_in_executor(None, self._host.join, max(0.0, give_up_at - loop.time()))
 
     def post(self, message: Abort) -> None:
@@ -469,12 +496,11 @@ class AsyncEngine:
         """A reader has taken something, which becomes a message."""
         self._pace.num_messages += 1
 
-    def forget(self, key: int, request_id: str) -> None:
-        """Drop a closed stream; late outputs of it are ignored."""
-        stream = self._streams.pop(key, None)
+    def forget(self, key: int, stream: RequestStream) -> None:
+        """Drop a stream that has just been closed; late outputs of it are ignored."""
+        del self._streams[key]
         self._unwoken.pop(key, None)
-        if stream is not None and self._keys.get(request_id) == key:
-            del self._keys[request_id]
+        del self._keys[stream.tenant, stream.request_id]
 
     # --- from the engine ------------------------------------------------------------------------
 

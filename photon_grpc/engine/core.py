@@ -6,8 +6,11 @@ the engine thread; knows ids and numbers, no text and no grpc.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
+
+import structlog
 
 from photon_grpc.engine.messages import (
     Abort,
@@ -20,12 +23,14 @@ from photon_grpc.engine.messages import (
     Submit,
 )
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
-from photon_grpc.runner.base import Runner
+from photon_grpc.runner.base import Runner, StepOutOfMemoryError
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
 from photon_grpc.scheduler.output import SamplerSpec, SchedulerOutput
-from photon_grpc.scheduler.prefix_cache import scope_root
+from photon_grpc.scheduler.prefix_cache import KEY_BYTES, scope_root
 from photon_grpc.scheduler.request import Request
 from photon_grpc.scheduler.scheduler import Scheduler
+
+_log = structlog.get_logger(__name__)
 
 _FAILURE_OF_ABORT = {
     AbortReason.CANCELLED: None,
@@ -35,6 +40,10 @@ _FAILURE_OF_ABORT = {
 
 
 _NO_TOKENS = PlainTokens()
+
+# Each failure halves the batch, so the largest one is down to a single sequence after nine. A device that
+# has no memory for several of those either has none for any.
+MAX_FAILURES = 16
 
 
 class EngineCore:
@@ -61,6 +70,10 @@ class EngineCore:
         self._clock = clock
         self._in_flight: deque[SchedulerOutput] = deque()
         self._last_seq_id = 0
+        # Of this engine's lifetime: the cache it names does not outlive it either.
+        self._cache_key = os.urandom(KEY_BYTES)
+        # Launches and collections in a row that found no memory.
+        self._num_failures = 0
 
     @property
     def has_work(self) -> bool:
@@ -80,7 +93,7 @@ class EngineCore:
     def submit(self, message: Submit) -> None:
         """Turn a request into its `n` sequences."""
         request = message.request
-        cache_root = scope_root(request.cache_scope)
+        cache_root = scope_root(self._cache_key, request.tenant, request.cache_salt)
         for index in range(request.sampling.n):
             self._last_seq_id += 1
             self.scheduler.add(_sequence(self._last_seq_id, message.key, index, request, cache_root))
@@ -100,21 +113,41 @@ class EngineCore:
     def step(self) -> StepOutputs:
         """Plan and launch one step; collect the oldest once the runner has enough under way.
 
-        Raises whatever the runner raises: the state of model and cache is then unknown, and the caller
-        must not step again.
+        A step without memory is lost and its sequences come again, fewer at a time. Raises
+        StepOutOfMemoryError where that does not help, and whatever else the runner raises: the state of
+        model and cache is then unknown, and the caller must not step again.
         """
         started = self._clock()
         planned = self.scheduler.schedule(started)
         if not planned.is_empty:
             self._in_flight.append(planned)
-            self.runner.launch(planned)
+            try:
+                self.runner.launch(planned)
+            except StepOutOfMemoryError as error:
+                self._lose([self._in_flight.pop()], error)
+                return self.flush()
         told: tuple[Sequence[SequenceOutput], PlainTokens] = ((), _NO_TOKENS)
         if self._in_flight and (planned.is_empty or len(self._in_flight) >= self.runner.max_in_flight):
-            collected = self.runner.collect()
+            try:
+                collected = self.runner.collect()
+            except StepOutOfMemoryError as error:
+                lost = list(self._in_flight)
+                self._in_flight.clear()
+                self._lose(lost, error)
+                return self.flush()
+            self._num_failures = 0
             expected = self._in_flight.popleft()
             assert collected.step == expected.step, "the runner returned another step than the oldest"
             told = self.scheduler.update(collected, self._clock())
         return self.flush(*told, num_tokens=planned.num_tokens, started=started)
+
+    def _lose(self, lost: Sequence[SchedulerOutput], error: StepOutOfMemoryError) -> None:
+        self._num_failures += 1
+        if self._num_failures >= MAX_FAILURES:
+            raise error
+        rows, tokens = len(lost[0].rows), lost[0].num_tokens
+        _log.warning("step_out_of_memory", step=lost[0].step, rows=rows, tokens=tokens, detail=str(error))
+        self.scheduler.lose(lost, self._clock())
 
     def flush(
         self,

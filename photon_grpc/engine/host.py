@@ -27,6 +27,10 @@ class EngineHost(Protocol):
     writing_share: float
     """How much of the time between steps the event loop may spend on writing what they brought."""
 
+    @property
+    def process_id(self) -> int | None:
+        """The process that the engine has to itself; None where it shares ours, and while there is none."""
+
     def start(self) -> None:
         """Begin to build the runner; EngineReady or EngineStopped is delivered when that is done."""
 

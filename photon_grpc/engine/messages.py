@@ -61,11 +61,11 @@ class EngineRequest:
     """A checked request of `sampling.n` completions: ids and numbers, no text.
 
     `stop_token_ids` and `eos_token_ids` (empty under ignore_eos) end a completion; reaching
-    `max_tokens` ends it with `length_finish`. `cache_scope` salts the prefix hashes: requests share
-    blocks only inside one scope. None as `top_logprobs` means no log-probabilities. `tenant` is whom the
-    work is for, a name that nothing here looks into; empty where callers are not told apart. While
-    several tenants wait each gets `weight` shares of the engine, and none of them enters the batch with
-    more than `kv_share` of all KV blocks in its hands.
+    `max_tokens` ends it with `length_finish`. None as `top_logprobs` means no log-probabilities. `tenant`
+    is whom the work is for, a name that nothing here looks into; empty where callers are not told apart.
+    Requests share blocks only inside one tenant, and there only with an equal `cache_salt`. While several
+    tenants wait each gets `weight` shares of the engine, and none of them enters the batch with more than
+    `kv_share` of all KV blocks in its hands.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -80,7 +80,7 @@ class EngineRequest:
     deadlines: Deadlines = field(default_factory=Deadlines)
     top_logprobs: int | None = None
     prompt_top_logprobs: int | None = None
-    cache_scope: bytes = b""
+    cache_salt: str = ""
     bypass_prefix_cache: bool = False
     tenant: str = ""
     weight: float = 1.0

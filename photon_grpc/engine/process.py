@@ -57,9 +57,10 @@ class EngineProcess:
         self._has_stopped = False
 
     @property
-    def pid(self) -> int:
-        """The child's process id. Only after `start`."""
-        assert self._process is not None
+    def process_id(self) -> int | None:
+        """The child's; None before `start`, and once it is reaped, when the number may be another's."""
+        if self._process is None or self._process.returncode is not None:
+            return None
         return self._process.pid
 
     def start(self) -> None:
@@ -102,16 +103,16 @@ class EngineProcess:
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            _log.error("engine_process_killed", pid=self.pid, reason="it did not end by itself")
+            _log.error("engine_process_killed", pid=self._process.pid, reason="it did not end by itself")
             self._kill()
             try:
                 self._process.wait(_KILLED_S)
             except subprocess.TimeoutExpired:
-                _log.error("engine_process_not_reaped", pid=self.pid)
+                _log.error("engine_process_not_reaped", pid=self._process.pid)
             return False
         if code and not self._is_discarded:
             # Negative: minus the number of the signal that killed it.
-            _log.error("engine_process_ended", pid=self.pid, code=code)
+            _log.error("engine_process_ended", pid=self._process.pid, code=code)
         return True
 
     def _kill(self) -> None:
@@ -184,7 +185,7 @@ class EngineProcess:
         if self._is_discarded:
             self._deliver(EngineStopped(None))
         else:
-            _log.error("engine_process_died", pid=self.pid)
+            _log.error("engine_process_died", pid=self.process_id)
             self._deliver(EngineStopped(EngineDeadError()))
 
 

@@ -40,6 +40,11 @@ class EngineThread:
             daemon=True,
         )
 
+    @property
+    def process_id(self) -> None:
+        """None: the engine shares our process."""
+        return
+
     def start(self) -> None:
         """Begin to build the runner; EngineReady or EngineStopped follows."""
         self._thread.start()

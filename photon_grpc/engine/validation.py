@@ -185,7 +185,7 @@ class Validator:
             ),
             top_logprobs=request.output.top_logprobs,
             prompt_top_logprobs=request.output.prompt_top_logprobs,
-            cache_scope=request.cache.cache_salt.encode(),
+            cache_salt=request.cache.cache_salt,
             bypass_prefix_cache=request.cache.bypass_prefix_cache,
             tenant=tenant,
         )
@@ -363,9 +363,9 @@ def _after(start: float, seconds: float | None) -> float | None:
 
 
 def _depth(value: Any, limit: int) -> bool:
-    """True if `value` is nested at most `limit` deep; iterative, so that depth cannot hurt us."""
+    """True if `value` is at most `limit` containers deep; iterative, so that depth cannot hurt us."""
     level: list[Any] = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             item
             for container in level
@@ -379,6 +379,6 @@ def _depth(value: Any, limit: int) -> bool:
 
 def _fits_json(value: Mapping[str, Any], limit: int) -> bool:
     try:
-        return len(json.dumps(dict(value))) <= limit
+        return len(json.dumps(dict(value), ensure_ascii=False, separators=(",", ":")).encode()) <= limit
     except (TypeError, ValueError):
         return False

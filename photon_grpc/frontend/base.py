@@ -38,8 +38,9 @@ class GenerationStream(Protocol):
 class FrontDoor(Protocol):
     """Submits requests and answers questions about text. Lives on the event loop.
 
-    `deadline` is a moment of `time.monotonic()`; `tenant` whose quota a generation counts against, as the
-    transport has made sure. Every method raises errors of `errors.py` only.
+    `deadline` is a moment of `time.monotonic()`; `tenant` for whom a generation is, as the transport has
+    made sure: quotas, request ids and the prefix cache are kept apart by it. Every method raises errors of
+    `errors.py` only.
     """
 
     @property
@@ -59,8 +60,12 @@ class FrontDoor(Protocol):
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
-        """Run `request` to its end; with `validate_only` check and count tokens, and stop there."""
+        """Run `request` to its end; with `validate_only` check and count tokens, and stop there.
+
+        `field_root` stands before the paths of fields in errors; None is the transport's usual one.
+        """
 
     async def tokenize(
         self,
@@ -84,8 +89,11 @@ class FrontDoor(Protocol):
     async def flush_cache(self, *, wait_idle: bool) -> int:
         """Forget every cached prefix, with `wait_idle` once no request lives; the blocks that gave room."""
 
-    def abort(self, request_id: str) -> int:
-        """End a live request for an operator; the number ended. Raises RequestNotFoundError."""
+    def abort(self, request_id: str, *, tenant: str = "") -> int:
+        """End a live request for an operator; the number ended. An empty tenant stands for all of them.
 
-    def abort_all(self) -> int:
-        """End every live request for an operator; the number ended."""
+        Raises RequestNotFoundError, and InvalidRequestError for an id that several tenants use.
+        """
+
+    def abort_all(self, *, tenant: str = "") -> int:
+        """End every live request, or every one of a tenant, for an operator; the number ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from photon_grpc.errors import PhotonError
 from photon_grpc.types import EffectiveParams, Finish, Timings, TokenLogprobs, Usage
 
 
@@ -71,8 +72,17 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class AdmissionOutlook:
+    """What a request would meet if it were submitted now: seconds of waiting (None: not known), and the
+    error that it would be refused with."""
+
+    estimated_wait_s: float | None
+    refusal: PhotonError | None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """Everything a unary call returns. `completions` is empty for validate_only."""
+    """Everything a unary call returns. With validate_only there is `admission` and no completion."""
 
     request_id: str
     completions: tuple[Completion, ...]
@@ -80,6 +90,7 @@ class GenerationResult:
     usage: Usage
     timings: Timings
     effective: EffectiveParams
+    admission: AdmissionOutlook | None = None
 
 
 @dataclass(frozen=True, slots=True)

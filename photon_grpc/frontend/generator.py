@@ -21,11 +21,18 @@ from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
 from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineRequest, EngineStats, SequenceOutput, SequenceTimings
 from photon_grpc.engine.validation import CheckedRequest, Validator
-from photon_grpc.errors import EngineStartingError
+from photon_grpc.errors import (
+    CapacityError,
+    DurationError,
+    EngineStartingError,
+    LifecycleError,
+    PhotonError,
+)
 from photon_grpc.frontend.admission import Admission, Ticket
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.detokenizer import Detokenizer
 from photon_grpc.frontend.events import (
+    AdmissionOutlook,
     Completion,
     Delta,
     Event,
@@ -122,13 +129,14 @@ class Generator:
         nobody holds and that kept one. Raises EngineStartingError, EngineDrainingError or EngineDeadError."""
         return await self._engine.flush_cache(wait_idle=wait_idle)
 
-    def abort(self, request_id: str) -> int:
-        """End a live request for an operator. Raises RequestNotFoundError."""
-        return self._engine.abort(request_id)
+    def abort(self, request_id: str, *, tenant: str = "") -> int:
+        """End a live request for an operator. Raises RequestNotFoundError, and InvalidRequestError for
+        an id that several tenants use where none is named."""
+        return self._engine.abort(request_id, tenant)
 
-    def abort_all(self) -> int:
-        """End every live request for an operator; the number ended."""
-        return self._engine.abort_all()
+    def abort_all(self, *, tenant: str = "") -> int:
+        """End every live request, or every one of a tenant, for an operator; the number ended."""
+        return self._engine.abort_all(tenant)
 
     # --- generation -----------------------------------------------------------------------------
 
@@ -139,13 +147,19 @@ class Generator:
         return await self._submit(request, deadline, tenant, request.chunk_policy)
 
     async def _submit(
-        self, request: GenerationRequest, deadline: float | None, tenant: str, policy: ChunkPolicy
+        self,
+        request: GenerationRequest,
+        deadline: float | None,
+        tenant: str,
+        policy: ChunkPolicy,
+        field_root: str | None = None,
     ) -> TextStream:
         text = self._require_taking()
         with ExitStack() as places:
             lease = places.enter_context(self._tenants.enter(tenant))
             self._admission.check(tenant, lease.terms.weight)
-            checked = _on_terms(await self._prepare(text, request, deadline, tenant), lease.terms)
+            prepared = await self._prepare(text, request, deadline, tenant, field_root)
+            checked = _on_terms(prepared, lease.terms)
             lease.reserve(_most_tokens(checked.engine_request))
             ticket = places.enter_context(self._enter(checked.engine_request))
             request_id = request.request_id or uuid.uuid4().hex
@@ -174,19 +188,21 @@ class Generator:
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
         """Run a request to its end, or only check and count it."""
         if validate_only:
-            return await self._validate(request, deadline, tenant)
+            return await self._validate(request, deadline, tenant, field_root)
         # Without stop strings nobody needs to look before the end.
         policy = ChunkPolicy() if request.stop.strings else _WHOLE
-        with await self._submit(request, deadline, tenant, policy) as stream:
+        with await self._submit(request, deadline, tenant, policy, field_root) as stream:
             return await _collect(stream)
 
     async def _validate(
-        self, request: GenerationRequest, deadline: float | None, tenant: str
+        self, request: GenerationRequest, deadline: float | None, tenant: str, field_root: str | None
     ) -> GenerationResult:
-        checked = await self._prepare(self._require_taking(), request, deadline, tenant)
+        prepared = await self._prepare(self._require_taking(), request, deadline, tenant, field_root)
+        checked = _on_terms(prepared, self._tenants.terms(tenant))
         num_tokens = len(checked.engine_request.prompt_token_ids)
         return GenerationResult(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -195,24 +211,44 @@ class Generator:
             usage=Usage(prompt_tokens=num_tokens, cached_prompt_tokens=0, output_tokens=0),
             timings=Timings(queue=0, prefill=0, first_token=0, decode=0, total=0, preemptions=0),
             effective=checked.effective,
+            admission=self._try_admission(checked.engine_request, tenant),
         )
 
+    def _try_admission(self, request: EngineRequest, tenant: str) -> AdmissionOutlook:
+        """What `_submit` would say to a checked request; takes nothing, and no step is made."""
+        refusal: PhotonError | None = None
+        try:
+            self._tenants.check(tenant, _most_tokens(request))
+            self._admission.check(tenant, request.weight)
+            # Nobody sees the place that is taken: it is given back before anything else runs.
+            self._enter(request).close()
+            self._engine.check_admission()
+        except (CapacityError, DurationError, LifecycleError) as error:
+            refusal = error
+        return AdmissionOutlook(self._admission.estimated_wait(tenant, request.weight), refusal)
+
     async def _prepare(
-        self, text: TextModel, request: GenerationRequest, deadline: float | None, tenant: str
+        self,
+        text: TextModel,
+        request: GenerationRequest,
+        deadline: float | None,
+        tenant: str,
+        field_root: str | None,
     ) -> CheckedRequest:
         arrival = self._clock()
-        text.validator.check(request, root=self._field_root)
-        self._engine.check_duplicate(request.request_id)
+        root = self._field_root if field_root is None else field_root
+        text.validator.check(request, root=root)
+        self._engine.check_duplicate(tenant, request.request_id)
         match request.prompt:
             case str() as prompt:
                 ids = await self._encode(text, prompt, request.add_special_tokens)
             case ChatInput() as chat:
-                ids = await self._in_text_pool(lambda: text.chat.encode(chat, field_root=self._field_root))
+                ids = await self._in_text_pool(lambda: text.chat.encode(chat, field_root=root))
             case token_ids:
                 assert token_ids is not None, "the validator refuses a missing prompt"
                 ids = token_ids
         return text.validator.resolve(
-            request, ids, arrival_time=arrival, deadline=deadline, tenant=tenant, root=self._field_root
+            request, ids, arrival_time=arrival, deadline=deadline, tenant=tenant, root=root
         )
 
     # --- text only ------------------------------------------------------------------------------

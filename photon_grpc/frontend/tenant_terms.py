@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -93,7 +94,8 @@ class TenantTermsOf:
 
 
 def _parse(content: bytes, base: TenantTerms) -> _Content:
-    """The terms in a file. Raises ValueError, which names the place."""
+    """The terms in a file. Raises ValueError, which names the place by its number: it ends up in the log,
+    where no tenant's name is written."""
     try:
         text = content.decode()
     except UnicodeDecodeError:
@@ -104,22 +106,28 @@ def _parse(content: bytes, base: TenantTerms) -> _Content:
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"not valid TOML: {error}") from None
-    for name in tables:
+        # Some of its messages quote a table's name as well.
+        place = re.search(r"\(at [^()]*\)$", str(error))
+        raise ValueError(f"not valid TOML {place[0] if place else ''}".rstrip()) from None
+    for number, name in enumerate(tables, 1):
         if name not in ("default", "tenants"):
-            raise ValueError(f"{name}: expected [default] or [tenants.NAME]")
+            raise ValueError(f"key {number} of the file: expected [default] or [tenants.NAME]")
     default = _terms("default", tables.get("default", {}), base)
     tenants = tables.get("tenants", {})
     if not isinstance(tenants, dict):
         raise ValueError("tenants: expected [tenants.NAME]")
     return _Content(
-        default, {name: _terms(f"tenants.{name}", table, default) for name, table in tenants.items()}
+        default,
+        {
+            name: _terms(f"tenants, {number}", table, default)
+            for number, (name, table) in enumerate(tenants.items(), 1)
+        },
     )
 
 
 def _terms(place: str, table: Any, base: TenantTerms) -> TenantTerms:
     if not isinstance(table, dict):
-        raise ValueError(f"{place}: expected the table [{place}]")
+        raise ValueError(f"[{place}] expected a table")
     for name, value in table.items():
         key = _KEYS.get(name)
         if key is None:

@@ -130,20 +130,30 @@ class Tenants:
         """Tenants that are remembered."""
         return len(self._tenants)
 
+    def terms(self, name: str) -> TenantTerms:
+        """What the tenant may have now."""
+        return self._terms_of(name)
+
+    def check(self, name: str, num_tokens: int) -> None:
+        """Raise what `enter`, and then `reserve`, would raise now; counts nothing."""
+        now, terms = self._clock(), self._terms_of(name)
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = _new(terms, now)
+        else:
+            _follow(tenant, terms, now)
+        _check_entry(tenant, now)
+        _check_tokens(tenant, now, num_tokens)
+
     def enter(self, name: str) -> Lease:
         """Count a request of the tenant `name`. Raises QuotaExceededError, and has counted nothing then."""
         now, terms = self._clock(), self._terms_of(name)
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._add(name, terms, now)
-        elif tenant.terms is not terms:
-            tenant.terms = terms
-            tenant.requests.change(terms.requests_per_s, terms.request_burst, now)
-            tenant.tokens.change(terms.tokens_per_s, terms.token_burst, now)
-        if terms.max_concurrent_requests and tenant.num_live >= terms.max_concurrent_requests:
-            raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
-        if wait := tenant.requests.wait(now, 1):
-            raise QuotaExceededError("requests per second", wait)
+        else:
+            _follow(tenant, terms, now)
+        _check_entry(tenant, now)
         tenant.requests.take(now, 1)
         tenant.num_live += 1
         return Lease(self, tenant, terms)
@@ -151,12 +161,7 @@ class Tenants:
     def _add(self, name: str, terms: TenantTerms, now: float) -> _Tenant:
         if len(self._tenants) >= _MANY_TENANTS:
             self._tenants = {n: t for n, t in self._tenants.items() if not _is_idle(t, now)}
-        tenant = _Tenant(
-            terms=terms,
-            requests=Bucket(terms.requests_per_s, terms.request_burst, now),
-            tokens=Bucket(terms.tokens_per_s, terms.token_burst, now),
-        )
-        self._tenants[name] = tenant
+        self._tenants[name] = tenant = _new(terms, now)
         return tenant
 
     # --- from leases ----------------------------------------------------------------------------
@@ -164,14 +169,42 @@ class Tenants:
     def reserve(self, tenant: _Tenant, num_tokens: int) -> None:
         """Take tokens of the bucket; called by the lease, once. Raises QuotaExceededError."""
         now = self._clock()
-        if wait := tenant.tokens.wait(now, num_tokens):
-            raise QuotaExceededError("tokens per second", wait)
+        _check_tokens(tenant, now, num_tokens)
         tenant.tokens.take(now, num_tokens)
 
     def left(self, tenant: _Tenant, num_unused: int) -> None:
         """A request has ended; called by the lease, once."""
         tenant.num_live -= 1
         tenant.tokens.give_back(self._clock(), num_unused)
+
+
+def _new(terms: TenantTerms, now: float) -> _Tenant:
+    return _Tenant(
+        terms=terms,
+        requests=Bucket(terms.requests_per_s, terms.request_burst, now),
+        tokens=Bucket(terms.tokens_per_s, terms.token_burst, now),
+    )
+
+
+def _follow(tenant: _Tenant, terms: TenantTerms, now: float) -> None:
+    """The file of tenants may have changed since the last request."""
+    if tenant.terms is not terms:
+        tenant.terms = terms
+        tenant.requests.change(terms.requests_per_s, terms.request_burst, now)
+        tenant.tokens.change(terms.tokens_per_s, terms.token_burst, now)
+
+
+def _check_entry(tenant: _Tenant, now: float) -> None:
+    limit = tenant.terms.max_concurrent_requests
+    if limit and tenant.num_live >= limit:
+        raise QuotaExceededError("requests at the same time", _BUSY_WAIT_S)
+    if wait := tenant.requests.wait(now, 1):
+        raise QuotaExceededError("requests per second", wait)
+
+
+def _check_tokens(tenant: _Tenant, now: float, num_tokens: int) -> None:
+    if wait := tenant.tokens.wait(now, num_tokens):
+        raise QuotaExceededError("tokens per second", wait)
 
 
 def _is_idle(tenant: _Tenant, now: float) -> bool:

@@ -19,10 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from photon_grpc.errors import BackendUnavailableError, KernelCompileError
 from photon_grpc.kernels.sources import KernelSource, load_source
 
 Macros = Mapping[str, int | str]
+
+_log = structlog.get_logger(__name__)
 
 # -ftz as CuPy compiles; where a result must keep subnormals, photon/ieee.cuh does.
 _OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
@@ -98,7 +102,7 @@ def cubin_file(stem: str, macros: Macros, arch: str, folder: Path | None = None)
     """A file with the cubin of `<stem>.cu`: the cache's in `folder`, compiled and put there if need be.
 
     Where the cache cannot be written it is a temporary one, gone afterwards: every process compiles for
-    itself. Raises as `compile_source` does.
+    itself, and a warning says so once. Raises as `compile_source` does.
     """
     source = load_source(stem)
     path = (folder or cache_folder()) / f"{stem}-{_key(source, macros, arch)}.cubin"
@@ -180,13 +184,22 @@ def _publish(path: Path, cubin: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         # Read-only or full.
+        _warn_of_cache(path.parent, error.strerror or type(error).__name__)
         with suppress(OSError):
             if temporary:
                 os.unlink(temporary)
         return False
     return True
+
+
+@cache
+def _warn_of_cache(folder: Path, reason: str) -> None:
+    """Once per process, not once per kernel."""
+    _log.warning(
+        "the kernel cache cannot be written, each start compiles anew", folder=str(folder), reason=reason
+    )
 
 
 # The second is how ptxas says that it ignores an instruction that was meant to help.

@@ -1,4 +1,4 @@
-"""Products of up to eight tokens with a weight, fused with what stands before and behind them.
+"""Products of up to sixteen tokens with a weight, fused with what stands before and behind them.
 
 See cuda_kernels/gemv.cu. A token's result depends on the weight's shape and on `input` alone, not on how many
 tokens there are beside it.
@@ -15,15 +15,18 @@ from photon_grpc.kernels.checks import require, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
 from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
 
-MAX_TOKENS = 8
+TOKEN_TILES = (8, 16)
+"""Tokens that a variant has room for."""
+MAX_TOKENS = TOKEN_TILES[-1]
 
 _THREADS = 256
 _WARPS = 8
 _CHUNK = 64
-# Chunks of a thread's ring. The rings and what else is shared take more than half of a multiprocessor.
-_DEPTH = 6
+# Chunks of a thread's ring. The rings and what else is shared take more than half of a multiprocessor. Where
+# many tokens leave no room for six, four still cover the latency.
+_DEPTHS = (6, 5, 4)
 # What the kernel has besides.
-_STATIC_BYTES = 9 << 10
+_STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
 _MIN_STAGED_TILES = 2
 
@@ -33,23 +36,41 @@ _MACROS = (
     "PHOTON_OUTPUT",
     "PHOTON_INPUT",
     "PHOTON_K",
+    "PHOTON_TOKENS",
     "PHOTON_DEPTH",
     "PHOTON_SHARED_BYTES",
 )
 
 
-def _macros(storage: str, kind: str, input_kind: str, k: int, index: str = "i64") -> dict[str, int | str]:
-    values = (storage, index, kind, input_kind, k, _DEPTH, _shared_bytes(input_kind, k))
+def token_tile(tokens: int) -> int:
+    """The least of TOKEN_TILES that holds them. Raises ValueError for more than MAX_TOKENS."""
+    for size in TOKEN_TILES:
+        if tokens <= size:
+            return size
+    raise ValueError(f"{tokens} tokens: there is room for {MAX_TOKENS}")
+
+
+def _macros(
+    storage: str, kind: str, input_kind: str, k: int, index: str = "i64", *, tokens: int = 8, depth: int = 6
+) -> dict[str, int | str]:
+    shared_bytes = _shared_bytes(input_kind, k, tokens, depth)
+    values = (storage, index, kind, input_kind, k, tokens, depth, shared_bytes)
     return dict(zip(_MACROS, values, strict=True))
 
 
-def _shared_bytes(input_kind: str, k: int) -> int:
+def _shared_bytes(input_kind: str, k: int, tokens: int, depth: int) -> int:
     """The rings of the threads; x, with half a row of banks between tokens; the norm."""
     if input_kind == "direct":
-        return _DEPTH * 6 * 16 * _THREADS
+        return depth * (4 + 2 * tokens // 8) * 16 * _THREADS
     padded_k = -(-k // (_CHUNK * _WARPS)) * _WARPS * _CHUNK
-    values = MAX_TOKENS * (padded_k + 32) + (padded_k if input_kind == "normed" else 0)
-    return _DEPTH * 4 * 16 * _THREADS + 2 * values
+    values = tokens * (padded_k + 32) + (padded_k if input_kind == "normed" else 0)
+    return depth * 4 * 16 * _THREADS + 2 * values
+
+
+def _depth(input_kind: str, k: int, tokens: int) -> int | None:
+    """The most chunks of a ring that fit the current device; None where too few do."""
+    room = launcher.require_cuda().max_shared_bytes - _STATIC_BYTES[tokens]
+    return next((depth for depth in _DEPTHS if _shared_bytes(input_kind, k, tokens, depth) <= room), None)
 
 
 GEMV = KernelSpec(
@@ -83,6 +104,15 @@ GEMV = KernelSpec(
         *(_macros("f16", kind, "normed", 896) for kind in OUTPUTS),
         *(_macros("f16", "add_rows", "direct", k) for k in (896, 4864, 18944)),
         *(_macros("bf16", "store_rows", kind, 200) for kind in ("direct", "staged", "normed")),
+        *(
+            _macros("bf16", kind, "normed", k, tokens=16, depth=depth)
+            for kind in ("rope_and_store", "silu_and_mul")
+            for k, depth in ((2048, 6), (3072, 6), (4096, 4))
+        ),
+        *(_macros("bf16", "add_rows", "direct", k, tokens=16) for k in (2048, 8192, 14336)),
+        *(_macros("bf16", "float_rows", "staged", k, tokens=16, depth=d) for k, d in ((2048, 6), (4096, 4))),
+        *(_macros("f16", kind, "normed", 896, tokens=16) for kind in OUTPUTS),
+        _macros("f16", "add_rows", "direct", 4864, tokens=16, depth=5),
     ),
     max_registers=128,
     overlaps=True,
@@ -99,7 +129,7 @@ def gemv(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
     k = output.require_weight(weight)
     tokens = output.tokens
     stride = require_rows("x", x, weight.dtype, tokens, k)
-    _launch(output, _input_kind(output, k), x, stride, weight, None, 0.0)
+    _launch(output, None, x, stride, weight, None, 0.0)
 
 
 def normed_gemv(output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor) -> None:
@@ -110,20 +140,20 @@ def normed_gemv(output: LinearOutput, residual: Tensor, norm: Tensor, eps: float
     _launch(output, "normed", residual, stride, weight, norm, eps)
 
 
-def can_norm(k: int) -> bool:
-    """Whether x fits where `normed_gemv` keeps it, on the current device."""
-    return _shared_bytes("normed", k) + _STATIC_BYTES <= launcher.require_cuda().max_shared_bytes
+def can_norm(tokens: int, k: int) -> bool:
+    """Whether so many tokens are kept by `normed_gemv` on the current device."""
+    return tokens <= MAX_TOKENS and _depth("normed", k, token_tile(tokens)) is not None
 
 
 def _input_kind(output: LinearOutput, k: int) -> str:
     device = launcher.require_cuda()
     few_tiles = output.num_tiles < _MIN_STAGED_TILES * device.num_multiprocessors
-    return "direct" if few_tiles or not can_norm(k) else "staged"
+    return "direct" if few_tiles or not can_norm(output.tokens, k) else "staged"
 
 
 def _launch(
     output: LinearOutput,
-    input_kind: str,
+    input_kind: str | None,
     x: Tensor,
     x_stride: int,
     weight: Tensor,
@@ -131,13 +161,16 @@ def _launch(
     eps: float,
 ) -> None:
     tokens, k = output.tokens, weight.shape[1]
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens: there is room for {MAX_TOKENS}")
+    tile = token_tile(tokens)
     if not tokens:
         return
-    if input_kind == "normed" and not can_norm(k):
-        raise ValueError(f"tokens of {k} values do not fit into shared memory")
-    macros = _macros(storage_name(weight.dtype), output.kind, input_kind, k, output.index)
+    input_kind = input_kind or _input_kind(output, k)
+    depth = _depth(input_kind, k, tile)
+    if depth is None:
+        raise ValueError(f"{tokens} tokens of {k} values do not fit into shared memory")
+    macros = _macros(
+        storage_name(weight.dtype), output.kind, input_kind, k, output.index, tokens=tile, depth=depth
+    )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(GEMV.variant(**macros), shared_bytes)

@@ -37,7 +37,8 @@ class KernelSpec:
     `macros` are the names that every variant defines. `checked` are the variants that the check without a
     GPU compiles: all, or where the values are a model's own sizes, those of models we name. Dynamic shared
     memory, where there is any, is the macro PHOTON_SHARED_BYTES, so that the check sees its size.
-    `max_registers` is the budget that the check holds every one of them to, with no spills.
+    `max_registers` is the budget that the check holds every one of them to, with no more than
+    `max_spill_bytes` of spills.
     """
 
     name: str
@@ -50,6 +51,7 @@ class KernelSpec:
     macros: tuple[str, ...] = ()
     checked: tuple[Mapping[str, int | str], ...] = ({},)
     max_registers: int = 64
+    max_spill_bytes: int = 0
     overlaps: bool = False
     """Whether it may start while the kernel before it still runs (programmatic dependent launch). Its
     source then waits (photon/dependent_launch.cuh) before it touches anything that another kernel

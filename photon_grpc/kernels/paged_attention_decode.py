@@ -20,8 +20,15 @@ MAX_ROWS = 1024
 _THREADS = 256
 _TILE = 16
 _MAX_GROUP = 8
+# Of a warp's partial result in shared memory.
+_PARTIAL_PADDING = 8
 _DEPTH = 16
 _MAX_HEAD_DIM = 128
+# Two CTAs are resident on a multiprocessor, with half of the registers each.
+_SMALL_HEAD_DIM = 64
+_WARPS = 8
+_SHARERS = (8, 4, 2, 1)
+"""Warps that share an item."""
 # Splits of the longest rows times kv heads: two waves of CTAs on 132 multiprocessors, from a single row.
 _LONG_ROW_ITEMS = 256
 _MIN_SPLITS, _MOST_SPLITS = 8, 64
@@ -35,6 +42,7 @@ _MACROS = (
     "PHOTON_CHUNK",
     "PHOTON_MAX_SPLITS",
     "PHOTON_MAX_ROWS",
+    "PHOTON_SHARERS",
 )
 
 
@@ -73,8 +81,23 @@ def allocate_workspace(
     )
 
 
+def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_warps: int) -> int:
+    """Warps of a team: as many as find room among `num_warps` of the device if no row has two splits.
+
+    And no fewer than have room in shared memory for the splits of the longest row. Large groups of small
+    heads have no registers to spare.
+    """
+    if group > 4 and head_dim <= _SMALL_HEAD_DIM:
+        return _WARPS
+    fewest = 2 * max_splits(num_kv_heads) / (head_dim + _PARTIAL_PADDING)
+    for sharers in _SHARERS:
+        if rows * num_kv_heads * sharers <= num_warps or sharers // 2 < fewest:
+            return sharers
+    return _SHARERS[-1]
+
+
 def _macros(
-    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int
+    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int, sharers: int = _WARPS
 ) -> dict[str, int | str]:
     values = (
         storage,
@@ -85,6 +108,7 @@ def _macros(
         CHUNK_TOKENS,
         max_splits(num_kv_heads),
         MAX_ROWS,
+        sharers,
     )
     return dict(zip(_MACROS, values, strict=True))
 
@@ -92,7 +116,7 @@ def _macros(
 PAGED_ATTENTION_DECODE = KernelSpec(
     name="paged_attention_decode",
     source="paged_attention_decode",
-    parameters=(*(Pointer,) * 8, np.int32, np.int32, np.int64, np.float32),
+    parameters=(*(Pointer,) * 8, np.int32, np.int32, np.int64, np.float32, np.int32),
     max_threads=_THREADS,
     macros=_MACROS,
     # Llama 3.2 1B and 3B, Llama 3 8B, Qwen2.5 0.5B and 7B, Llama 2 7B, and the other groups and dims.
@@ -112,10 +136,18 @@ PAGED_ATTENTION_DECODE = KernelSpec(
             (1, 1, 16, 16),
             (2, 6, 96, 16),
             (2, 5, 48, 16),
+            # Many rows.
+            *((*shape, sharers) for shape in ((8, 4, 64, 16), (8, 4, 128, 16)) for sharers in (4, 2, 1)),
+            *((4, 7, 128, 16, sharers) for sharers in (4, 2)),
+            (32, 1, 128, 16, 1),
+            (4, 2, 80, 16, 2),
         )
     ),
     # The loads in flight are held in registers.
     max_registers=255,
+    # Two CTAs of small heads have 128 to a thread. Some words that an item needs once are left over, by which
+    # release of the compiler it is; those of the loop over its tokens never were.
+    max_spill_bytes=32,
     overlaps=True,
 )
 SPECS = (PAGED_ATTENTION_DECODE,)
@@ -129,6 +161,8 @@ def paged_attention_decode(
     block_tables: Tensor,
     context_lens: Tensor,
     scale: float,
+    *,
+    reads_early: bool = False,
 ) -> None:
     """out [rows, num_heads, head_dim] = softmax(scale * q K^T) V over each row's own context.
 
@@ -136,6 +170,8 @@ def paged_attention_decode(
     [num_blocks, num_kv_heads, 2, block_size, head_dim]; `block_tables` int32 [rows, max_blocks], of which
     the entries behind a row's context are never used; `context_lens` int32 [rows], the new token counted
     in, 0 for an idle row, whose output is zero. Lengths may change between replays of a captured launch.
+    With `reads_early` the launch may begin to read while the one before it in the stream still runs: that one
+    writes nothing of these but `q` and each row's newest token.
     Raises ValueError for shapes that the kernel has not: bfloat16 and float16, up to 8 query heads per
     kv head, head_dim a multiple of 16 up to 128, block_size a multiple of 16.
     """
@@ -163,12 +199,13 @@ def paged_attention_decode(
     require("acc", workspace.acc, torch.float32, max_rows, num_kv_heads, splits, group, head_dim)
     require("stats", workspace.stats, torch.float32, max_rows, num_kv_heads, splits, group, 2)
     require_index("counters", workspace.counters, torch.int32, max_rows, num_kv_heads)
-    kernel = launcher.load(
-        PAGED_ATTENTION_DECODE.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size))
-    )
     # As many CTAs as are resident at a time, or as a batch of these rows can have items.
-    ctas_per_multiprocessor = 2 if head_dim == 64 else 1
-    ctas = min(kernel.device.num_multiprocessors * ctas_per_multiprocessor, rows * num_kv_heads * splits)
+    resident = launcher.require_cuda().num_multiprocessors * (2 if head_dim == _SMALL_HEAD_DIM else 1)
+    sharers = num_sharers(rows, num_kv_heads, group, head_dim, resident * _WARPS)
+    ctas = min(resident, -(-rows * num_kv_heads * splits * sharers // _WARPS))
+    kernel = launcher.load(
+        PAGED_ATTENTION_DECODE.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size, sharers))
+    )
     kernel(
         (ctas, 1, 1),
         _THREADS,
@@ -184,6 +221,7 @@ def paged_attention_decode(
         np.int32(block_tables.shape[1]),
         np.int64(stride),
         np.float32(scale * math.log2(math.e)),
+        np.int32(reads_early),
     )
 
 

@@ -102,6 +102,12 @@ def load_weights(model: Loadable, folder: Path, *, progress: Progress | None = N
         if not entries:
             continue
         with _map(folder / file_name) as mapping:
+            # The file may have changed since its header was read.
+            last_name, last = entries[-1]
+            if len(mapping) < last.stop:
+                raise ModelLoadError(
+                    f"{file_name}: {last_name}: truncated: ends at {last.stop}, the file at {len(mapping)}"
+                )
             for name, entry in entries:
                 target = wanted[name]
                 dtype = _check_tensor(file_name, name, entry, target)
@@ -251,6 +257,8 @@ def _map(path: Path) -> closing[mmap.mmap]:
             return closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except OSError as error:
         raise ModelLoadError(f"{path.name}: cannot be mapped: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"{path.name}: is empty") from error
 
 
 def _copy(mapping: mmap.mmap, entry: _Entry, dtype: torch.dtype, target: Tensor, where: str) -> Iterable[int]:

@@ -48,6 +48,8 @@ class AttentionMetadata:
     query_starts_device: Tensor | None = None
     """[rows behind the decodes + 1] int32: their part of `query_starts` on the device, from 0 on. A step
     that has it may be captured and replayed for other lengths: what is on the host is then void."""
+    context_is_old: bool = False
+    """Whether all that the decode rows see, but for their own tokens, was written before this step began."""
     plan: Any = field(default=None, init=False, repr=False)
     """What the backend derived from the rest at its first use in the step; it alone reads it."""
 

@@ -158,7 +158,7 @@ class CudaOps(Ops):
         self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
     ) -> None:
         """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
-        if residual.shape[0] <= gemv.MAX_TOKENS and gemv.can_norm(weight.shape[1]):
+        if gemv.can_norm(residual.shape[0], weight.shape[1]):
             gemv.normed_gemv(output, residual, norm, eps, weight)
         else:
             _multiply(output, self.rms_norm(residual, norm, eps), weight)
@@ -168,7 +168,9 @@ class CudaOps(Ops):
             return F.linear(hidden, weight)
         if 0 < hidden.shape[0] <= MAX_SKINNY_TOKENS:
             out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-            _multiply(linear_output.float_rows(out), hidden, weight)
+            # So many rows that every CTA has tens of tiles: sharing x pays as soon as it is two mma wide.
+            few = hidden.shape[0] <= gemv.TOKEN_TILES[0]
+            _multiply(linear_output.float_rows(out), hidden, weight, by_gemv=few)
             return out
         # The product's own accumulator, not rounded to 16 bits on the way.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
@@ -239,6 +241,8 @@ class CudaOps(Ops):
                 plan.block_tables[:decodes],
                 plan.context_lens[:decodes],
                 scale,
+                # Behind a product of many tokens there is little to gain, and memory is busy.
+                reads_early=metadata.context_is_old and decodes <= MAX_SKINNY_TOKENS,
             )
         if plan.query_starts is not None:
             paged_attention_prefill(
@@ -271,8 +275,8 @@ def _has_few(x: Tensor, weight: Tensor) -> bool:
     return tokens <= gemv.MAX_TOKENS or weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
 
 
-def _multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
-    if x.shape[0] <= gemv.MAX_TOKENS:
+def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:
+    if by_gemv and x.shape[0] <= gemv.MAX_TOKENS:
         gemv.gemv(output, x, weight)
     else:
         # wgmma where there is one: 2 to 7 % faster, and the same bits for any number of tokens.

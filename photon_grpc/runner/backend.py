@@ -57,20 +57,32 @@ def choose_backend(options: Options) -> Backend:
 
     Raises BackendUnavailableError, naming what is missing, where CUDA is asked for by name.
     """
+    backend, lacking = explain_backend(options)
+    if lacking and torch.cuda.is_available():
+        _log.warning("serving on the CPU beside a GPU", reason=lacking)
+    return backend
+
+
+def explain_backend(options: Options) -> tuple[Backend, str]:
+    """What `choose_backend` gives, and what CUDA lacks where `auto` came to the CPU. Raises as it does."""
     match options.model.backend:
         case "cpu":
-            return _cpu(options)
+            return _cpu(options), ""
         case "cuda":
-            return _cuda(options)
+            return _cuda(options), ""
         case _:
             if not torch.cuda.is_available():
-                return _cpu(options)
+                return _cpu(options), "torch finds no GPU"
             try:
-                return _cuda(options)
+                return _cuda(options), ""
             except BackendUnavailableError as missing:
                 # The plain installation has no CuPy, and must serve on a machine with a GPU all the same.
-                _log.warning("serving on the CPU beside a GPU", reason=missing.message)
-                return _cpu(options)
+                return _cpu(options), missing.message
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """`(free, total)` bytes of the GPU that a start would take; None where there is none."""
+    return torch.cuda.mem_get_info() if torch.cuda.is_available() else None
 
 
 def resolve_dtype(name: str, backend: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,10 +25,12 @@ from torch import Tensor
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows
 from photon_grpc.models.llama import DecoderModel
+from photon_grpc.runner.base import StepOutOfMemoryError
 from photon_grpc.runner.buckets import Buckets, StepKind, StepShape
 from photon_grpc.runner.cuda_sampler import HostRows, WriteState
 from photon_grpc.runner.device_batch import NO_SLOT, DeviceBatch, PrefillRow, Slots
 from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.memory import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from photon_grpc.runner.prompt_scores import PromptScorer, num_scored, score_prompt
 from photon_grpc.runner.sampler import NO_TOKEN
 from photon_grpc.runner.stream import Mark, Stream, Work
@@ -57,6 +59,8 @@ class DeviceSampler(PromptScorer, Protocol):
     ) -> None: ...
 
     def remove(self, seq_id: int) -> None: ...
+
+    def clear(self) -> None: ...
 
     def slot(self, seq_id: int) -> int: ...
 
@@ -178,25 +182,47 @@ class CudaRunner:
         """Enqueue one step; its tokens wait for `collect`."""
         assert len(self._in_flight) < self.max_in_flight, "more steps under way than allowed"
         turn = self._num_launched % self.max_in_flight
-        self._num_launched += 1
         step = self._steps[turn]
         step.number = output.step
         step.rows = None
         step.prompt_logprobs = {}
-        with torch.inference_mode():
-            self._updates.begin(turn)
-            self._take_changes(output)
-            if output.is_empty:
-                self._updates.send()
-            else:
-                self._launch_rows(step, self._rows_of(output))
+        try:
+            with torch.inference_mode():
+                self._updates.begin(turn)
+                self._take_changes(output)
+                if output.is_empty:
+                    self._updates.send()
+                else:
+                    self._launch_rows(step, self._rows_of(output))
+                step.arrived.set()
+        except OUT_OF_MEMORY_TYPES as error:
+            if not is_out_of_memory(error):
+                raise
+            # What has been enqueued of it still runs, and reads and writes the memory of this turn.
             step.arrived.set()
+            step.arrived.wait()
+            self._forget_sequences()
+            raise StepOutOfMemoryError(str(error)) from error
+        self._num_launched += 1
         self._in_flight.append(step)
 
     def collect(self) -> ModelOutput:
         """The oldest launched step, once its tokens have arrived."""
-        step = self._in_flight.popleft()
-        step.arrived.wait()
+        step = self._in_flight[0]
+        try:
+            step.arrived.wait()
+            output = self._output_of(step)
+        except OUT_OF_MEMORY_TYPES as error:
+            if not is_out_of_memory(error):
+                raise
+            self._drain()
+            self._forget_sequences()
+            raise StepOutOfMemoryError(str(error)) from error
+        self._in_flight.popleft()
+        return output
+
+    @staticmethod
+    def _output_of(step: _Step) -> ModelOutput:
         rows = step.rows
         if rows is None or not rows.sampled_ids:
             return ModelOutput(step.number, (), (), prompt_logprobs=step.prompt_logprobs)
@@ -227,12 +253,22 @@ class CudaRunner:
 
     def close(self) -> None:
         """Let the device finish, and let go of the graphs."""
+        self._drain()
+        self._graphs.clear()
+
+    def _drain(self) -> None:
         for step in self._in_flight:
             step.arrived.wait()
         self._in_flight.clear()
-        self._graphs.clear()
 
     # --- the host's side of a step --------------------------------------------------------------
+
+    def _forget_sequences(self) -> None:
+        # Whoever enters again writes all of its state on the device anew.
+        self._batch.clear()
+        self._sampler.clear()
+        self._to_score.clear()
+        self._rows = None
 
     def _take_changes(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
@@ -258,15 +294,17 @@ class CudaRunner:
         last = self._rows
         if output.same_rows and last is not None and not last.prefills:
             return last
-        return self._arrange(output.rows)
+        return self._arrange(output.rows, {new.seq_id for new in output.new})
 
-    def _arrange(self, scheduled: Sequence[ScheduledSequence]) -> _Rows:
-        # A lone token that is not the newest is the host's to bring.
-        decode_ids = [row.seq_id for row in scheduled if row.num_tokens == 1 and row.sample]
+    def _arrange(self, scheduled: Sequence[ScheduledSequence], new_ids: Set[int]) -> _Rows:
+        # A lone token that is not the newest is the host's to bring. And a row that begins may share blocks
+        # that others fill in this very step, which attention over decode rows does not wait for.
+        is_decode = [row.num_tokens == 1 and row.sample and row.seq_id not in new_ids for row in scheduled]
+        decode_ids = [row.seq_id for row, decodes in zip(scheduled, is_decode, strict=True) if decodes]
         prefills = tuple(
             PrefillRow(row.seq_id, row.num_tokens, row.sample)
-            for row in scheduled
-            if row.num_tokens > 1 or not row.sample
+            for row, decodes in zip(scheduled, is_decode, strict=True)
+            if not decodes
         )
         num_prefill_tokens = sum(row.num_tokens for row in prefills)
         scored = any(self._num_scored(row) for row in prefills) if self._to_score else False

@@ -238,6 +238,12 @@ class CudaSampler:
         if sequence.marks is not None:
             self._marks.give_back(sequence.marks)
 
+    def clear(self) -> None:
+        """Forget all sequences, also after an `add` that found no memory."""
+        for seq_id in list(self._sequences):
+            self.remove(seq_id)
+        self._free = list(range(len(self.state.num_outputs) - 1, -1, -1))
+
     def slot(self, seq_id: int) -> int:
         """Where `state` has this sequence."""
         return self._sequences[seq_id].slot

@@ -104,6 +104,10 @@ class DeviceBatch:
         """Forget a sequence. What has been launched with it still runs, ahead of whatever comes."""
         del self._sequences[seq_id]
 
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._sequences.clear()
+
     def append_blocks(self, seq_id: int, block_ids: Sequence[int]) -> None:
         """Extend a sequence's block table."""
         sequence = self._sequences[seq_id]
@@ -178,7 +182,11 @@ class DeviceBatch:
     def metadata(
         self, shape: StepShape, query_starts: tuple[int, ...], context_lens: tuple[int, ...]
     ) -> AttentionMetadata:
-        """Attention's view of `inputs(shape)`, with what the host knows of it."""
+        """Attention's view of `inputs(shape)`, with what the host knows of it.
+
+        The decode rows of a step without prefills see only what earlier steps computed: a row that begins in
+        a step, and may share blocks that are filled in it, is a prefill (see `CudaRunner`).
+        """
         inputs, rows = self.inputs(shape), self.rows(shape)
         return AttentionMetadata(
             num_decodes=shape.num_decodes,
@@ -188,6 +196,7 @@ class DeviceBatch:
             query_starts=query_starts,
             context_lens_host=context_lens,
             query_starts_device=rows.query_starts,
+            context_is_old=not shape.num_prefills,
         )
 
     def _next_tokens(self, row: PrefillRow) -> npt.NDArray[np.int32]:

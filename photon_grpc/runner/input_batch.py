@@ -67,6 +67,11 @@ class InputBatch:
         if slot is not None:
             self._free.append(slot)
 
+    def clear(self) -> None:
+        """Give all slots back."""
+        self._free.extend(self._slots.values())
+        self._slots.clear()
+
     def append_blocks(self, seq_id: int, block_ids: Sequence[int]) -> None:
         """Extend a sequence's block table."""
         slot = self._slots[seq_id]

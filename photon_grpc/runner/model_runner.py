@@ -14,8 +14,10 @@ import torch
 
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.ops.base import AttentionMetadata
+from photon_grpc.runner.base import StepOutOfMemoryError
 from photon_grpc.runner.input_batch import InputBatch, IntArray, StepIndices
 from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.memory import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from photon_grpc.runner.prompt_scores import num_scored, score_prompt
 from photon_grpc.runner.sampler import SampledRows
 from photon_grpc.scheduler.output import ModelOutput, SamplerSpec, ScheduledSequence, SchedulerOutput
@@ -30,6 +32,8 @@ class RowSampler(Protocol):
     ) -> None: ...
 
     def remove(self, seq_id: int) -> None: ...
+
+    def clear(self) -> None: ...
 
     def sample(self, seq_ids: Sequence[int], logits: torch.Tensor) -> SampledRows: ...
 
@@ -66,8 +70,14 @@ class ModelRunner:
 
     def launch(self, output: SchedulerOutput) -> None:
         """Compute one step; its tokens wait for `collect`."""
-        with torch.inference_mode():
-            self._outputs.append(self._execute(output))
+        try:
+            with torch.inference_mode():
+                self._outputs.append(self._execute(output))
+        except OUT_OF_MEMORY_TYPES as error:
+            if not is_out_of_memory(error):
+                raise
+            self._forget_sequences()
+            raise StepOutOfMemoryError(str(error)) from error
 
     def collect(self) -> ModelOutput:
         """The oldest launched step."""
@@ -97,6 +107,12 @@ class ModelRunner:
         )
         prompt_logprobs = self._score_prompts(rows, starts, indices, hidden) if self._prompt_logprobs else {}
         return self._sample(output.step, rows, indices, hidden, prompt_logprobs)
+
+    def _forget_sequences(self) -> None:
+        self._batch.clear()
+        self._sampler.clear()
+        self._prompt_logprobs.clear()
+        self._num_prompt_tokens.clear()
 
     def _update_batch(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:

@@ -235,6 +235,11 @@ class Sampler:
         del self._sequences[seq_id]
         self._row_ids = ()
 
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._sequences.clear()
+        self._row_ids = ()
+
     def sample(self, seq_ids: Sequence[int], logits: Tensor) -> SampledRows:
         """One token for each row of `logits` (float32 [len(seq_ids), vocab_size], left as it is).
 

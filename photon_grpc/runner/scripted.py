@@ -11,7 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
+from photon_grpc.runner.base import StepOutOfMemoryError
 from photon_grpc.scheduler.output import ModelOutput, RowFault, SchedulerOutput
 from photon_grpc.types import ModelInfo, TokenLogprobs
 
@@ -44,8 +46,9 @@ class ScriptedRunner:
     """Implements `runner.base.Runner`.
 
     `step_s` seconds pass per step, slept on the engine thread. `faults` maps (prompt length, output
-    position) to a row fault; `crash_at_step` raises from `launch`, as a broken device would. With
-    `check_cache` every row's whole block table is compared with its tokens in every step.
+    position) to a row fault; `crash_at_step` raises from `launch`, as a broken device would, and
+    StepOutOfMemoryError is raised where `out_of_memory` says so of a step. With `check_cache` every row's
+    whole block table is compared with its tokens in every step.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ScriptedRunner:
         max_in_flight: int = 1,
         faults: dict[tuple[int, int], RowFault] | None = None,
         crash_at_step: int | None = None,
+        out_of_memory: Callable[[SchedulerOutput], bool] | None = None,
         check_cache: bool = True,
     ) -> None:
         self.model = model
@@ -69,6 +73,7 @@ class ScriptedRunner:
         self._step_s = step_s
         self._faults = faults or {}
         self._crash_at_step = crash_at_step
+        self._out_of_memory = out_of_memory
         self._check_cache = check_cache
         self._rows: dict[int, _Row] = {}
         # Which (position, token) each cache slot holds: the content a real cache would have.
@@ -107,6 +112,8 @@ class ScriptedRunner:
                     logprobs_of(t, row.prompt_top_logprobs) for t in told
                 )
             row.num_computed = end
+        if self._out_of_memory is not None and self._out_of_memory(output):
+            self._lose(output)
         seq_ids: list[int] = []
         tokens: list[tuple[int, ...]] = []
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
@@ -141,6 +148,15 @@ class ScriptedRunner:
     def close(self) -> None:
         """Forget everything."""
         self._rows.clear()
+
+    def _lose(self, output: SchedulerOutput) -> NoReturn:
+        """Some of the step has been written, nobody knows which part, and nothing else is known any more."""
+        for scheduled in output.rows:
+            row = self._rows[scheduled.seq_id]
+            for position in range(row.num_computed - scheduled.num_tokens, row.num_computed):
+                self._slots.pop(self._slot(row, position), None)
+        self._rows.clear()
+        raise StepOutOfMemoryError("scripted lack of memory")
 
     def _slot(self, row: _Row, position: int) -> int:
         return row.block_ids[position // self.block_size] * self.block_size + position % self.block_size

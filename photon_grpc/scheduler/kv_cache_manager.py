@@ -144,6 +144,14 @@ class KVCacheManager:
             if known is not None:
                 self.pool.forget(known)
 
+    def forget_from(self, request: Request, position: int) -> None:
+        """What was to be computed of `request` from `position` on was not: nobody may find it.
+
+        A block of equal content that another sequence computed stays known.
+        """
+        for index in range(position // self.block_size, request.num_registered_blocks):
+            self.pool.forget(request.block_ids[index])
+
     def check_invariants(self, requests: list[Request]) -> None:
         """Raise AssertionError unless `requests` hold exactly the live blocks. For tests."""
         self.pool.check_invariants()

@@ -114,6 +114,7 @@ class FailureKind(enum.Enum):
     FIRST_TOKEN_TIMEOUT = "first_token_timeout"
     MAX_DURATION = "max_duration"
     REQUEST_FAULT = "request_fault"
+    OUT_OF_MEMORY = "out_of_memory"
     OPERATOR_ABORT = "operator_abort"
     DRAINING = "draining"
     ENGINE_DEAD = "engine_dead"
@@ -189,3 +190,4 @@ class SchedulerStats(NamedTuple):
     prefix_hits: int = 0
     preemptions: int = 0
     faults: int = 0
+    lost_steps: int = 0

@@ -11,6 +11,8 @@ The rules, in order of importance:
 3. Admission is strictly in the order of `FairQueue`: a fair share for each tenant, and by rank inside a
    tenant. Whoever does not fit waits, and all behind it wait too, so that a long prompt cannot starve
    behind short ones.
+4. A step for which the device had no memory is lost (`lose`): its sequences are computed again, half as
+   many at a time at first. Only one that finds no memory alone fails.
 
 Pure and synchronous: no clock of its own (`now` is passed in), no torch, no threads. `schedule` may be
 called again before the step it planned is collected; progress is counted when a step is planned.
@@ -24,6 +26,8 @@ is reached; the outcome is the same as if it were looked at in every step.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from collections.abc import Sequence
 
 from photon_grpc.scheduler.fair_queue import FairQueue
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
@@ -82,6 +86,9 @@ class Scheduler:
         self._prefix_hits = 0
         self._preemptions = 0
         self._faults = 0
+        self._lost_steps = 0
+        # Places in the batch: fewer than `max_num_seqs` after the device ran out of memory.
+        self._num_places = max_num_seqs
 
     @property
     def has_unfinished(self) -> bool:
@@ -219,7 +226,7 @@ class Scheduler:
         self, new: list[NewSequence], rows: list[ScheduledSequence], budget: int, now: float
     ) -> int:
         self._waiting.settle()
-        while len(self._waiting) and len(self._running) < self._max_num_seqs and budget > 0:
+        while len(self._waiting) and len(self._running) < self._num_places and budget > 0:
             request = self._waiting.first(self._is_over_cap)
             if request.num_pending_tokens:
                 break
@@ -346,6 +353,40 @@ class Scheduler:
                 news.append(self._accept(request, token_ids, output, now))
         self._generation_tokens += len(plain)
         return news, PlainTokens(tuple(keys), tuple(indices), tuple(plain))
+
+    def lose(self, lost: Sequence[SchedulerOutput], now: float) -> None:
+        """Steps under way, the newest last, bring nothing: no memory; the runner knows no sequence any more.
+
+        Whoever runs waits again, to be computed from its tokens. Half as many as the first of `lost` had rows
+        may come back, one more for every sequence that ends. A sequence that ran alone ends with
+        OUT_OF_MEMORY.
+        """
+        num_lost: Counter[int] = Counter()
+        is_all_running = True
+        for row in (row for plan in lost for row in plan.rows):
+            request = self._live.get(row.seq_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                is_all_running = False
+            num_lost[row.seq_id] += row.num_tokens
+            if row.sample and request is not None:
+                request.num_pending_tokens -= 1
+            elif row.sample:
+                self._drop_late(row.seq_id, is_faulty=True)
+        running = list(self._running)
+        for request in running:
+            if request.seq_id in num_lost:
+                self.kv.forget_from(request, max(0, request.num_computed_tokens - num_lost[request.seq_id]))
+        if not is_all_running:
+            # Which blocks those have named that left meanwhile is no longer known.
+            self.kv.pool.forget_all()
+        if len(running) == 1 and running[0].seq_id in num_lost:
+            self._end(running.pop(), now, failure=FailureKind.OUT_OF_MEMORY)
+        # The first in rank last, so that its blocks are the last to be reused.
+        for request in reversed(running):
+            self._preempt(request)
+        self._removed.clear()
+        self._lost_steps += len(lost)
+        self._num_places = max(1, len(lost[0].rows) // 2)
 
     def _drop_late(self, seq_id: int, *, is_faulty: bool) -> None:
         request = self._ended_in_flight.get(seq_id)
@@ -478,6 +519,8 @@ class Scheduler:
         self._waiting.end(request)
         self.kv.free(request, forget=forget_blocks)
         request.status = RequestStatus.FINISHED
+        if self._num_places < self._max_num_seqs:
+            self._num_places += 1
         if request.num_pending_tokens:
             self._ended_in_flight[request.seq_id] = request
         del self._live[request.seq_id]
@@ -512,6 +555,7 @@ class Scheduler:
             prefix_hits=self._prefix_hits,
             preemptions=self._preemptions,
             faults=self._faults,
+            lost_steps=self._lost_steps,
         )
 
     def check_invariants(self) -> None:
@@ -523,7 +567,7 @@ class Scheduler:
         assert all(r.status is RequestStatus.RUNNING for r in running)
         assert all(r.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) for r in waiting)
         assert all(not r.block_ids and r.num_computed_tokens == 0 for r in waiting)
-        assert len(running) <= self._max_num_seqs
+        assert len(running) <= self._num_places <= self._max_num_seqs
         ranks = [self._rank(r) for r in running]
         assert ranks == sorted(ranks)
         self._waiting.check_invariants()

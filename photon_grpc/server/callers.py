@@ -44,6 +44,13 @@ class Callers:
         """Raises ConfigError, with the line, for a file that cannot be used."""
         self._file = WatchedFile("auth.callers_file", file, _parse)
 
+    def has(self, name: str) -> bool:
+        """Whether some line is of this name."""
+        entries = self._file.current()
+        return any(caller.name == name for _, caller in entries.tokens) or any(
+            caller.name == name for caller in entries.sans.values()
+        )
+
     def by_token(self, token: str) -> Caller | None:
         """Whose token that is. Takes equally long for every token of a length."""
         digest = hashlib.sha256(token.encode()).digest()

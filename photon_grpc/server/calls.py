@@ -14,13 +14,15 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from photon_grpc.errors import MaxDurationError, PhotonError, SlowConsumerError
+import grpc
+
+from photon_grpc.errors import DuplicateRequestError, MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
 
-# How long the end of a call waits for its first write.
-_FIRST_WRITE_S = 0.5
 # How much later than the call behind it a cancellation may reach us.
 _CANCELLATION_S = 0.1
+# How much later than a write that the transport gave back.
+_CLOSE_S = 2.0
 # A stall is noticed at most this share of the timeout late; one sweep looks at every live call.
 _SWEEPS_PER_TIMEOUT = 4
 
@@ -34,50 +36,56 @@ class Call:
     __slots__ = (
         "_calls",
         "_deadline_timer",
-        "_end_timer",
         "_error",
-        "_has_written",
+        "_has_sent_headers",
         "_left",
+        "_sends_headers",
         "_task",
         "_write_started",
         "deadline",
-        "request_id",
+        "is_batch",
+        "name",
     )
 
     def __init__(self, calls: Calls, deadline: float, task: asyncio.Task[Any]) -> None:
         self.deadline = deadline
-        self.request_id: str | None = None
+        # The tenant and the id that it chose; ids of two tenants have nothing to do with each other.
+        self.name: tuple[str, str] | None = None
+        # Its requests are the engine's under ids of their own.
+        self.is_batch = False
         self._calls = calls
         self._task = task
         self._error: PhotonError | None = None
+        self._has_sent_headers = False
+        self._sends_headers = False
         self._write_started: float | None = None
-        self._has_written = False
-        self._end_timer: asyncio.TimerHandle | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         # Made by whoever waits for the call's end.
         self._left: asyncio.Event | None = None
 
-    async def take_id(self, request_id: str) -> None:
-        """Make `request_id` the call's, once an earlier attempt of that id that is ending has ended.
+    async def take_id(self, tenant: str, request_id: str) -> None:
+        """Make `request_id` the call's, once an earlier attempt of the tenant that is ending has ended.
 
         A client that repeats a call need not know how far the server is with the end of the first one, nor in
         which order grpc hands on a cancellation and the call sent behind it. A call of that id that goes on
-        is a duplicate, which the front door refuses.
+        is a duplicate: raises DuplicateRequestError.
         """
-        earlier = self._calls.find(request_id)
+        name = (tenant, request_id)
+        earlier = self._calls.find(name)
         if earlier is not None and not earlier.is_ending:
             with suppress(TimeoutError):
                 await asyncio.wait_for(earlier.wait_left(), _CANCELLATION_S)
-        while (earlier := self._calls.find(request_id)) is not None and earlier.is_ending:
+        while (earlier := self._calls.find(name)) is not None and earlier.is_ending:
             await earlier.wait_left()
-        if earlier is None:
-            self.request_id = request_id
-            self._calls.name(self)
+        if earlier is not None:
+            raise DuplicateRequestError(request_id)
+        self.name = name
+        self._calls.add_name(self, name)
 
     @property
     def is_ending(self) -> bool:
         """Whether the client has left, or the server ends the call, and its handler is on its way out."""
-        return self._error is not None or self._task.cancelling() > 0
+        return self._task.cancelling() > 0
 
     async def wait_left(self) -> None:
         """Return once the call's handling is over."""
@@ -86,31 +94,38 @@ class Call:
         await self._left.wait()
 
     def end(self, error: PhotonError) -> None:
-        """End the call with `error`; the first reason given stands.
-
-        grpc sends the headers with the first message, and after a first write that was cancelled it sends
-        them again with the status, which the call refuses: the client would hear of no status at all. So
-        that write gets a moment to finish.
-        """
-        if self._error is not None:
-            return
-        self._error = error
-        if self._write_started is None or self._has_written:
-            self._task.cancel()
-        else:
-            self._end_timer = asyncio.get_running_loop().call_later(_FIRST_WRITE_S, self._task.cancel)
+        """End the call with `error`; the first reason given stands."""
+        if self._error is None:
+            self._error = error
+            if not self._sends_headers:
+                self._task.cancel()
 
     async def write(self, context: Any, message: Any) -> None:
         """Write one response, watched for a client that does not read.
 
-        Raises the reason of an end that had to wait for it.
+        The headers go ahead on their own, at the moment of the first response: with them in its batch, a
+        status that follows while that is pending would send them again, which grpc refuses, and the client
+        would wait for a status for ever.
         """
         self._write_started = time.monotonic()
-        await context.write(message)
+        try:
+            if not self._has_sent_headers:
+                await self._send_headers(context)
+            await context.write(message)
+        except grpc.aio.InternalError:
+            # The client has left with the response pending; grpc cancels this task in a moment.
+            await asyncio.sleep(_CLOSE_S)
+            raise
         self._write_started = None
-        self._has_written = True
+
+    async def _send_headers(self, context: Any) -> None:
+        """Not to be interrupted: grpc would count headers that are on their way as unsent."""
+        self._sends_headers = True
+        await context.send_initial_metadata(())
+        self._sends_headers, self._has_sent_headers = False, True
         if self._error is not None:
-            raise self._error
+            self._task.cancel()
+            await asyncio.sleep(0)
 
     def stalled_since(self, moment: float) -> bool:
         """Whether one write has been pending since before `moment`."""
@@ -131,8 +146,6 @@ class Call:
     ) -> None:
         assert self._deadline_timer is not None
         self._deadline_timer.cancel()
-        if self._end_timer is not None:
-            self._end_timer.cancel()
         self._calls.remove(self)
         if self._left is not None:
             self._left.set()
@@ -151,7 +164,7 @@ class Calls:
     def __init__(self, limits: LimitOptions) -> None:
         self._limits = limits
         self._live: set[Call] = set()
-        self._by_id: dict[str, Call] = {}
+        self._by_name: dict[tuple[str, str], Call] = {}
         self._refusal: Callable[[], PhotonError] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -187,6 +200,20 @@ class Calls:
         for call in tuple(self._live):
             call.end(make_error())
 
+    def end_batches(self, make_error: Callable[[], PhotonError], tenant: str = "") -> None:
+        """End every live batch, or every one of a tenant."""
+        for (owner, _), call in tuple(self._by_name.items()):
+            if call.is_batch and tenant in ("", owner):
+                call.end(make_error())
+
+    def find_all(self, request_id: str, tenant: str = "") -> list[Call]:
+        """The live calls that have taken this id: one at most of each tenant, or of the one that is named."""
+        return [
+            call
+            for (owner, call_id), call in self._by_name.items()
+            if call_id == request_id and tenant in ("", owner)
+        ]
+
     async def wait_idle(self) -> None:
         """Return once no call is live."""
         await self._idle.wait()
@@ -198,20 +225,19 @@ class Calls:
         if self._sweep_timer is None:
             self._schedule_sweep()
 
-    def find(self, request_id: str) -> Call | None:
-        """The live call that has taken this id."""
-        return self._by_id.get(request_id)
+    def find(self, name: tuple[str, str]) -> Call | None:
+        """The live call of this tenant that has taken this id."""
+        return self._by_name.get(name)
 
-    def name(self, call: Call) -> None:
+    def add_name(self, call: Call, name: tuple[str, str]) -> None:
         """Make `call` findable; done by its taking an id."""
-        assert call.request_id is not None
-        self._by_id[call.request_id] = call
+        self._by_name[name] = call
 
     def remove(self, call: Call) -> None:
         """Forget `call`; done by leaving it."""
         self._live.discard(call)
-        if call.request_id is not None:
-            del self._by_id[call.request_id]
+        if call.name is not None:
+            del self._by_name[call.name]
         if not self._live:
             self._idle.set()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from photon_grpc.errors import InvalidRequestError, UnsupportedFeatureError
+from photon_grpc.errors import InvalidRequestError, OperatorAbortError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
@@ -36,16 +36,19 @@ class ControlServicer:
         self._limits = limits
 
     async def Abort(self, message: control_pb2.AbortRequest, context: Any) -> control_pb2.AbortResponse:
-        """End one live request, or all. A request that ends by itself meanwhile is ALREADY_FINISHED."""
-        if message.tenant:
-            raise UnsupportedFeatureError("tenant", "tenants are not supported")
+        """End one live request or all, of every tenant or of the one that is named.
+
+        A request that ends by itself meanwhile is ALREADY_FINISHED.
+        """
         target = message.WhichOneof("target")
         if target == "request_id":
             if not message.request_id:
                 raise InvalidRequestError.of("request_id", "must not be empty")
-            aborted = self._front_door.abort(message.request_id)
+            aborted = self._abort_one(message.request_id, message.tenant)
         elif target == "all":
-            aborted = self._front_door.abort_all()
+            # Batches first, or their next items would take the places of those that are ended.
+            self._calls.end_batches(OperatorAbortError, message.tenant)
+            aborted = self._front_door.abort_all(tenant=message.tenant)
         else:
             raise InvalidRequestError.of("target", "one of request_id and all is required")
         _log.info("abort", target=target, aborted=aborted, reason=message.reason[:_MAX_LOGGED_REASON_CHARS])
@@ -55,6 +58,17 @@ class ControlServicer:
             else control_pb2.AbortResponse.OUTCOME_ALREADY_FINISHED
         )
         return control_pb2.AbortResponse(outcome=outcome, aborted=aborted)
+
+    def _abort_one(self, request_id: str, tenant: str) -> int:
+        """The number ended. Raises RequestNotFoundError or InvalidRequestError."""
+        calls = self._calls.find_all(request_id, tenant)
+        if len(calls) > 1:
+            raise InvalidRequestError.ambiguous_id()
+        # The engine knows the items of a batch, and not the batch.
+        if calls and calls[0].is_batch:
+            calls[0].end(OperatorAbortError())
+            return 1
+        return self._front_door.abort(request_id, tenant=tenant)
 
     async def Drain(self, message: control_pb2.DrainRequest, context: Any) -> control_pb2.DrainResponse:
         """Begin a drain, or take it back. Answers at once with the calls that are in flight."""

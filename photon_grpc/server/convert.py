@@ -19,6 +19,7 @@ from photon_grpc.engine.load import EngineLoad
 from photon_grpc.errors import FieldViolation, InvalidRequestError, UnsupportedFeatureError
 from photon_grpc.frontend import events
 from photon_grpc.options import LimitOptions
+from photon_grpc.server.status import to_message
 from photon_grpc.types import (
     CacheOptions,
     ChatInput,
@@ -177,18 +178,19 @@ class _Decoder:
         spec: inference_pb2.GenerationSpec,
         request_id: str,
         chunk_policy: inference_pb2.ChunkPolicy | None,
+        root: str = "spec",
     ) -> GenerationRequest:
-        _refuse_unsupported(spec)
+        _refuse_unsupported(spec, root)
         if spec.experimental.fields:
-            self.refuse("spec.experimental", "holds keys that this server does not know")
+            self.refuse(f"{root}.experimental", "holds keys that this server does not know")
         request = GenerationRequest(
-            prompt=self.prompt(spec, "spec"),
+            prompt=self.prompt(spec, root),
             request_id=request_id,
             model=spec.model,
-            sampling=self.sampling(spec.sampling, "spec.sampling"),
-            stop=self.stop(spec.stop, "spec.stop"),
+            sampling=self.sampling(spec.sampling, f"{root}.sampling"),
+            stop=self.stop(spec.stop, f"{root}.stop"),
             output=_output(spec.output),
-            scheduling=self.scheduling(spec.scheduling, "spec.scheduling"),
+            scheduling=self.scheduling(spec.scheduling, f"{root}.scheduling"),
             cache=CacheOptions(spec.cache.bypass_prefix_cache, spec.cache.cache_salt),
             chunk_policy=(
                 ChunkPolicy() if chunk_policy is None else self.chunk_policy(chunk_policy, "chunk_policy")
@@ -204,11 +206,11 @@ def _optional(message: Any, name: str) -> Any:
     return getattr(message, name) if message.HasField(name) else None
 
 
-def _refuse_unsupported(spec: inference_pb2.GenerationSpec) -> None:
+def _refuse_unsupported(spec: inference_pb2.GenerationSpec, root: str) -> None:
     if spec.HasField("constraint"):
-        raise UnsupportedFeatureError("spec.constraint", "constraints are not supported")
+        raise UnsupportedFeatureError(f"{root}.constraint", "constraints are not supported")
     if spec.adapter:
-        raise UnsupportedFeatureError("spec.adapter", "adapters are not supported")
+        raise UnsupportedFeatureError(f"{root}.adapter", "adapters are not supported")
 
 
 def _output(message: inference_pb2.OutputOptions) -> OutputOptions:
@@ -229,7 +231,7 @@ class _StructError(Exception):
 
 
 class _StructWalk:
-    """Struct to plain values within bounds; sizes count as compact JSON would.
+    """Struct to plain values within bounds; sizes count as compact JSON does that needs no escapes.
 
     Whole numbers become integers, as a template would write them otherwise.
     """
@@ -262,10 +264,11 @@ class _StructWalk:
             number = message.number_value
             if not math.isfinite(number):
                 raise _StructError("holds a number that is not finite")
-            self._spend(len(repr(number)))
-            return int(number) if number.is_integer() else number
+            plain = int(number) if number.is_integer() else number
+            self._spend(len(repr(plain)))
+            return plain
         if kind == "bool_value":
-            self._spend(5)
+            self._spend(4 if message.bool_value else 5)
             return message.bool_value
         if kind == "null_value":
             self._spend(4)
@@ -275,7 +278,7 @@ class _StructWalk:
     def _enter(self, num_elements: int, depth: int) -> None:
         if depth > self._max_depth:
             raise _StructError(f"is nested deeper than {self._max_depth}")
-        self._spend(2 + num_elements)
+        self._spend(2 + max(0, num_elements - 1))
 
     def _spend(self, num_bytes: int) -> None:
         self._bytes += num_bytes
@@ -297,6 +300,16 @@ def decode_stream_generate(
     if message.resumable:
         raise UnsupportedFeatureError("resumable", "resuming a stream is not supported")
     return _Decoder(limits).generation(message.spec, request_id, message.chunk_policy)
+
+
+def decode_item(
+    spec: inference_pb2.GenerationSpec, request_id: str, root: str, limits: LimitOptions
+) -> GenerationRequest:
+    """The domain request of one spec of a batch, whose fields are named below `root` in errors.
+
+    Raises InvalidRequestError, UnsupportedFeatureError.
+    """
+    return _Decoder(limits).generation(spec, request_id, None, root)
 
 
 def decode_tokenize(message: inference_pb2.TokenizeRequest, limits: LimitOptions) -> str | ChatInput:
@@ -366,6 +379,13 @@ def encode_result(result: events.GenerationResult) -> inference_pb2.GenerateResp
         )
         if completion.logprobs:
             _fill_logprobs(message.logprobs, completion.logprobs)
+    admission = result.admission
+    if admission is not None:
+        response.admission.SetInParent()
+        if admission.estimated_wait_s is not None:
+            response.admission.estimated_wait.CopyFrom(encode_duration(admission.estimated_wait_s))
+        if admission.refusal is not None:
+            response.admission.refusal.CopyFrom(to_message(admission.refusal, result.request_id))
     return response
 
 
@@ -480,6 +500,7 @@ def encode_model_info(model: ModelInfo, limits: LimitOptions) -> model_pb2.GetMo
             cache_salt=True,
             resume=False,
             seeded_determinism=True,
+            max_batch_items=limits.max_batch_items,
         ),
     )
 

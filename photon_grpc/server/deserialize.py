@@ -13,22 +13,42 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.internal import api_implementation
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from photon_grpc.errors import MalformedMessageError
+from photon_grpc.errors import ConfigError, MalformedMessageError, OutOfMemoryError
 
 MessageT = TypeVar("MessageT", bound=Message)
 Behavior = Callable[[Any, Any], Awaitable[Any]]
 
 
+# How upb says in a DecodeError that memory was refused to it; the bytes may be fine.
+_NO_MEMORY = "Arena alloc failed"
+
+
+def require_compiled_protobuf() -> None:
+    """Raises ConfigError where protobuf is its pure-Python self, which recurses as deep as a message of a
+    stranger says (CVE-2025-4565); upb has a limit."""
+    implementation = api_implementation.Type()
+    if implementation != "upb":
+        raise ConfigError(
+            f"protobuf parses with its {implementation!r} implementation, which hostile messages can crash: "
+            "upb is needed; is PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION set?"
+        )
+
+
 def parse(message_class: type[MessageT], data: bytes) -> MessageT:
     """The message in `data`. Raises MalformedMessageError for truncated or garbled bytes, strings that
-    are not UTF-8 and nesting deeper than protobuf allows."""
-    message = message_class()
+    are not UTF-8 and nesting deeper than protobuf allows, OutOfMemoryError where there is no room for it."""
     try:
+        message = message_class()
         message.ParseFromString(data)
+    except MemoryError as error:
+        raise OutOfMemoryError from error
     except DecodeError as error:
+        if str(error).endswith(_NO_MEMORY):
+            raise OutOfMemoryError from error
         raise MalformedMessageError(f"the request is no valid {message_class.DESCRIPTOR.name}") from error
     return message
 

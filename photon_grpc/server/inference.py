@@ -9,9 +9,10 @@ from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.frontend.events import Finished, Summary
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
+from photon_grpc.server.batch import Batch, BatchTotals, check_batch
 from photon_grpc.server.calls import Calls
-from photon_grpc.server.interceptors.auth import current_caller
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
+from photon_grpc.server.interceptors.tenant import current_origin
 from photon_grpc.server.status import REQUEST_ID_KEY
 from photon_grpc.types import Finish, Timings, Usage
 from photon_grpc.v1 import inference_pb2
@@ -29,7 +30,9 @@ def _adopt_request_id(context: Any, request_id: str) -> str:
     return request_id
 
 
-def _set_success_trailers(context: Any, finishes: list[Finish], usage: Usage, timings: Timings) -> None:
+def _set_success_trailers(
+    context: Any, finishes: list[Finish], usage: Usage, timings: Timings, *more: tuple[str, str]
+) -> None:
     context.set_trailing_metadata(
         (
             (REQUEST_ID_KEY, request_id_of(context)),
@@ -39,6 +42,7 @@ def _set_success_trailers(context: Any, finishes: list[Finish], usage: Usage, ti
             ("photon-queue-ms", _milliseconds(timings.queue)),
             ("photon-ttft-ms", _milliseconds(timings.first_token)),
             ("photon-total-ms", _milliseconds(timings.total)),
+            *more,
         )
     )
 
@@ -64,13 +68,13 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_stream_generate(message, request_id, self._limits)
-            await call.take_id(request_id)
+            origin = current_origin.get()
+            request = origin.stamp(request)
+            await call.take_id(origin.tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
             seq = 0
-            with await self._front_door.open(
-                request, deadline=call.deadline, tenant=current_caller.get()
-            ) as stream:
+            with await self._front_door.open(request, deadline=call.deadline, tenant=origin.tenant) as stream:
                 async for event in stream:
                     seq += 1
                     if isinstance(event, Finished):
@@ -89,16 +93,44 @@ class InferenceServicer:
         with self._calls.open(context) as call:
             request_id = _adopt_request_id(context, message.request_id)
             request = convert.decode_generate(message, request_id, self._limits)
-            await call.take_id(request_id)
+            origin = current_origin.get()
+            request = origin.stamp(request)
+            await call.take_id(origin.tenant, request_id)
             result = await self._front_door.generate(
-                request,
-                deadline=call.deadline,
-                tenant=current_caller.get(),
-                validate_only=message.validate_only,
+                request, deadline=call.deadline, tenant=origin.tenant, validate_only=message.validate_only
             )
             finishes = [completion.finish for completion in result.completions]
             _set_success_trailers(context, finishes, result.usage, result.timings)
             return convert.encode_result(result)
+
+    async def BatchGenerate(self, message: inference_pb2.BatchGenerateRequest, context: Any) -> None:
+        """Run every spec as a Generate of its own would run, and write each result or error as it comes."""
+        with self._calls.open(context) as call:
+            totals = BatchTotals()
+            request_id = _adopt_request_id(context, message.request_id)
+            check_batch(message, request_id, self._limits)
+            origin = current_origin.get()
+            call.is_batch = True
+            await call.take_id(origin.tenant, request_id)
+            async with Batch(
+                self._front_door,
+                self._limits,
+                message.specs,
+                request_id,
+                deadline=call.deadline,
+                origin=origin,
+            ) as batch:
+                async for ended in batch:
+                    totals.add(ended)
+                    await call.write(context, ended.encode())
+            _set_success_trailers(
+                context,
+                totals.finishes,
+                totals.usage,
+                totals.timings,
+                ("photon-items", str(totals.num_items)),
+                ("photon-failed-items", str(totals.num_failed)),
+            )
 
     async def Tokenize(
         self, message: inference_pb2.TokenizeRequest, context: Any

@@ -122,6 +122,7 @@ class Lifecycle:
         """Drain for good, with the grace of whoever leaves; seconds until new calls are refused."""
         self._leaving = True
         self.drain(None)
+        self._update()
         return max(0.0, self._refuse_at - asyncio.get_running_loop().time())
 
     def refuse(self) -> None:

@@ -14,7 +14,7 @@ from photon_grpc.server import convert
 from photon_grpc.v1 import model_pb2
 
 # Rises with each addition to proto/photon/v1; clients below the minimum cannot be served.
-SCHEMA_REVISION = 2
+SCHEMA_REVISION = 3
 MINIMUM_CLIENT_REVISION = 1
 
 

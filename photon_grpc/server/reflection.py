@@ -7,12 +7,15 @@ one servicer answers for both, and the v1 descriptor is derived from the v1alpha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from photon_grpc.server.deserialize import parse
 
 V1ALPHA_SERVICE = str(reflection.SERVICE_NAME)
 V1_SERVICE = "grpc.reflection.v1.ServerReflection"
@@ -44,15 +47,29 @@ def v1_descriptor() -> FileDescriptor:
 
 
 def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    """Let `server` describe `services` (full names) and reflection itself."""
+    """Let `server` describe `services` (full names) and reflection itself.
+
+    As in `deserialize.add_service` requests are parsed where a parse error becomes a proper status.
+    """
     v1_descriptor()
     servicer = reflection.aio.ReflectionServicer((*services, V1ALPHA_SERVICE, V1_SERVICE))
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+
+    async def parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+        async for data in requests:
+            yield parse(reflection_pb2.ServerReflectionRequest, data)
+
+    async def reflect(
+        requests: AsyncIterator[bytes], context: Any
+    ) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
+        async for response in servicer.ServerReflectionInfo(parsed(requests), context):
+            yield response
+
     handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        reflect,
+        request_deserializer=None,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(V1_SERVICE, {"ServerReflectionInfo": handler}),)
-    )
+    for service in (V1ALPHA_SERVICE, V1_SERVICE):
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": handler}),)
+        )

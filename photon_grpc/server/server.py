@@ -23,17 +23,19 @@ from photon_grpc.options import AuthOptions, LimitOptions, Options, ServerOption
 from photon_grpc.server.callers import Callers
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.control import ControlServicer
-from photon_grpc.server.deserialize import add_service
+from photon_grpc.server.deserialize import add_service, require_compiled_protobuf
 from photon_grpc.server.health import HealthServicer
 from photon_grpc.server.inference import InferenceServicer
 from photon_grpc.server.interceptors.auth import AuthInterceptor
 from photon_grpc.server.interceptors.call_log import log_call
 from photon_grpc.server.interceptors.call_record import CallObserver, CallRecordInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
+from photon_grpc.server.interceptors.tenant import TenantInterceptor
 from photon_grpc.server.lifecycle import Lifecycle
 from photon_grpc.server.model_info import ModelServicer
 from photon_grpc.server.reflection import add_reflection
 from photon_grpc.server.tls import CertificateFiles, CertificateObserver, check_tls
+from photon_grpc.telemetry.pseudonyms import Pseudonyms
 from photon_grpc.v1 import control_pb2, inference_pb2, model_pb2
 
 _MAX_SEND_BYTES = 4 << 20
@@ -134,6 +136,15 @@ def admin_is_exposed(server: ServerOptions) -> bool:
     return server.admin_port >= 0 and not is_loopback(server.admin_host)
 
 
+def _trusted_hops(auth: AuthOptions, callers: Callers | None) -> frozenset[str]:
+    """Raises ConfigError for a name that no caller has."""
+    names = frozenset(filter(None, (name.strip() for name in auth.trusted_hops.split(","))))
+    for name in sorted(names):
+        if callers is None or not callers.has(name):
+            raise ConfigError(f"auth.trusted_hops: {name!r} is no caller of auth.callers_file")
+    return names
+
+
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -153,12 +164,16 @@ class Server:
         call_observers: Sequence[CallObserver] = (),
         certificate_observer: CertificateObserver | None = None,
     ) -> None:
-        """Raises ConfigError for an unprotected listener, and for certificate files that cannot be served.
+        """Raises ConfigError for an unprotected listener, for certificate files that cannot be served, and
+        where protobuf is not the compiled one.
 
         `call_observers` hear of every call that has ended, before its log line is written.
         """
+        require_compiled_protobuf()
         check_options(options.server, options.tls, options.auth)
         self._callers = Callers(options.auth.callers_file) if options.auth.callers_file else None
+        self._trusted_hops = _trusted_hops(options.auth, self._callers)
+        self._pseudonyms = Pseudonyms()
         self._certificates = (
             CertificateFiles(options.tls, certificate_observer) if options.tls.cert_file else None
         )
@@ -261,11 +276,18 @@ class Server:
             return None
         return self._certificates.credentials(require_client_cert=True)
 
-    def _guards(self, listener: str) -> tuple[AuthInterceptor, ...]:
-        """None on an admin listener that only the local operator can reach, or where nobody is named."""
-        if self._callers is None or (listener == "admin" and not admin_is_exposed(self._options.server)):
-            return ()
-        return (AuthInterceptor(self._callers),)
+    def _guards(self, listener: str) -> tuple[grpc.aio.ServerInterceptor, ...]:
+        """Who calls, and for whom.
+
+        Nobody is asked who he is on an admin listener that only the local operator can reach, or where the
+        settings name no callers. What concerns operators is done for no tenant, whoever asks for it.
+        """
+        is_admin = listener == "admin"
+        trusted_hops = frozenset[str]() if is_admin else self._trusted_hops
+        tenant = TenantInterceptor(trusted_hops, self._options.limits.max_priority, self._pseudonyms)
+        if self._callers is None or (is_admin and not admin_is_exposed(self._options.server)):
+            return (tenant,)
+        return (AuthInterceptor(self._callers, self._pseudonyms), tenant)
 
     async def _listen(
         self,
@@ -282,7 +304,7 @@ class Server:
         listener = grpc.aio.server(
             interceptors=(
                 CallRecordInterceptor(self._call_observers),
-                ErrorInterceptor(),
+                ErrorInterceptor(_HARD_METADATA_BYTES),
                 *self._guards(name),
             ),
             options=channel_options(options.server, options.limits, max_admitted),

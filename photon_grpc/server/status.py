@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -154,6 +154,7 @@ TABLE: dict[type[errors.PhotonError], Row] = {
     errors.QuotaExceededError: Row(
         _Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", _quota, pushback=_until_refill
     ),
+    errors.OutOfMemoryError: Row(_Code.UNAVAILABLE, "OUT_OF_MEMORY", pushback=_after(1000)),
     errors.EngineStartingError: Row(_Code.UNAVAILABLE, "STARTING", pushback=_after(1000)),
     errors.EngineDrainingError: Row(_Code.UNAVAILABLE, "DRAINING", pushback=_after(100)),
     errors.EngineDeadError: Row(_Code.UNAVAILABLE, "ENGINE_DEAD", pushback=_after(100)),
@@ -201,12 +202,34 @@ def reason_of(error: BaseException) -> str:
     return (find_row(type(error)) or TABLE[errors.InternalError]).reason
 
 
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The code that `to_status` gives `error`."""
+    return (find_row(type(error)) or TABLE[errors.InternalError]).code
+
+
 def to_status(error: BaseException, request_id: str) -> RpcStatus:
     """The status and trailers that `error` ends its call with.
 
     Always ErrorInfo and RequestInfo; the rest by the table. An error without a row is INTERNAL with
     fixed text, whatever it says itself.
     """
+    code, status, pushback = _tell(error, request_id)
+    trailers: list[tuple[str, str | bytes]] = [
+        (REQUEST_ID_KEY, request_id),
+        (DETAILS_KEY, status.SerializeToString()),
+    ]
+    if pushback is not None:
+        trailers.append((PUSHBACK_KEY, str(pushback)))
+    return RpcStatus(code, status.message, tuple(trailers))
+
+
+def to_message(error: BaseException, request_id: str) -> status_pb2.Status:
+    """The same status for the inside of a response; `request_id` is that of the request it is about."""
+    return _tell(error, request_id)[1]
+
+
+def _tell(error: BaseException, request_id: str) -> tuple[grpc.StatusCode, status_pb2.Status, int | None]:
+    """`(code, status with its details, pushback)`."""
     row = find_row(type(error))
     if row is None or not isinstance(error, errors.PhotonError):
         row, error = TABLE[errors.InternalError], _UNFORESEEN
@@ -223,20 +246,9 @@ def to_status(error: BaseException, request_id: str) -> RpcStatus:
         seconds, milliseconds = divmod(pushback, 1000)
         delay = Duration(seconds=seconds, nanos=milliseconds * 1_000_000)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    trailers: list[tuple[str, str | bytes]] = [
-        (REQUEST_ID_KEY, request_id),
-        (DETAILS_KEY, _pack(row.code, text, details)),
-    ]
-    if pushback is not None:
-        trailers.append((PUSHBACK_KEY, str(pushback)))
-    return RpcStatus(row.code, text, tuple(trailers))
-
-
-def _pack(code: grpc.StatusCode, text: str, details: Sequence[Message]) -> bytes:
-    status = status_pb2.Status(code=code.value[0], message=text)
+    status = status_pb2.Status(code=row.code.value[0], message=text)
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    packed_status: bytes = status.SerializeToString()
-    return packed_status
+    return row.code, status, pushback

@@ -49,6 +49,8 @@ class CallRecord:
     reason: str = ""
     request_id: str = ""
     generation: GenerationRecord | None = None
+    # Of a call of many requests, one for each in the order in which they were begun.
+    items: list[CallRecord] = field(default_factory=list)
     # The W3C trace context that the client sent: `traceparent`, `tracestate`.
     trace_headers: dict[str, str] = field(default_factory=dict)
     # What log lines of and about the call carry beside the above, such as its trace.

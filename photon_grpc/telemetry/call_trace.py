@@ -105,7 +105,24 @@ class CallTrace:
                 span.set_attribute("gen_ai.response.id", call.request_id)
                 if call.generation.timings is not None:
                     self._add_phases(span, call.generation, call.generation.timings, moment)
+            for item in call.items:
+                self._add_item(span, item, moment)
         span.end(moment(call.started + call.seconds))
+
+    def _add_item(self, span: trace.Span, item: CallRecord, moment: Callable[[float], int]) -> None:
+        """A span inside the call's, without phases of its own: there may be hundreds of them."""
+        inside = trace.set_span_in_context(span, Context())
+        attributes: _Attributes = {"gen_ai.response.id": item.request_id}
+        if item.code != "OK":
+            attributes["error.type"] = item.reason or item.code
+        if item.generation is not None:
+            attributes |= _of_request(item.generation)
+        made = self._tracer.start_span(
+            "item", inside, SpanKind.INTERNAL, attributes, start_time=moment(item.started)
+        )
+        if item.code in _SERVER_FAULTS:
+            made.set_status(StatusCode.ERROR)
+        made.end(moment(item.started + item.seconds))
 
     def _add_phases(
         self,
@@ -136,12 +153,16 @@ class CallTrace:
 
     def _measure(self, call: CallRecord, shared: Mapping[str, AttributeValue]) -> None:
         self._rpc(call.seconds, shared)
+        for record in (call, *call.items):
+            self._measure_generation(record)
+
+    def _measure_generation(self, call: CallRecord) -> None:
         generation = call.generation
         if generation is None:
             return
         attributes = {**self._place, **_of_model(generation)}
-        if "error.type" in shared:
-            attributes["error.type"] = shared["error.type"]
+        if call.code != "OK":
+            attributes["error.type"] = call.reason or call.code
         self._request(call.seconds, attributes)
         if call.code == "OK" and generation.timings is not None and generation.usage is not None:
             self._measure_tokens(generation.usage, generation.timings, generation, attributes)

@@ -10,6 +10,8 @@ import os
 import select
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import accumulate
 from queue import Empty, SimpleQueue
 from typing import TextIO
 
@@ -36,8 +38,11 @@ class LogSink:
         self._num_dropped = 0
         self._num_told = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="photon-log", daemon=True)
-        self._thread.start()
+        # The writer has reported what no writer may run into; once is enough.
+        self._has_reported = False
+        # The last write ended inside a line.
+        self._is_torn = False
+        self._thread = self._start()
 
     @property
     def num_dropped(self) -> int:
@@ -72,7 +77,20 @@ class LogSink:
 
     # --- the writing thread -----------------------------------------------------------------------
 
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="photon-log", daemon=True)
+        thread.start()
+        return thread
+
     def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        except BaseException as error:  # noqa: BLE001 - reported; another thread takes over
+            self._report(error)
+            if not self._closed:
+                self._thread = self._start()
+
+    def _write_until_closed(self) -> None:
         while True:
             item = self._queue.get()
             lines: list[str] = []
@@ -95,27 +113,66 @@ class LogSink:
 
     def _write(self, lines: list[str]) -> None:
         dropped = self._num_dropped - self._num_told
-        if dropped:
+        if self._fd is not None:
+            num_written = self._attempt(lines)
+        else:
+            # Such a stream does not say how far it came.
+            num_written = sum(self._attempt([line]) for line in lines)
+        if num_written < len(lines):
+            self.count_dropped(len(lines) - num_written)
+        elif dropped and self._attempt_notice(dropped):
             self._num_told += dropped
-            lines = [*lines, self._notice(dropped)]
+
+    def _attempt(self, lines: list[str]) -> int:
+        """How many of `lines` were written, the first ones."""
         try:
-            self._write_text("".join(lines))
+            if self._fd is not None:
+                return self._write_bytes([line.encode(errors="backslashreplace") for line in lines], self._fd)
+            self._stream.write("".join(lines))
+            self._stream.flush()
         except (OSError, ValueError):
             # The reader has gone, or the stream is closed: there is nowhere left to say so but the count.
-            self.count_dropped(len(lines))
+            return 0
+        except BaseException as error:  # noqa: BLE001 - reported and counted; later lines may fare better
+            self._report(error)
+            return 0
+        return len(lines)
 
-    def _write_text(self, text: str) -> None:
-        if self._fd is None:
-            self._stream.write(text)
-            self._stream.flush()
-            return
+    def _attempt_notice(self, dropped: int) -> bool:
+        try:
+            notice = self._notice(dropped)
+        except Exception as error:  # noqa: BLE001 - reported; the count still has it
+            self._report(error)
+            return False
+        return self._attempt([notice]) == 1
+
+    def _write_bytes(self, lines: list[bytes], fd: int) -> int:
         # Past the stream's own buffer, whose lock the interpreter wants at its exit.
-        data = memoryview(text.encode(errors="backslashreplace"))
-        while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                select.select([], [self._fd], [])
+        head = b"\n" if self._is_torn else b""
+        data = memoryview(head + b"".join(lines))
+        num_bytes = 0
+        try:
+            while num_bytes < len(data):
+                try:
+                    num_bytes += os.write(fd, data[num_bytes:])
+                except BlockingIOError:
+                    select.select([], [fd], [])
+        except (OSError, ValueError):
+            ends = list(accumulate((len(line) for line in lines), initial=len(head)))
+            if num_bytes:
+                self._is_torn = num_bytes not in ends
+            return sum(end <= num_bytes for end in ends[1:])
+        self._is_torn = False
+        return len(lines)
+
+    def _report(self, error: BaseException) -> None:
+        """Say once, where the process says such things, that the writer met what it was not made for."""
+        if self._has_reported:
+            return
+        self._has_reported = True
+        # Where that is closed, the count of what was dropped is left.
+        with suppress(OSError):
+            os.write(2, f"photon_grpc: the log's writer failed: {type(error).__name__}\n".encode())
 
 
 def _descriptor_of(stream: TextIO) -> int | None:

@@ -93,6 +93,8 @@ class EngineSnapshot(Protocol):
     def preemptions(self) -> int: ...
     @property
     def faults(self) -> int: ...
+    @property
+    def lost_steps(self) -> int: ...
 
 
 _COUNTERS: Sequence[tuple[str, str, Callable[[EngineSnapshot], int]]] = (
@@ -104,8 +106,9 @@ _COUNTERS: Sequence[tuple[str, str, Callable[[EngineSnapshot], int]]] = (
         lambda s: s.prefix_queries,
     ),
     ("photon_prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits),
-    ("photon_preemptions", "Sequences preempted for want of KV blocks.", lambda s: s.preemptions),
+    ("photon_preemptions", "Sequences preempted for want of KV blocks or memory.", lambda s: s.preemptions),
     ("photon_corrupted_requests", "Requests ended for unusable model output.", lambda s: s.faults),
+    ("photon_lost_steps", "Steps for which the device had no memory.", lambda s: s.lost_steps),
 )
 
 
@@ -295,6 +298,18 @@ class Metrics:
             unread_tokens,
         )
 
+    def watch_engine_process(self, process_id: Callable[[], int | None]) -> None:
+        """Expose CPU, memory and descriptors of the engine's process beside the server's. Once.
+
+        No sample while there is none, and on systems without /proc.
+        """
+
+        def folder() -> str:
+            number = process_id()
+            return "none" if number is None else str(number)
+
+        ProcessCollector(namespace="photon_engine", pid=folder, registry=self.registry)
+
     def watch_loop(self, lag: Callable[[], float]) -> None:
         """Expose how late the event loop is. Once."""
         self._watch(
@@ -363,13 +378,21 @@ class Metrics:
         self._rpc.labels(call.method, call.code).observe(call.seconds)
         if call.reason == "CLIENT_STALLED":
             self._slow_consumers.inc()
-        generation = call.generation
+        if not call.items:
+            self._count_end(call, call.reason)
+        for item in call.items:
+            # One that was still under way was ended by what ended the call.
+            self._count_end(item, item.reason or call.reason)
+
+    def _count_end(self, record: CallRecord, reason: str) -> None:
+        """Count a request that was refused, or that was ended before its time."""
+        generation = record.generation
         if generation is None:
-            if call.reason in _SHED:
-                self._shed.labels(call.reason.lower()).inc()
-        elif call.code != "OK" and call.reason in _CANCELLED_BY:
+            if record.code != "OK" and reason in _SHED:
+                self._shed.labels(reason.lower()).inc()
+        elif record.code != "OK" and reason in _CANCELLED_BY:
             state = "generating" if generation.has_first_token else "waiting"
-            self._cancelled.labels(_CANCELLED_BY[call.reason], state).inc()
+            self._cancelled.labels(_CANCELLED_BY[reason], state).inc()
 
     def observe_certificate(self, expires_at: float) -> None:
         """The server's certificate is one that expires at `expires_at`, in seconds since 1970."""

@@ -45,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=photon__grpc_dot_v1_dot_inference__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=photon__grpc_dot_v1_dot_inference__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.BatchGenerate = channel.unary_stream(
+                '/photon.v1.InferenceService/BatchGenerate',
+                request_serializer=photon__grpc_dot_v1_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
+                response_deserializer=photon__grpc_dot_v1_dot_inference__pb2.BatchGenerateResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/photon.v1.InferenceService/Tokenize',
                 request_serializer=photon__grpc_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -68,6 +73,12 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchGenerate(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +108,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=photon__grpc_dot_v1_dot_inference__pb2.StreamGenerateRequest.FromString,
                     response_serializer=photon__grpc_dot_v1_dot_inference__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'BatchGenerate': grpc.unary_stream_rpc_method_handler(
+                    servicer.BatchGenerate,
+                    request_deserializer=photon__grpc_dot_v1_dot_inference__pb2.BatchGenerateRequest.FromString,
+                    response_serializer=photon__grpc_dot_v1_dot_inference__pb2.BatchGenerateResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -164,6 +180,33 @@ class InferenceService:
             '/photon.v1.InferenceService/StreamGenerate',
             photon__grpc_dot_v1_dot_inference__pb2.StreamGenerateRequest.SerializeToString,
             photon__grpc_dot_v1_dot_inference__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGenerate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/photon.v1.InferenceService/BatchGenerate',
+            photon__grpc_dot_v1_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
+            photon__grpc_dot_v1_dot_inference__pb2.BatchGenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,7 +30,7 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ...) -> None: ...
 
 class Capabilities(_message.Message):
-    __slots__ = ("text_input", "token_ids_input", "chat_input", "constraint_kinds", "max_top_logprobs", "max_prompt_top_logprobs", "max_n", "max_stop_strings", "priority", "cache_salt", "resume", "seeded_determinism")
+    __slots__ = ("text_input", "token_ids_input", "chat_input", "constraint_kinds", "max_top_logprobs", "max_prompt_top_logprobs", "max_n", "max_stop_strings", "priority", "cache_salt", "resume", "seeded_determinism", "max_batch_items")
     TEXT_INPUT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_INPUT_FIELD_NUMBER: _ClassVar[int]
     CHAT_INPUT_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class Capabilities(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     SEEDED_DETERMINISM_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_ITEMS_FIELD_NUMBER: _ClassVar[int]
     text_input: bool
     token_ids_input: bool
     chat_input: bool
@@ -55,7 +56,8 @@ class Capabilities(_message.Message):
     cache_salt: bool
     resume: bool
     seeded_determinism: bool
-    def __init__(self, text_input: _Optional[bool] = ..., token_ids_input: _Optional[bool] = ..., chat_input: _Optional[bool] = ..., constraint_kinds: _Optional[_Iterable[str]] = ..., max_top_logprobs: _Optional[int] = ..., max_prompt_top_logprobs: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., priority: _Optional[bool] = ..., cache_salt: _Optional[bool] = ..., resume: _Optional[bool] = ..., seeded_determinism: _Optional[bool] = ...) -> None: ...
+    max_batch_items: int
+    def __init__(self, text_input: _Optional[bool] = ..., token_ids_input: _Optional[bool] = ..., chat_input: _Optional[bool] = ..., constraint_kinds: _Optional[_Iterable[str]] = ..., max_top_logprobs: _Optional[int] = ..., max_prompt_top_logprobs: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., priority: _Optional[bool] = ..., cache_salt: _Optional[bool] = ..., resume: _Optional[bool] = ..., seeded_determinism: _Optional[bool] = ..., max_batch_items: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

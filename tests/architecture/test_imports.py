@@ -38,7 +38,7 @@ ROOMS: dict[str, Room] = {
     "watched_file": room("errors", "structlog"),
     "config": room("errors", "pydantic pydantic_settings"),
     "scheduler": room("errors types"),
-    "kernels": room("errors", "cupy cuda numpy torch"),
+    "kernels": room("errors", "cupy cuda numpy torch structlog"),
     "ops": room("errors types", "torch"),
     "ops.cuda_ops": room("errors types kernels", "torch"),
     "models": room("ops errors types", "torch safetensors numpy"),
@@ -67,6 +67,7 @@ ROOMS: dict[str, Room] = {
     ),
     "client": room("v1", "grpc grpc_health grpc_status google"),
     "bench": room("client"),
+    "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
         "errors frontend runner_factory server.server telemetry types",
@@ -77,7 +78,7 @@ ROOMS: dict[str, Room] = {
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
     "cli": room(
-        "__version__ app bench client config errors frontend.tokenizer model_report offline types "
+        "__version__ app batch_file bench client config errors frontend.tokenizer model_report offline types "
         "telemetry.logging",
         "rich typer",
     ),
@@ -88,7 +89,7 @@ ROOMS: dict[str, Room] = {
 # Modules of the standard library that carry threads, clocks or chance, and who may have them. The
 # scheduler is told the time and draws nothing, so that a run can be repeated.
 GUARDED: dict[str, frozenset[str]] = {
-    "threading": frozenset({"engine.thread", "engine.watchdog", "telemetry", "llm"}),
+    "threading": frozenset({"engine.thread", "engine.watchdog", "frontend.text_pool", "telemetry", "llm"}),
     "asyncio": frozenset(
         {
             *("engine.client", "engine.process", "frontend", "server", "telemetry.loop_lag"),

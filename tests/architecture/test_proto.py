@@ -10,7 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.rpc import status_pb2
+
+from photon_grpc.v1 import inference_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +71,23 @@ def test_generated_code_runs_on_the_oldest_supported_runtime() -> None:
     assert needs_grpc is not None
     assert needs_protobuf is not None
     assert floors == {"grpcio": needs_grpc.group(1), "protobuf": needs_protobuf.group(1)}
+
+
+def test_what_is_vendored_is_what_python_has_from_its_distribution() -> None:
+    """Other languages compile the file here, Python takes googleapis-common-protos: they must be one message,
+    and registered once, whoever else in the process uses it."""
+    (vendored,) = check_proto.compile_files(below="google").file
+    distributed = descriptor_pb2.FileDescriptorProto.FromString(status_pb2.DESCRIPTOR.serialized_pb)
+    assert (vendored.name, vendored.package) == (distributed.name, distributed.package)
+    for message in (*vendored.message_type, *distributed.message_type):
+        for field in message.field:
+            field.ClearField("json_name")  # protoc says it to plugins alone
+    assert list(vendored.message_type) == list(distributed.message_type)
+    assert inference_pb2.BatchGenerateResponse().error.DESCRIPTOR is status_pb2.Status.DESCRIPTOR
+    pool = descriptor_pool.Default()
+    assert pool.FindMessageTypeByName("google.rpc.Status") is status_pb2.Status.DESCRIPTOR
+    assert pool.FindFileContainingSymbol("google.rpc.Status").name == "google/rpc/status.proto"
+    assert not list((ROOT / "photon_grpc").rglob("status_pb2*"))
 
 
 def test_the_contract_is_linted() -> None:
@@ -131,6 +151,7 @@ def test_lint_sees(tmp_path: Path, old: str, new: str, complaint: str) -> None:
         ("ROLE_TOOL = 4;", "ROLE_TOOL = 5;", "ROLE_TOOL: changed number"),
         ("ROLE_TOOL = 4;", "", "ROLE_TOOL: is gone"),
         ("returns (stream Stream", "returns (Stream", "StreamGenerate: changed server_streaming"),
+        ("google.rpc.Status error = 3;", "google.protobuf.Struct error = 3;", "error: changed type_name"),
         ("rpc Detokenize(DetokenizeRequest) returns (DetokenizeResponse);", "", "Detokenize: is gone"),
         ("oneof matched {", "oneof found {", "stop_string: changed oneof"),
     ],

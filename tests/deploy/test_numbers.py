@@ -12,6 +12,8 @@ import yaml
 from photon_grpc.config import known_fields
 from photon_grpc.options import LimitOptions, SchedulerOptions, ServerOptions
 from photon_grpc.server.health import READY_SERVICES
+from photon_grpc.server.server import _END_GRACE_S as END_GRACE_S
+from photon_grpc.server.server import _STOP_GRACE_S as STOP_GRACE_S
 from photon_grpc.server.server import MOST_RUNNING, channel_options
 from tests.support.programs import ROOT
 
@@ -106,9 +108,42 @@ def test_documents_name_settings_that_exist(name: str) -> None:
     assert named <= known
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (DEPLOY / "README.md").read_text()):
-        assert (DEPLOY / target).exists(), target
+def anchors_of(document: Path) -> set[str]:
+    """What `#...` may follow the document's name: GitHub's form of its headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [ROOT / "README.md", *(DEPLOY / name for name in DOCUMENTS), ROOT / "proto" / "README.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    assert targets
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), target
+
+
+def test_the_seconds_of_a_drain_are_those_of_the_defaults() -> None:
+    section = (DEPLOY / "README.md").read_text().partition("## Upgrades and drain")[2]
+    rows = re.findall(r"^\| (\d+)[^|]* \|[^|]+\| ([^|]*) \|$", section, flags=re.MULTILINE)
+    seconds_of = {setter.strip("`").partition("`")[0]: int(second) for second, setter in rows}
+    assert seconds_of["server.drain_propagation_s"] == SERVER.drain_propagation_s
+    assert seconds_of["server.drain_max_s"] == SERVER.drain_propagation_s + SERVER.drain_max_s
+    (deployment,) = yaml.safe_load_all((DEPLOY / "kubernetes/base/deployment.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    assert seconds_of["terminationGracePeriodSeconds"] == pod["terminationGracePeriodSeconds"]
+    probe = pod["containers"][0]["readinessProbe"]
+    noticed = probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]
+    assert seconds_of["the readiness probe, Envoy's health check"] == noticed
+    # From the last wait to SIGKILL: statuses, listeners, the log's and the collector's last records.
+    last = pod["terminationGracePeriodSeconds"] - seconds_of["server.drain_max_s"]
+    assert last > END_GRACE_S + STOP_GRACE_S
 
 
 def files_of(folder: Path) -> list[Path]:

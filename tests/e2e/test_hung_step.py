@@ -24,18 +24,21 @@ from tests.support.tiny_model import tiny_model_folder
 
 # Far above the bounds of the server itself (two steps of its budget, then 20 s), which must hold alone.
 _END_S = 60.0
+# Far above what a healthy step of ten milliseconds takes on a busy machine.
+STEP_TIMEOUT_S = 1.5
 _SERVE = """
 import sys
 from dataclasses import replace
 from photon_grpc import app
 from photon_grpc.options import EngineOptions, ModelOptions, TelemetryOptions
 from photon_grpc.telemetry.logging import configure_logging
-from tests.support.engine_factories import Hanging, Scripted
+from tests.support.engine_factories import Hanging, Losing, Scripted
 from tests.support.grpc_harness import quick_options
 
 folder, process, how, timeout_s = sys.argv[1:]
 configure_logging(TelemetryOptions())
-factory = Scripted(step_s=0.01) if how == "never" else Hanging(20, holds_interpreter=how == "holds")
+factories = {"never": Scripted(step_s=0.01), "lost": Losing(num_rows=3)}
+factory = factories.get(how) or Hanging(20, holds_interpreter=how == "holds")
 app.RunnerFactory = lambda folder, options, own_process: factory
 options = replace(
     quick_options(),
@@ -99,7 +102,7 @@ def reason_of(call: grpc.Call) -> str:
 
 @pytest.mark.parametrize("process", ["shared", "own"])
 def test_fault_05_a_step_that_hangs(model: Path, tmp_path: Path, process: str) -> None:
-    with served(model, tmp_path / "log", process, "sleeps", 0.5) as server:
+    with served(model, tmp_path / "log", process, "sleeps", STEP_TIMEOUT_S) as server:
         watches = [server.watch("photon.v1.InferenceService"), server.watch("photon.liveness")]
         for watch in watches:
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -114,8 +117,10 @@ def test_fault_05_a_step_that_hangs(model: Path, tmp_path: Path, process: str) -
 
 
 @pytest.mark.parametrize("process", ["shared", "own"])
-def test_a_step_that_keeps_every_thread_from_running(model: Path, tmp_path: Path, process: str) -> None:
-    with served(model, tmp_path / "log", process, "holds", 0.5) as server:
+def test_fault_05_a_step_that_keeps_every_thread_from_running(
+    model: Path, tmp_path: Path, process: str
+) -> None:
+    with served(model, tmp_path / "log", process, "holds", STEP_TIMEOUT_S) as server:
         call = server.stream()
         if process == "own":
             assert reason_of(call) == "ENGINE_DEAD"
@@ -128,8 +133,8 @@ def test_a_step_that_keeps_every_thread_from_running(model: Path, tmp_path: Path
         assert "in launch" in server.log.read_text()
 
 
-def test_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path) -> None:
-    with served(model, tmp_path / "log", "own", "never", 0.5) as server:
+def test_fault_07_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path / "log", "own", "never", STEP_TIMEOUT_S) as server:
         call = server.stream()
         next(call)
         (child,) = psutil.Process(server.process.pid).children()
@@ -142,9 +147,9 @@ def test_an_engine_s_process_that_is_frozen(model: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("process", ["shared", "own"])
 def test_an_engine_without_work_is_no_dead_one(model: Path, tmp_path: Path, process: str) -> None:
-    with served(model, tmp_path / "log", process, "never", 0.2) as server:
+    with served(model, tmp_path / "log", process, "never", 0.5) as server:
         list(server.stream())
-        # Longer than any limit that follows from the timeout: 4 x 0.2 s and 5 s.
+        # Longer than any limit that follows from the timeout: 4 x 0.5 s and 5 s.
         time.sleep(8)
         assert server.process.poll() is None
         list(server.stream())

@@ -44,8 +44,10 @@ def client() -> Path:
     return folder
 
 
-async def stream(client: Path, front_door: FakeFrontDoor, request: dict[str, Any]) -> Any:
-    """What the Node client printed after one StreamGenerate call."""
+async def stream(
+    client: Path, front_door: FakeFrontDoor, request: dict[str, Any], method: str = "StreamGenerate"
+) -> Any:
+    """What the Node client printed after one call."""
     async with running_server(front_door) as harness:
         process = await asyncio.create_subprocess_exec(
             "node",
@@ -53,6 +55,7 @@ async def stream(client: Path, front_door: FakeFrontDoor, request: dict[str, Any
             str(ROOT / "proto"),
             harness.target,
             json.dumps(request),
+            method,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, "NODE_OPTIONS": ""},
@@ -111,3 +114,24 @@ async def test_node_is_told_when_to_come_back(client: Path) -> None:
     assert result["error"]["pushback"] == ["1000"]
     retry = result["error"]["status"]["details"]["google.rpc.RetryInfo"]["retry_delay"]
     assert retry == {"seconds": 1}
+
+
+async def test_node_runs_a_batch(client: Path) -> None:
+    """Its messages hold one of another package, `google.rpc.Status`, whose file lies beside ours."""
+    request = {
+        "request_id": "from-node",
+        "specs": [{"text": "hi"}, {"text": "hi", "adapter": "lora"}, {"token_ids": {"ids": [5]}}],
+    }
+    result = await stream(client, FakeFrontDoor(), request, "BatchGenerate")
+    assert (result["error"], result["code"]) == (None, 0)
+    items = {item["item"]: item for item in result["items"]}
+    assert sorted(items) == [0, 1, 2]
+    for number in (0, 2):
+        assert (items[number]["kind"], items[number]["text"]) == ("response", " tok tok tok")
+    status = items[1]["error"]
+    assert (items[1]["kind"], status["code"]) == ("error", grpc.StatusCode.UNIMPLEMENTED.value[0])
+    assert status["details"]["google.rpc.ErrorInfo"]["reason"] == "UNSUPPORTED_FEATURE"
+    assert status["details"]["google.rpc.RequestInfo"]["request_id"] == "from-node.1"
+    (violation,) = status["details"]["google.rpc.BadRequest"]["field_violations"]
+    assert violation["field"] == "specs[1].adapter"
+    assert result["trailers"]["photon-failed-items"] == "1"

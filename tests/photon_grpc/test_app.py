@@ -24,9 +24,10 @@ from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
+from tests.support.aftermath import nothing_left_running
 from tests.support.builders import model_info
 from tests.support.certificates import Authority
-from tests.support.grpc_harness import quick_options
+from tests.support.grpc_harness import quick_options, rich_error
 from tests.support.tiny_model import tiny_model_folder
 
 
@@ -206,21 +207,27 @@ async def test_a_collector_that_never_answers_holds_up_neither_calls_nor_the_exi
             assert await running.exit_code == 0
 
 
-async def test_the_engine_s_death_reaches_every_call_and_the_exit_code(
+async def test_fault_02_the_engine_s_death_reaches_every_call_and_the_exit_code(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, lambda: ScriptedRunner(model_info(), crash_at_step=5))
-    running = Running(options_for(folder))
-    service = await running.service()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        calls = [stub.Generate(request(100)) for _ in range(3)]
-        for call in calls:
-            with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await call
-            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert "engine has stopped" in (raised.value.details() or "")
-    assert await running.exit_code == 1
+    async with nothing_left_running():
+        running = Running(options_for(folder))
+        service = await running.service()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            calls = [stub.Generate(request(100)) for _ in range(3)]
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await call
+                assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert rich_error(raised.value).reason == "ENGINE_DEAD"
+                assert "engine has stopped" in (raised.value.details() or "")
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with asyncio.timeout(30):
+            assert await running.exit_code == 1
 
 
 async def test_a_runner_that_cannot_be_built_is_the_start_s_error(

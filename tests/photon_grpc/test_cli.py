@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from tests.support.grpc_harness import Harness, quick_options, running_server
 from tests.support.tiny_model import tiny_model_folder
 
 COMMANDS = (
-    *("serve", "generate", "chat", "tokenize", "info", "bench", "health"),
+    *("serve", "generate", "chat", "batch", "tokenize", "info", "bench", "health"),
     *("drain", "watch", "flush-cache", "version"),
 )
 
@@ -38,21 +39,24 @@ class Result:
     err: str
 
 
-def environment() -> dict[str, str]:
+def environment(token: str = "") -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PHOTON_")}
+    if token:
+        kept["PHOTON_TOKEN"] = token
     return {**kept, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
 
 
-async def start(*arguments: str) -> asyncio.subprocess.Process:
+async def start(*arguments: str, token: str = "") -> asyncio.subprocess.Process:
+    """`token` stands in PHOTON_TOKEN."""
     pipe = asyncio.subprocess.PIPE
     command = (sys.executable, "-m", "photon_grpc", *arguments)
     return await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment()
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment(token)
     )
 
 
-async def run(*arguments: str, stdin: bytes = b"") -> Result:
-    process = await start(*arguments)
+async def run(*arguments: str, stdin: bytes = b"", token: str = "") -> Result:
+    process = await start(*arguments, token=token)
     out, err = await process.communicate(stdin)
     assert process.returncode is not None
     return Result(process.returncode, out.decode(), err.decode())
@@ -396,6 +400,37 @@ class TestWithAToken:
         assert (await run("bench", "-c", "1", "-r", "1", *flags)).code == 0
         assert "serves" in (await run("health", *flags)).out
 
+    async def test_it_may_stand_in_the_environment(self, guarded: Harness, tmp_path: Path) -> None:
+        token, flags = "correct-horse-battery", ("--address", guarded.target)
+        assert (await run("generate", "hi", "-q", *flags, token=token)).out == " tok tok tok\n"
+        assert (await run("tokenize", "ab", "--ids", *flags, token=token)).code == 0
+        assert (await run("bench", "-c", "1", "-r", "1", *flags, token=token)).code == 0
+        assert "serves" in (await run("health", *flags, token=token)).out
+        # The file is the nearer of the two.
+        (tmp_path / "token").write_text("another-token-altogether")
+        refused = await run(
+            "generate", "hi", *flags, "--token-file", str(tmp_path / "token"), token="correct-horse-battery"
+        )
+        assert refused.err.startswith("UNAUTHENTICATED")
+
+    async def test_a_token_in_the_environment_bothers_no_command_that_has_no_use_for_it(
+        self, model: Path
+    ) -> None:
+        for arguments in (
+            ("tokenize", "ab", "--ids", "--model", str(model)),
+            ("generate", "ab", "-q", "-n", "2", "--model", str(model)),
+            ("info", "--model", str(model)),
+        ):
+            result = await run(*arguments, token="correct-horse-battery")
+            assert result.code == 0, result.err
+            assert "correct-horse" not in result.out + result.err
+
+    async def test_a_variable_without_a_token(self, guarded: Harness) -> None:
+        result = await run("health", "--address", guarded.target, token="two\nlines")
+        assert result.code == 2
+        assert "PHOTON_TOKEN: holds no token" in result.err
+        assert "two" not in result.err
+
     async def test_without_one_the_server_refuses(self, guarded: Harness) -> None:
         result = await run("generate", "hi", "--address", guarded.target)
         assert result.code == 1
@@ -483,3 +518,50 @@ class TestOverTls:
             assert b"draining" in (await watching.stdout.readline()).lower()
             await harness.server.stop()
             await watching.communicate()
+
+
+class TestBatch:
+    LINES = b'{"id": "a", "text": "one"}\n\n{"text": "two", "max_tokens": 5}\n{"id": "c", "text": "three"}\n'
+
+    async def test_every_line_gets_its_answer(self, server: Harness, door: FakeFrontDoor) -> None:
+        arguments = ("--address", server.target, "--size", "2", "--temperature", "0", "--seed", "7")
+        result = await run("batch", *arguments, stdin=self.LINES)
+        assert result.code == 0, result.err
+        answers = {line["item"]: line for line in map(json.loads, result.out.splitlines())}
+        assert sorted(answers) == [0, 1, 2]
+        assert [answers[item].get("id") for item in range(3)] == ["a", None, "c"]
+        assert {line["text"] for line in answers.values()} == {" tok tok tok"}
+        assert answers[0]["output_tokens"] == 3
+        ran = {request.prompt: request for request in door.requests}
+        assert [ran[prompt].stop.max_tokens for prompt in ("one", "two", "three")] == [256, 5, 256]
+        assert {(r.sampling.temperature, r.sampling.seed) for r in ran.values()} == {(0.0, 7)}
+        # Two calls: the last line is the first of its own.
+        assert [r.request_id.rpartition(".")[2] for r in ran.values()] == ["0", "1", "0"]
+
+    async def test_a_file_and_no_file(self, server: Harness, tmp_path: Path) -> None:
+        file = tmp_path / "requests.jsonl"
+        file.write_bytes(self.LINES)
+        result = await run("batch", str(file), "--address", server.target)
+        assert (result.code, len(result.out.splitlines())) == (0, 3)
+        missing = await run("batch", str(tmp_path / "none"), "--address", server.target)
+        assert missing.code == 2
+        assert "No such file" in missing.err
+
+    async def test_an_item_that_the_server_refuses(self, server: Harness, door: FakeFrontDoor) -> None:
+        door.script = Script(error=OverloadedError("the queue is full", retry_after_s=1.0))
+        result = await run("batch", "--address", server.target, stdin=self.LINES)
+        assert result.code == 1
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        assert [line["error"]["reason"] for line in lines] == ["OVERLOADED"] * 3
+        assert "3 of 3 requests failed" in result.err
+
+    @pytest.mark.parametrize(
+        ("stdin", "words"), [(b'{"text": 3}\n', "line 1.text"), (b"\xff\n", "not valid UTF-8")]
+    )
+    async def test_what_is_no_request_is_refused_before_any_call(
+        self, server: Harness, door: FakeFrontDoor, stdin: bytes, words: str
+    ) -> None:
+        result = await run("batch", "--address", server.target, stdin=self.LINES + stdin)
+        assert result.code in (1, 2)
+        assert words.replace("line 1", "line 5") in result.err
+        assert not door.requests

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Any
 
 import pytest
 
 from photon_grpc.bench import percentile
-from photon_grpc.client import CallError, Client, Ending, Request, measure, open_channel
+from photon_grpc.client import Answer, CallError, Client, Ending, Request, measure, open_channel
 from photon_grpc.errors import FieldViolation, InvalidRequestError, OverloadedError
-from photon_grpc.types import ChatInput, Role
+from photon_grpc.frontend.events import GenerationResult
+from photon_grpc.types import ChatInput, GenerationRequest, Role
 from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import running_server, until
 
@@ -123,6 +125,77 @@ async def test_closing_the_iterator_cancels_the_call() -> None:
     async with running_server(door) as harness:
         await asyncio.to_thread(read_two, harness.target)
         await until(lambda: door.streams and door.streams[0].exits)
+
+
+class OneIsTooMuch(FakeFrontDoor):
+    """Has no room for a request whose prompt is `later`."""
+
+    async def generate(
+        self, request: GenerationRequest, *, validate_only: bool = False, **arguments: Any
+    ) -> GenerationResult:
+        if request.prompt == "later" and not validate_only:
+            raise OverloadedError("the queue is full", retry_after_s=2.0)
+        return await super().generate(request, validate_only=validate_only, **arguments)
+
+
+async def test_a_batch_has_an_answer_for_each_request() -> None:
+    door = OneIsTooMuch()
+    requests = [
+        Request(text="hi", seed=11, max_tokens=9),
+        Request(text="later"),
+        Request(messages=(("user", "u"),)),
+    ]
+
+    def run(address: str) -> list[Answer]:
+        with Client(address) as client:
+            return list(client.batch(requests, request_id="mine", timeout_s=30))
+
+    async with running_server(door) as harness:
+        answers = {answer.item: answer for answer in await asyncio.to_thread(run, harness.target)}
+    assert sorted(answers) == [0, 1, 2]
+    for item in (0, 2):
+        ending = answers[item].ending
+        assert (answers[item].text, answers[item].error) == (" tok tok tok", None)
+        assert ending is not None
+        assert (ending.finish_reason, ending.output_tokens) == ("STOP 'stop'", 3)
+    error = answers[1].error
+    assert error is not None
+    assert (error.status, error.reason, answers[1].ending) == ("UNAVAILABLE", "OVERLOADED", None)
+    assert error.retry_after_s is not None
+    sent = {request.request_id: request for request in door.requests}
+    assert sent.keys() >= {"mine.0", "mine.2"}
+    assert (sent["mine.0"].sampling.seed, sent["mine.0"].stop.max_tokens) == (11, 9)
+
+
+async def test_a_refused_batch_is_an_error() -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        with Client(harness.target) as client, pytest.raises(CallError) as caught:
+            await asyncio.to_thread(lambda: list(client.batch([])))
+    assert (caught.value.reason, caught.value.violations) == (
+        "INVALID_FIELD",
+        (("specs", "must not be empty"),),
+    )
+
+
+async def test_closing_a_batch_cancels_the_call() -> None:
+    def read_one(address: str) -> None:
+        with Client(address) as client:
+            answers = client.batch([Request(text="hi"), Request(text="hang")])
+            next(answers)
+            answers.close()
+
+    class Hanging(FakeFrontDoor):
+        async def generate(
+            self, request: GenerationRequest, *, validate_only: bool = False, **arguments: Any
+        ) -> GenerationResult:
+            if request.prompt == "hang" and not validate_only:
+                await asyncio.Event().wait()
+            return await super().generate(request, validate_only=validate_only, **arguments)
+
+    door = Hanging()
+    async with running_server(door) as harness:
+        await asyncio.to_thread(read_one, harness.target)
+        await until(lambda: harness.server.num_live_calls == 0, 30)
 
 
 async def test_tokens_come_with_their_places() -> None:

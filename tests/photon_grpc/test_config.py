@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from photon_grpc.config import CHOICES, RANGES, Override, known_fields, load_options, parse_assignment
+from photon_grpc.config import (
+    CHOICES,
+    RANGES,
+    Override,
+    known_fields,
+    load_options,
+    parse_assignment,
+    token_from_environment,
+)
 from photon_grpc.errors import ConfigError
 from photon_grpc.options import Options, describe
 
@@ -217,6 +225,24 @@ def test_tls_off_loopback() -> None:
         == "0.0.0.0"
     )
     assert "tls.client_ca_file = 'ca.crt'" in refusal(overrides=[*pair, client_ca])
+
+
+def test_the_client_s_token_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHOTON_TOKEN", "correct-horse-battery")
+    assert load_options(require_model=False) == Options()
+    assert token_from_environment() == "correct-horse-battery"
+    monkeypatch.setenv("PHOTON_TOKENS", "x")
+    assert "PHOTON_TOKENS: no such setting" in refusal()
+    monkeypatch.delenv("PHOTON_TOKENS")
+    monkeypatch.delenv("PHOTON_TOKEN")
+    assert token_from_environment() == ""
+
+
+def test_a_trusted_hop_is_a_caller_of_the_file() -> None:
+    hops = parse_assignment("auth.trusted_hops=gateway")
+    assert "auth.trusted_hops = 'gateway'" in refusal(overrides=[hops])
+    callers = parse_assignment("auth.callers_file=callers")
+    assert load_options(overrides=[hops, callers], require_model=False).auth.trusted_hops == "gateway"
 
 
 def test_a_boolean_is_no_number(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -43,6 +44,21 @@ def test_nothing_is_parsed_again_while_nothing_changes(tmp_path: Path) -> None:
     watched = WatchedFile("a.file", write(tmp_path, "1"), counting)
     assert watched.current() is watched.current()
     assert parsed == [b"1"]
+
+
+def test_what_could_not_be_read_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unchanged: what was missing was a descriptor."""
+    watched = WatchedFile("a.file", write(tmp_path, "1"), number)
+    write(tmp_path, "2")
+
+    def exhausted(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(Path, "read_bytes", exhausted)
+        assert [watched.current() for _ in range(3)] == [1, 1, 1]
+    assert [entry["log_level"] for entry in logs] == ["warning"]
+    assert watched.current() == 2
 
 
 def test_what_is_bad_or_gone_leaves_the_last_good_one(tmp_path: Path) -> None:

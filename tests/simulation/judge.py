@@ -7,7 +7,7 @@ these alone it follows what each output may be, who had to be in the batch, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from photon_grpc.engine.messages import (
@@ -26,7 +26,7 @@ from photon_grpc.types import Finish, FinishReason
 from tests.simulation.fairness import FairShares, Service
 from tests.simulation.oracle import logprobs_of
 from tests.simulation.runner import CheckingRunner, Row
-from tests.simulation.scenario import Call, Scenario
+from tests.simulation.scenario import Call, CrashPoint, Scenario
 from tests.support.builders import FakeClock
 
 _END_OF_ABORT: dict[AbortReason, FailureKind | FinishReason] = {
@@ -89,6 +89,7 @@ class Judge:
         self._clock = clock
         self._trace = trace
         runner.on_launch = self._launched
+        runner.on_lost = self._lost
         self.completions: dict[tuple[int, int], Completion] = {}
         self._of_call: dict[tuple[int, int], Completion] = {}
         self._of_seq_id: dict[int, Completion] = {}
@@ -103,6 +104,12 @@ class Judge:
         self._plan: SchedulerOutput | None = None
         self._removed: list[Row] = []
         self._remained: list[Row] = []
+        # Of the steps that this one lost for lack of memory: where, the plans, and who was in the batch.
+        self._lost_at: CrashPoint | None = None
+        self._lost_plans: list[SchedulerOutput] = []
+        self._lost_rows: list[Row] = []
+        # Places in the batch; fewer after a lack of memory.
+        self._num_places = scenario.max_num_seqs
         # Completions whose end the results of the step brought, not a message and not a clock.
         self._ended_by_results: set[Completion] = set()
         # How completions ended, and whether they were pushed out or began with shared blocks before.
@@ -111,6 +118,7 @@ class Judge:
         self._num_prompt_tokens = 0
         self._num_hits = 0
         self._num_faults = 0
+        self._num_lost = 0
         self._shares = FairShares()
 
     # --- what goes in ---------------------------------------------------------------------------
@@ -187,6 +195,9 @@ class Judge:
         self._plan = None
         self._removed = []
         self._remained = []
+        self._lost_at = None
+        self._lost_plans = []
+        self._lost_rows = []
         self._ended_by_results.clear()
 
     # --- what the runner is told ----------------------------------------------------------------
@@ -223,6 +234,14 @@ class Judge:
             head = min(waiting_rows, key=lambda row: self._of(row).rank)
             assert head.seq_id in planned, f"{self._of(head)} is first in the batch and does not advance"
 
+    def _lost(self, point: CrashPoint, plans: list[SchedulerOutput]) -> None:
+        self.note(f"  no memory to {point.name.lower()}: lost {[plan.step for plan in plans]}")
+        self.reached.add(("lost", point))
+        self._num_lost += len(plans)
+        self._lost_at = point
+        self._lost_plans = plans
+        self._lost_rows = list(self._runner.rows.values())
+
     def _of(self, row: Row) -> Completion:
         return self._of_seq_id[row.seq_id]
 
@@ -231,18 +250,30 @@ class Judge:
     def stepped(self, message: StepOutputs) -> None:
         """A step's outputs, or those of the last flush."""
         assert message.time == self._clock(), "the heartbeat is not now"
-        num_outputs = 0
+        num_outputs = num_ended = 0
         for output in outputs_of(message):
             num_outputs += 1
+            num_ended += output.is_last
+            assert self._lost_at is None or not output.token_ids, "a token of a lost step"
             completion = self.completions[output.key, output.index]
             self._take(completion, output)
         self._check_clocks()
-        self._check_order()
+        # Each end gives a place back: those of messages and clocks before the step was planned.
+        self._give_places(num_ended - len(self._ended_by_results))
+        if self._lost_at is None:
+            self._check_order()
+            self._give_places(len(self._ended_by_results))
+        else:
+            self._check_lost()
+            self._num_places = max(1, len(self._lost_plans[0].rows) // 2)
         self._check_stats(message.stats)
         has_moved = self._plan is not None or self._runner.num_collected > self._num_collected_before
         assert has_moved or num_outputs or self._is_shutting_down or not self.live, (
             "there is work, and a step neither launched, nor collected, nor ended anything"
         )
+
+    def _give_places(self, count: int) -> None:
+        self._num_places = min(self._scenario.max_num_seqs, self._num_places + count)
 
     def _take(self, completion: Completion, output: SequenceOutput) -> None:
         call, now = completion.call, self._clock()
@@ -332,6 +363,12 @@ class Judge:
                 assert (completion.index, len(completion.token_ids)) in call.faults
                 self._num_faults += 1
                 self._ended_by_results.add(completion)
+            case FailureKind.OUT_OF_MEMORY:
+                lost = {row.seq_id for plan in self._lost_plans for row in plan.rows}
+                assert completion.seq_id in lost, f"{completion} had no part in a lack of memory"
+                if self._lost_at is CrashPoint.LAUNCH:
+                    assert len(self._lost_rows) == 1, f"{completion} was not alone in the batch"
+                self._ended_by_results.add(completion)
             case other:
                 raise AssertionError(f"{completion}: an end that the engine has no reason for: {other}")
         assert len(completion.token_ids) < len(alone.token_ids), f"{completion} had all its tokens"
@@ -356,10 +393,21 @@ class Judge:
                 f"{completion} outlives start_by"
             )
 
-    def _check_order(self) -> None:
-        """A fair share and then rank decide who enters, rank who is pushed out, and nobody waits whom the
-        step had room for."""
-        rows, plan = self._runner.rows, self._plan
+    def _check_lost(self) -> None:
+        """Of a lost step nobody has anything, and whoever was in the batch starts anew. It was planned like
+        any other, and what it planned was charged."""
+        self._check_preempted()
+        if self._plan is not None:
+            rows = {row.seq_id: row for row in self._lost_rows}
+            self._check_turns(self._plan, self._waiting_besides(rows), rows)
+        self._shares.check_bound(self._backlogged(with_caps=False))
+        batch = [self._of(row) for row in self._lost_rows]
+        if self._lost_at is CrashPoint.LAUNCH and len(batch) == 1:
+            assert batch == list(self._ended_by_results), f"{batch[0]} alone has no memory, and does not fail"
+        for completion in batch:
+            completion.num_preemptions += completion.is_live
+
+    def _check_preempted(self) -> bool:
         has_preempted = False
         for row in self._removed:
             completion = self._of(row)
@@ -371,11 +419,17 @@ class Judge:
                     assert completion.rank > self._of(other).rank, (
                         f"{completion} was preempted before {self._of(other)}, which ranks behind it"
                     )
-        # Whoever the step's results ended was still there when it was planned.
-        inside = (*(c for c in self.live if c.handed_in), *self._ended_by_results)
-        waiting = {c.service: c for c in inside if c.seq_id is None or c.seq_id not in rows}
+        return has_preempted
+
+    def _check_order(self) -> None:
+        """A fair share and then rank decide who enters, rank who is pushed out, and nobody waits whom the
+        step had room for."""
+        rows, plan = self._runner.rows, self._plan
+        has_preempted = self._check_preempted()
+        assert plan is None or len(rows) <= self._num_places, "more sequences than there are places"
+        waiting = self._waiting_besides(rows)
         if plan is not None:
-            self._check_turns(plan, waiting)
+            self._check_turns(plan, waiting, rows)
         self._shares.check_bound(self._backlogged(with_caps=False))
         if not waiting:
             return
@@ -391,16 +445,25 @@ class Judge:
             not has_preempted
             and not is_unseen
             and head.seq_id not in self._pending_before
-            and len(rows) < self._scenario.max_num_seqs
+            and len(rows) < self._num_places
             and (plan.num_tokens if plan is not None else 0) < self._scenario.max_num_batched_tokens
             and num_blocks <= self._runner.num_free_blocks
         )
         assert not has_room, f"{head} waits, and the step had room for it"
 
-    def _check_turns(self, plan: SchedulerOutput, waiting: dict[Service, Completion]) -> None:
-        """Whoever entered did so when it was its turn, those left in `waiting` considered."""
+    def _waiting_besides(self, rows: Mapping[int, Row]) -> dict[Service, Completion]:
+        """Who was there when the step was planned, and is not in the batch, by service."""
+        # Whoever the step's results ended was still there.
+        inside = (*(c for c in self.live if c.handed_in), *self._ended_by_results)
+        return {c.service: c for c in inside if c.seq_id is None or c.seq_id not in rows}
+
+    def _check_turns(
+        self, plan: SchedulerOutput, waiting: dict[Service, Completion], rows: Mapping[int, Row]
+    ) -> None:
+        """Whoever entered did so when it was its turn, those left in `waiting` considered; `rows` are the
+        batch of the plan."""
         shares = self._shares
-        shares.in_batch(self._of(row).service for row in self._runner.rows.values())
+        shares.in_batch(self._of(row).service for row in rows.values())
         num_tokens = {row.seq_id: row.num_tokens for row in plan.rows}
         entered = [(self._of_seq_id[new.seq_id], new) for new in plan.new]
         for completion, new in entered:
@@ -412,7 +475,7 @@ class Judge:
         for number, (completion, new) in enumerate(entered):
             others = {other.service: other for other, _ in entered[number:]}
             late = {other.seq_id for other in others.values()}
-            inside = [row for row in self._runner.rows.values() if row.seq_id not in late]
+            inside = [row for row in rows.values() if row.seq_id not in late]
             candidates = waiting | others
             first = shares.first(candidates, self._over_cap(candidates, inside))
             assert first is completion.service, (
@@ -451,6 +514,7 @@ class Judge:
         assert stats.prefix_queries == self._num_prompt_tokens
         assert stats.prefix_hits == self._num_hits
         assert stats.faults == self._num_faults
+        assert stats.lost_steps == self._num_lost
         assert stats.kv_blocks_total == self._scenario.num_blocks
         if not num_inside:
             assert stats.kv_blocks_used == stats.kv_slots_used == stats.waiting_tokens == 0, "a block leaked"

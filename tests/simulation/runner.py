@@ -11,7 +11,9 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
+from photon_grpc.runner.base import StepOutOfMemoryError
 from photon_grpc.scheduler.output import (
     ModelOutput,
     NewSequence,
@@ -67,8 +69,8 @@ def _next_past(before: int, token_id: int) -> int:
     return ((before ^ (token_id + 1)) * _SCRAMBLE + 0x1234567) & _MASK
 
 
-def _pasts(scope: bytes, token_ids: tuple[int, ...]) -> list[int]:
-    past = int.from_bytes(scope, "little") + 1
+def _pasts(call: Call, token_ids: tuple[int, ...]) -> list[int]:
+    past = int.from_bytes(f"{call.tenant} {call.salt}".encode(), "little")
     pasts = []
     for token_id in token_ids:
         past = _next_past(past, token_id)
@@ -94,6 +96,9 @@ class CheckingRunner:
         # Sequences whose logits were not finite: nobody who is admitted later may read what they wrote.
         self._distrusted: set[int] = set()
         self._uncollected: deque[ModelOutput] = deque()
+        # Of the same steps: what was planned, and the slots that were written.
+        self._uncollected_plans: deque[SchedulerOutput] = deque()
+        self._slots_written: deque[list[tuple[int, int]]] = deque()
         self._num_launched = 0
         self.num_collected = 0
         self.rows: dict[int, Row] = {}
@@ -101,6 +106,8 @@ class CheckingRunner:
         self.num_closed = 0
         # Called with each plan before it is computed.
         self.on_launch: Callable[[SchedulerOutput], None] = lambda plan: None
+        # Called with the steps that are lost for lack of memory, before the batch is forgotten.
+        self.on_lost: Callable[[CrashPoint, list[SchedulerOutput]], None] = lambda point, plans: None
 
     @property
     def uncollected(self) -> set[int]:
@@ -143,6 +150,8 @@ class CheckingRunner:
         assert len(self.rows) <= self._scenario.max_num_seqs, "over max_num_seqs"
         scheduled = [(self._scheduled_row(planned), planned) for planned in output.rows]
         assert len({id(row) for row, _ in scheduled}) == len(scheduled), "a sequence has two rows"
+        self._slots_written.append([])
+        self._uncollected_plans.append(output)
         # Every layer writes all keys and values of a step before it reads any.
         for row, planned in scheduled:
             self._write(row, planned.num_tokens, shared)
@@ -151,6 +160,8 @@ class CheckingRunner:
         for new in output.new:
             for block_id in new.block_ids[: new.num_computed_tokens // self.block_size]:
                 assert self._writer[block_id] not in self._distrusted, "shares what a faulty row wrote"
+        if (CrashPoint.LAUNCH, self._num_launched) in self._scenario.lacks:
+            self._lose(CrashPoint.LAUNCH, 1)
         self._uncollected.append(self._sample(output.step, scheduled))
 
     def collect(self) -> ModelOutput:
@@ -158,7 +169,12 @@ class CheckingRunner:
         self.num_collected += 1
         self._clock.advance(self._scenario.step_s * self._random.choice((0.0, 0.5, 1.0, 1.0, 1.0, 3.0)))
         self._crash(CrashPoint.COLLECT, self.num_collected)
+        if (CrashPoint.COLLECT, self.num_collected) in self._scenario.lacks:
+            self._uncollected.clear()
+            self._lose(CrashPoint.COLLECT, len(self._uncollected_plans))
         output = self._uncollected.popleft()
+        self._uncollected_plans.popleft()
+        self._slots_written.popleft()
         self._distrusted.update(output.faults)
         return output
 
@@ -173,6 +189,18 @@ class CheckingRunner:
     def _crash(self, point: CrashPoint, moment: int) -> None:
         if self._scenario.crash == (point, moment):
             raise DeviceLostError
+
+    def _lose(self, point: CrashPoint, num_steps: int) -> NoReturn:
+        """The newest steps never happened, some of what they wrote did, and no sequence is known any more."""
+        lost = [self._uncollected_plans.pop() for _ in range(num_steps)][::-1]
+        for block_id, offset in (slot for _ in lost for slot in self._slots_written.pop()):
+            if self._random.random() < 0.7:
+                self._content[block_id][offset] = 0
+        self.on_lost(point, lost)
+        self.rows.clear()
+        self._holders.clear()
+        self.plan = None
+        raise StepOutOfMemoryError("simulated lack of memory")
 
     def _enter(self, new: NewSequence) -> None:
         assert new.seq_id not in self.rows, f"sequence {new.seq_id} is in the batch already"
@@ -197,7 +225,7 @@ class CheckingRunner:
             token_ids=list(new.token_ids),
             num_computed=new.num_computed_tokens,
             block_ids=list(new.block_ids),
-            past=_pasts(call.scope, new.token_ids),
+            past=_pasts(call, new.token_ids),
         )
         self._holders.update(new.block_ids)
 
@@ -222,6 +250,7 @@ class CheckingRunner:
             offset = position % self.block_size
             count = min(self.block_size - offset, end - position)
             self._content[block_id][offset : offset + count] = row.past[position : position + count]
+            self._slots_written[-1].extend((block_id, offset + n) for n in range(count))
             self._writer[block_id] = row.seq_id
             position += count
         row.num_computed = end

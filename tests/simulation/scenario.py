@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
+from photon_grpc.engine.core import MAX_FAILURES
 from photon_grpc.types import FinishReason
 from tests.simulation.oracle import EOS_IDS, FIRST_PLAIN_ID, STOP_IDS, VOCABULARY, Completion, complete
 
@@ -63,7 +64,7 @@ class Call:
     tenant: str
     weight: float
     kv_share: float
-    scope: bytes
+    salt: str
     bypass_prefix_cache: bool
     top_logprobs: int | None
     prompt_top_logprobs: int | None
@@ -111,7 +112,7 @@ class Event:
 
 
 class CrashPoint(enum.Enum):
-    """Where the device fails for good."""
+    """Where the device fails for good, or has no memory for a step."""
 
     LAUNCH = enum.auto()
     COLLECT = enum.auto()
@@ -131,6 +132,8 @@ class Scenario:
     step_s: float
     crash: tuple[CrashPoint, int] | None
     close_fails: bool
+    # The launches and collections, counted from 1, for which there is no memory: fewer than the engine bears.
+    lacks: frozenset[tuple[CrashPoint, int]]
     calls: tuple[Call, ...]
     events: tuple[Event, ...]
 
@@ -154,10 +157,11 @@ class _Maker:
         self.step_s = rng.choice((0.001, 0.01, 0.03))
         self.gap_s = rng.choice((0.0, 0.1, 1.0, 4.0)) * self.step_s
         self.documents = [self.tokens(self.longest_prompt) for _ in range(rng.choice((1, 1, 2, 3)))]
-        self.scopes = [b"a", b"b"][: rng.choice((1, 2))]
+        self.salts = ["", "b"][: rng.choice((1, 2))]
         self.eos_is_common = self.chance(0.7)
         # Whose calls they are is drawn apart, so that one tenant or three see the same calls.
         self.tenant_random = random.Random(f"tenants of {seed}")
+        self.id_random = random.Random(f"ids of {seed}")
         names = "abc"[: self.tenant_random.choice((1, 2, 2, 3))]
         self.tenants = {name: self.tenant_random.choice((0.5, 1.0, 1.0, 2.0, 4.0)) for name in names}
         # Caps of half of the pool or less, in some scenarios.
@@ -190,9 +194,22 @@ class _Maker:
             step_s=self.step_s,
             crash=(rng.choice(tuple(CrashPoint)), rng.randint(1, 40)) if self.chance(0.1) else None,
             close_fails=self.chance(0.1),
+            lacks=frozenset(self.lacks()),
             calls=tuple(self.calls),
             events=tuple(self.events(end)),
         )
+
+    def lacks(self) -> set[tuple[CrashPoint, int]]:
+        # Drawn apart, so that they change nothing else of a seed.
+        rng = random.Random(f"lacks of {self.seed}")
+        if rng.random() > 0.3:
+            return set()
+        lacks = {(rng.choice(tuple(CrashPoint)), rng.randint(1, 60)) for _ in range(rng.randint(1, 5))}
+        if rng.random() < 0.3:
+            # Again and again, until the batch is down to one sequence and beyond.
+            first = rng.randint(1, 30)
+            lacks |= {(CrashPoint.LAUNCH, first + n) for n in range(rng.randint(2, MAX_FAILURES - 6))}
+        return lacks
 
     def events(self, end: float) -> list[Event]:
         rng = self.random
@@ -222,10 +239,13 @@ class _Maker:
         if leave is not None and leave.state is State.IN_FLIGHT and self.chance(0.3):
             # The row whose caller has just left is the faulty one.
             faults = {(n - 1, leave.tokens)}
+        tenant = self.tenant()
         request_id = f"r{number}"
         if self.calls and self.chance(0.05):
             request_id = rng.choice(self.calls).request_id
-        tenant = self.tenant()
+        others = [call.request_id for call in self.calls if call.tenant != tenant]
+        if others and self.id_random.random() < 0.3:
+            request_id = self.id_random.choice(others)
         return Call(
             number=number,
             at=at,
@@ -241,7 +261,7 @@ class _Maker:
             tenant=tenant,
             weight=self.tenants[tenant],
             kv_share=self.kv_shares[tenant],
-            scope=rng.choice(self.scopes),
+            salt=rng.choice(self.salts),
             bypass_prefix_cache=self.has("bypass"),
             top_logprobs=rng.choice((0, 2)) if self.has("logprobs") else None,
             prompt_top_logprobs=rng.choice((0, 1)) if self.has("prompt_logprobs") else None,

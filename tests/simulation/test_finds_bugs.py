@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from photon_grpc.engine import core as engine_core
-from photon_grpc.engine.client import RequestStream
+from photon_grpc.engine.client import AsyncEngine, RequestStream
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import Abort, SequenceOutput, Submit
 from photon_grpc.scheduler import fair_queue, kv_cache_manager, scheduler
@@ -27,13 +27,13 @@ from photon_grpc.scheduler.output import (
     SchedulerOutput,
 )
 from photon_grpc.scheduler.policy import Rank
-from photon_grpc.scheduler.prefix_cache import extend_hashes
+from photon_grpc.scheduler.prefix_cache import extend_hashes, scope_root
 from photon_grpc.scheduler.request import Deadlines, Request
 from photon_grpc.scheduler.scheduler import Scheduler
 from tests.simulation.simulate import Simulator
 
 Patch = pytest.MonkeyPatch
-MAX_SEEDS = 300
+MAX_SEEDS = 400
 
 
 def a_freed_sequence_keeps_a_block(patch: Patch) -> None:
@@ -66,8 +66,22 @@ def _release_without_check(self: BlockPool, block_ids: Sequence[int]) -> None:
             self._free[block_id] = None
 
 
-def prefixes_are_found_across_scopes(patch: Patch) -> None:
-    patch.setattr(engine_core, "scope_root", lambda scope: b"")
+def prefixes_are_found_across_salts(patch: Patch) -> None:
+    patch.setattr(engine_core, "scope_root", lambda key, tenant, cache_salt: scope_root(key, tenant, ""))
+
+
+def prefixes_are_found_across_tenants(patch: Patch) -> None:
+    patch.setattr(engine_core, "scope_root", lambda key, tenant, cache_salt: scope_root(key, "", cache_salt))
+
+
+def an_id_is_taken_for_all_tenants(patch: Patch) -> None:
+    check = AsyncEngine.check_duplicate
+
+    def for_all(self: AsyncEngine, tenant: str, request_id: str) -> None:
+        for name in "abc":
+            check(self, name, request_id)
+
+    patch.setattr(AsyncEngine, "check_duplicate", for_all)
 
 
 def a_block_s_name_forgets_what_came_before(patch: Patch) -> None:
@@ -340,10 +354,48 @@ def a_shutdown_forgets_who_waits(patch: Patch) -> None:
     patch.setattr(Scheduler, "abort_all", only_running)
 
 
+def what_a_lost_step_was_to_compute_stays_known(patch: Patch) -> None:
+    patch.setattr(KVCacheManager, "forget_from", lambda self, request, position: None)
+
+
+def a_batch_without_memory_comes_back_whole(patch: Patch) -> None:
+    lose = Scheduler.lose
+
+    def undaunted(self: Scheduler, lost: Sequence[SchedulerOutput], now: float) -> None:
+        lose(self, lost, now)
+        self._num_places = self._max_num_seqs
+
+    patch.setattr(Scheduler, "lose", undaunted)
+
+
+def the_tokens_of_a_lost_step_are_still_awaited(patch: Patch) -> None:
+    lose = Scheduler.lose
+
+    def waiting(self: Scheduler, lost: Sequence[SchedulerOutput], now: float) -> None:
+        for row in lost[0].rows:
+            if row.sample and row.seq_id in self._live:
+                self._live[row.seq_id].num_pending_tokens += 1
+        lose(self, lost, now)
+
+    patch.setattr(Scheduler, "lose", waiting)
+
+
+def the_runner_is_told_to_remove_what_it_has_forgotten(patch: Patch) -> None:
+    lose = Scheduler.lose
+
+    def telling(self: Scheduler, lost: Sequence[SchedulerOutput], now: float) -> None:
+        lose(self, lost, now)
+        self._removed.extend(row.seq_id for row in lost[0].rows)
+
+    patch.setattr(Scheduler, "lose", telling)
+
+
 BUGS = [
     a_freed_sequence_keeps_a_block,
     a_shared_block_is_not_counted,
-    prefixes_are_found_across_scopes,
+    prefixes_are_found_across_salts,
+    prefixes_are_found_across_tenants,
+    an_id_is_taken_for_all_tenants,
     a_block_s_name_forgets_what_came_before,
     a_reused_block_keeps_its_name,
     a_prefix_may_cover_the_whole_prompt,
@@ -381,6 +433,10 @@ BUGS = [
     min_tokens_is_ignored,
     a_stream_is_not_told_of_a_dead_engine,
     a_shutdown_forgets_who_waits,
+    what_a_lost_step_was_to_compute_stays_known,
+    a_batch_without_memory_comes_back_whole,
+    the_tokens_of_a_lost_step_are_still_awaited,
+    the_runner_is_told_to_remove_what_it_has_forgotten,
 ]
 
 

@@ -36,6 +36,7 @@ def test_fault_12_a_thousand_seeds() -> None:
         expected |= {
             (end, how) for end in ends - {FailureKind.QUEUE_TIMEOUT} for how in ("preempted", "shared")
         }
+        expected |= {("lost", point) for point in CrashPoint}
         assert expected - simulator.reached == set()
 
 

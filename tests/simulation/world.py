@@ -57,6 +57,7 @@ class _Host:
     """
 
     writing_share = 0.5
+    process_id = None
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class World:
         self._submitting: Call | None = None
         self._submitted: list[Completion] = []
         self._callers: dict[int, _Caller] = {}
-        self._open_ids: set[str] = set()
+        self._open_ids: set[tuple[str, str]] = set()
         self.num_steps = 0
         self._is_draining = False
         # What the scenario has led to: ends, refusals, states in which calls were left, happenings.
@@ -333,13 +334,13 @@ class World:
             case Way.ONE_COMPLETION:
                 caller.stream.abort_index(caller.call.n - 1)
             case Way.OPERATOR:
-                assert self._engine.abort(caller.call.request_id) == 1
+                assert self._engine.abort(caller.call.request_id, caller.call.tenant) == 1
 
     def _close(self, caller: _Caller) -> None:
         caller.stream.close()
         for completion in caller.completions:
             completion.is_left = True
-        self._open_ids.discard(caller.call.request_id)
+        self._open_ids.discard((caller.call.tenant, caller.call.request_id))
         del self._callers[caller.call.number]
 
     # --- what happens when its time has come ----------------------------------------------------
@@ -384,7 +385,7 @@ class World:
             self.reached.add(refusal)
             self._judge.note(f"call {call.number} is refused: {refusal.__name__}")
             return
-        self._open_ids.add(call.request_id)
+        self._open_ids.add((call.tenant, call.request_id))
         self._callers[call.number] = _Caller(call, stream, self._submitted)
 
     def _expected_refusal(self, call: Call) -> type[PhotonError] | None:
@@ -396,7 +397,7 @@ class World:
             return EngineDrainingError
         if num_live and num_live + 1 > room:
             return OverloadedError
-        if call.request_id in self._open_ids:
+        if (call.tenant, call.request_id) in self._open_ids:
             return DuplicateRequestError
         if num_live and num_live + call.n > room:
             return OverloadedError
@@ -446,7 +447,7 @@ def _engine_request(call: Call) -> EngineRequest:
         deadlines=Deadlines(*(None if within is None else call.at + within for within in clocks)),
         top_logprobs=call.top_logprobs,
         prompt_top_logprobs=call.prompt_top_logprobs,
-        cache_scope=call.scope,
+        cache_salt=call.salt,
         tenant=call.tenant,
         weight=call.weight,
         kv_share=call.kv_share,

@@ -101,9 +101,10 @@ def engine_core(runner: Runner, clock: FakeClock | None = None, **scheduler: Any
 
 
 def scripted_core(num_blocks: int = 32, block_size: int = 4, **scheduler: Any) -> EngineCore:
-    """A core over a RecordingRunner; `script`, `faults`, `max_in_flight` go to the runner."""
-    runner_keys = ("script", "faults", "max_in_flight", "crash_at_step")
-    runner = RecordingRunner(
+    """A core over a RecordingRunner, or a subclass; what `runner_keys` names goes to it."""
+    runner_keys = ("script", "faults", "max_in_flight", "crash_at_step", "out_of_memory")
+    make = scheduler.pop("make_runner", RecordingRunner)
+    runner = make(
         model_info(),
         num_blocks=num_blocks,
         block_size=block_size,

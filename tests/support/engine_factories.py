@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ from tests.support.builders import model_info
 
 @dataclass(frozen=True)
 class Scripted:
-    """A ScriptedRunner; `load_s` passes first, and `progress` is told of it twice."""
+    """A ScriptedRunner; `load_s` passes first, and `progress` is told of it twice.
+
+    One that takes time to load says `loading` on standard output when it begins.
+    """
 
     model: ModelInfo = field(default_factory=model_info)
     num_blocks: int = 1024
@@ -29,6 +33,8 @@ class Scripted:
 
     def __call__(self, progress: Progress) -> Runner:
         progress(0, 100)
+        if self.load_s:
+            print("loading", flush=True)
         time.sleep(self.load_s)
         progress(100, 100)
         return ScriptedRunner(
@@ -71,6 +77,45 @@ class Hanging:
         return HangingRunner(
             model_info(), hang_at_step=self.hang_at_step, holds_interpreter=self.holds_interpreter
         )
+
+
+class _Held:
+    """Memory of a device that is lost: letting go of it ends the process as C++ does, with SIGABRT."""
+
+    def __del__(self) -> None:
+        os.abort()
+
+
+class LosingRunner(ScriptedRunner):
+    """Its device is lost with the first step of `num_rows` rows, for good: to close it fails as well."""
+
+    def __init__(self, model: ModelInfo, *, num_rows: int) -> None:
+        super().__init__(model, step_s=0.01, check_cache=False)
+        self._num_rows = num_rows
+        self._is_lost = False
+
+    def launch(self, output: SchedulerOutput) -> None:
+        if len(output.rows) >= self._num_rows:
+            self._is_lost = True
+            # Held by the interpreter until its very end.
+            sys.modules["_held"] = _Held()  # type: ignore[assignment]  # anything may stand there
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        super().launch(output)
+
+    def close(self) -> None:
+        if self._is_lost:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        super().close()
+
+
+@dataclass(frozen=True)
+class Losing:
+    """A LosingRunner."""
+
+    num_rows: int
+
+    def __call__(self, progress: Progress) -> Runner:
+        return LosingRunner(model_info(), num_rows=self.num_rows)
 
 
 @dataclass(frozen=True)

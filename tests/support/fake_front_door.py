@@ -12,6 +12,7 @@ from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.errors import EngineStartingError, RequestNotFoundError
 from photon_grpc.frontend.events import (
+    AdmissionOutlook,
     Completion,
     Delta,
     Event,
@@ -76,7 +77,7 @@ class Script:
     """What a stream does: `num_deltas` (None: without end) of `text`, `interval_s` apart.
 
     `error` is raised in place of the event number `error_at` (0: in `open`, before any event);
-    `hang` never brings a first event.
+    `hang` never brings a first event; with `resume` nothing follows the first delta before it is set.
     """
 
     num_deltas: int | None = 3
@@ -85,6 +86,7 @@ class Script:
     error: Exception | None = None
     error_at: int = 0
     hang: bool = False
+    resume: asyncio.Event | None = None
     finish: Finish = field(default_factory=lambda: Finish(FinishReason.STOP, stop_string="stop"))
 
 
@@ -118,6 +120,8 @@ class FakeStream:
             self.num_events += 1
             if script.error is not None and self.num_events == script.error_at:
                 raise script.error
+            if script.resume is not None and self.num_events > 2:
+                await script.resume.wait()
             await asyncio.sleep(script.interval_s)
             yield event
 
@@ -144,7 +148,8 @@ class FakeFrontDoor:
         self.deadlines: list[float | None] = []
         self.tenants: list[str] = []
         self.calls: list[tuple[str, object]] = []
-        self.live_ids: set[str] = set()
+        self.live_ids: set[tuple[str, str]] = set()  # (tenant, request_id)
+        self.outlook = AdmissionOutlook(0.5, None)
         self.output_tokens_per_second: float | None = None
         self.estimated_queue_wait_s: float | None = None
         self.engine_stats = EngineStats(
@@ -188,6 +193,7 @@ class FakeFrontDoor:
         deadline: float | None = None,
         tenant: str = "",
         validate_only: bool = False,
+        field_root: str | None = None,
     ) -> GenerationResult:
         self._record(request, deadline, tenant)
         self.calls.append(("generate", validate_only))
@@ -208,6 +214,7 @@ class FakeFrontDoor:
             usage=Usage(4, 1, 0 if validate_only else num_deltas),
             timings=TIMINGS,
             effective=EFFECTIVE,
+            admission=self.outlook if validate_only else None,
         )
 
     async def tokenize(
@@ -237,13 +244,14 @@ class FakeFrontDoor:
         self.calls.append(("flush_cache", wait_idle))
         return 7
 
-    def abort(self, request_id: str) -> int:
-        if request_id not in self.live_ids:
+    def abort(self, request_id: str, *, tenant: str = "") -> int:
+        meant = {name for name in self.live_ids if name[1] == request_id and tenant in ("", name[0])}
+        if not meant:
             raise RequestNotFoundError(request_id)
-        self.live_ids.remove(request_id)
-        return 1
+        self.live_ids -= meant
+        return len(meant)
 
-    def abort_all(self) -> int:
-        number = len(self.live_ids)
-        self.live_ids.clear()
-        return number
+    def abort_all(self, *, tenant: str = "") -> int:
+        meant = {name for name in self.live_ids if tenant in ("", name[0])}
+        self.live_ids -= meant
+        return len(meant)

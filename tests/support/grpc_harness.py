@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
 
 from photon_grpc.frontend.base import FrontDoor
@@ -124,6 +124,16 @@ def rich_error(error: grpc.RpcError) -> RichError:
     status = status_pb2.Status.FromString(packed)
     assert status.code == error.code().value[0]
     assert status.message == error.details()
+    return RichError(error.code(), error.details() or "", trailers, _details_of(status))
+
+
+def rich_item_error(status: status_pb2.Status) -> RichError:
+    """What the error of a batch's item says."""
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    return RichError(code, status.message, {}, _details_of(status))
+
+
+def _details_of(status: status_pb2.Status) -> dict[type[Message], Any]:
     details: dict[type[Message], Any] = {}
     for item in status.details:
         for detail_class in _DETAIL_CLASSES:
@@ -133,10 +143,26 @@ def rich_error(error: grpc.RpcError) -> RichError:
                 break
         else:
             raise AssertionError(f"a detail of unexpected type {item.type_url}")
-    return RichError(error.code(), error.details() or "", trailers, details)
+    return details
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def read_all(call: Any) -> list[Any]:
+    """Every message of a stream; raises the error it ends in."""
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
+async def until_not_serving(harness: Harness) -> None:
+    """Wait until a prober hears NOT_SERVING; TimeoutError when it never does."""
+    async with asyncio.timeout(30):
+        request = health_pb2.HealthCheckRequest()
+        while (await harness.health.Check(request)).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+            pass
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Wait for a condition that has no event of its own; TimeoutError when it does not come true."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  # what is watched is a figure of the server, not an event

@@ -208,6 +208,10 @@ class LaneSampler:
     def remove(self, seq_id: int) -> None:
         self._free.append(self._sequences.pop(seq_id)[0])
 
+    def clear(self) -> None:
+        self._sequences.clear()
+        self._free = list(range(len(self.state.num_outputs)))
+
     def slot(self, seq_id: int) -> int:
         return self._sequences[seq_id][0]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-from typing import Any
+import os
+import signal
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -46,13 +48,34 @@ def test_what_is_wrong_is_named(compiled: Compiled, macros: dict[str, int | str]
     assert message in found
 
 
-def test_a_compiler_that_dies_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, -11, "", "segmentation fault")
+def end_for_one_architecture(work: check_kernels.Compilation) -> list[check_kernels.Checked]:
+    if work.arch == "sm_90a":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [check_kernels.Checked(str(work), 7, [])]
 
-    monkeypatch.setattr(check_kernels.subprocess, "run", die)
-    (result,) = check_kernels.run_worker("rmsnorm")
-    assert "ended with -11" in str(result["problems"])
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are checked on Linux alone")
+def test_a_compiler_that_dies_is_a_problem() -> None:
+    works = check_kernels.compilations([SPEC.variant()])
+    assert check_kernels.check_apart(works, end_for_one_architecture) == [
+        check_kernels.Checked("f() sm_80", 7, []),
+        check_kernels.Checked("f() sm_90a", None, ["the compiler's process ended with -9"]),
+        check_kernels.Checked("f() sm_100", 7, []),
+    ]
+
+
+def test_every_variant_is_compiled_for_every_architecture_and_the_same_macros_once() -> None:
+    same = replace(SPEC, name="g")
+    other = KernelSpec(
+        name="h", source="h", parameters=(), max_threads=32, macros=("N",), checked=({"N": 1}, {"N": 2})
+    )
+    work = check_kernels.compilations(
+        [SPEC.variant(), *(other.variant(**macros) for macros in other.checked), same.variant()]
+    )
+    assert [str(one) for one in work] == [
+        f"{name} {arch}" for name in ("f()", "h(N=1)", "h(N=2)") for arch in check_kernels.ARCHITECTURES
+    ]
+    assert [len(one.variants) for one in work] == [2, 2, 2, 1, 1, 1, 1, 1, 1]
 
 
 def test_one_source_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:

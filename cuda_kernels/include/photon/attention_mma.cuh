@@ -77,6 +77,17 @@ __device__ __forceinline__ uint4 load_streaming(const T* address, int index, int
     return words;
 }
 
+// The same in place of what is there, or nothing.
+template <typename T>
+__device__ __forceinline__ void reload_streaming(uint4& words, const T* address, bool is_wanted) {
+    asm volatile(
+        "{ .reg .pred wanted;\n"
+        "  setp.ne.s32 wanted, %5, 0;\n"
+        "  @wanted ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "l"(address), "r"(static_cast<int>(is_wanted)));
+}
+
 // Counts an arrival: what the CTA wrote before a barrier is seen by whoever sees the count, and the other
 // way.
 __device__ __forceinline__ int arrive(int* counter) {

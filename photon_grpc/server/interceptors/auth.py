@@ -7,18 +7,19 @@ Event loop only.
 
 from __future__ import annotations
 
-import uuid
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
 import grpc
 import structlog
 
-from photon_grpc.errors import ForbiddenError, PhotonError, UnauthenticatedError
+from photon_grpc.errors import AccessError, ForbiddenError, UnauthenticatedError
 from photon_grpc.server.callers import Caller, Callers
 from photon_grpc.server.deserialize import Behavior
-from photon_grpc.server.status import to_status
+from photon_grpc.telemetry.pseudonyms import Pseudonyms
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 
@@ -33,10 +34,12 @@ ROLE_OF: Mapping[str, str] = {
     "grpc.reflection.v1alpha.ServerReflection": "inspect",
 }
 
-# The name of who makes the call that is being handled; empty where callers are not told apart.
-current_caller: ContextVar[str] = ContextVar("photon_current_caller", default="")
+# Who makes the call that is being handled; None where callers are not told apart.
+current_caller: ContextVar[Caller | None] = ContextVar("photon_current_caller", default=None)
 
 _SCHEME = "bearer "
+# How long a stream that is refused may take to send its first message.
+_FIRST_MESSAGE_S = 1.0
 _log = structlog.get_logger(__name__)
 
 
@@ -49,8 +52,9 @@ def role_of(method: str) -> str | None:
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Inside the error interceptor, which turns what is raised here into a status."""
 
-    def __init__(self, callers: Callers) -> None:
+    def __init__(self, callers: Callers, pseudonyms: Pseudonyms) -> None:
         self._callers = callers
+        self._pseudonyms = pseudonyms
 
     async def intercept_service(
         self,
@@ -71,7 +75,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _guard(self, behavior: Behavior, method: str) -> Behavior:
         async def guarded(request: Any, context: Any) -> Any:
-            token = current_caller.set(self._admit(context, method).name)
+            token = current_caller.set(self._admit(context, method))
             try:
                 return await behavior(request, context)
             finally:
@@ -80,14 +84,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return guarded
 
     def _guard_both_ways(self, behavior: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
-        """The error interceptor leaves these alone, so a refusal gets its status here."""
-
-        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+        async def guarded(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             try:
                 self._admit(context, method)
-            except PhotonError as error:
-                await context.abort_with_status(to_status(error, uuid.uuid4().hex))
-            async for response in behavior(requests, context):
+            except AccessError:
+                await _skip_one(messages)
+                raise
+            async for response in behavior(messages, context):
                 yield response
 
         return guarded
@@ -98,7 +101,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if caller is None:
             raise UnauthenticatedError
         if role_of(method) not in caller.roles:
-            _log.warning("call forbidden", method=method, caller=caller.name)
+            _log.warning("call forbidden", method=method, tenant=self._pseudonyms.of(caller.name))
             raise ForbiddenError
         return caller
 
@@ -110,3 +113,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 return self._callers.by_token(value[len(_SCHEME) :].strip())
         names = context.auth_context().get("x509_subject_alternative_name", ())
         return self._callers.by_sans(name.decode(errors="replace") for name in names)
+
+
+async def _skip_one(messages: AsyncIterator[bytes]) -> None:
+    """Wait for the first message of a stream, for a while; it is not parsed.
+
+    A client whose stream ends while it still writes that message is told INTERNAL by its own gRPC library,
+    whatever the server's status says.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_FIRST_MESSAGE_S):
+            await anext(messages, None)

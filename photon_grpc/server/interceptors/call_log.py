@@ -18,10 +18,14 @@ def log_call(record: CallRecord) -> None:
     figures: dict[str, object] = {}
     if record.reason:
         figures["reason"] = record.reason
-    generation = record.generation
-    if generation is not None and generation.usage is not None:
-        figures["prompt_tokens"] = generation.usage.prompt_tokens
-        figures["output_tokens"] = generation.usage.output_tokens
+    generations = [part.generation for part in (record, *record.items)]
+    usages = [g.usage for g in generations if g is not None and g.usage is not None]
+    if usages:
+        figures["prompt_tokens"] = sum(usage.prompt_tokens for usage in usages)
+        figures["output_tokens"] = sum(usage.output_tokens for usage in usages)
+    if record.items:
+        figures["items"] = len(record.items)
+        figures["failed_items"] = sum(item.code != "OK" for item in record.items)
     _log.info(
         "call finished",
         method=record.method,

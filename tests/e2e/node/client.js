@@ -1,5 +1,5 @@
-// Streams one generation and prints what it got as one JSON object.
-// usage: node client.js PROTO_FOLDER TARGET REQUEST_JSON
+// Makes one call of StreamGenerate, or of BatchGenerate, and prints what it got as one JSON object.
+// usage: node client.js PROTO_FOLDER TARGET REQUEST_JSON [METHOD]
 "use strict";
 
 const grpc = require("@grpc/grpc-js");
@@ -23,11 +23,14 @@ const GOOGLE_RPC = `
   message RetryInfo { Duration retry_delay = 1; }
 `;
 
-function decodeDetails(metadata) {
-  const root = protobuf.parse(GOOGLE_RPC, { keepCase: true }).root;
+const root = protobuf.parse(GOOGLE_RPC, { keepCase: true }).root;
+
+function decodeTrailer(metadata) {
   const [packed] = metadata.get("grpc-status-details-bin");
-  if (packed === undefined) return null;
-  const status = root.lookupType("google.rpc.Status").decode(packed);
+  return packed === undefined ? null : decodeStatus(root.lookupType("google.rpc.Status").decode(packed));
+}
+
+function decodeStatus(status) {
   const details = {};
   for (const detail of status.details) {
     const name = detail.type_url.split("/").pop();
@@ -39,7 +42,8 @@ function decodeDetails(metadata) {
 }
 
 function main() {
-  const [protoFolder, target, requestJson] = process.argv.slice(2);
+  const [protoFolder, target, requestJson] = process.argv.slice(2, 5);
+  const method = process.argv[5] || "StreamGenerate";
   const definition = loader.loadSync("photon/v1/inference.proto", {
     includeDirs: [protoFolder],
     keepCase: true,
@@ -49,10 +53,21 @@ function main() {
   });
   const { photon } = grpc.loadPackageDefinition(definition);
   const client = new photon.v1.InferenceService(target, grpc.credentials.createInsecure());
-  const result = { events: [], text: "", seqs: [], summary: null, error: null, trailers: {} };
+  const result = { items: [], events: [], text: "", seqs: [], summary: null, error: null, trailers: {} };
   const deadline = new Date(Date.now() + 20000);
-  const call = client.StreamGenerate(JSON.parse(requestJson), { deadline });
+  const call = client[method](JSON.parse(requestJson), { deadline });
   call.on("data", (message) => {
+    if (method === "BatchGenerate") {
+      const { item, result: kind, response, error } = message;
+      result.items.push({
+        item: item || 0, // the first is the default, which the loader leaves out
+        kind,
+        text: response ? response.completions[0].text : null,
+        // Decoded by the google/rpc/status.proto beside our files.
+        error: error ? decodeStatus(error) : null,
+      });
+      return;
+    }
     result.events.push(message.event);
     result.seqs.push(message.seq);
     if (message.event === "delta") result.text += message.delta.text;
@@ -63,7 +78,7 @@ function main() {
     result.error = {
       code: error.code,
       message: error.details,
-      status: decodeDetails(error.metadata),
+      status: decodeTrailer(error.metadata),
       pushback: error.metadata.get("grpc-retry-pushback-ms"),
     };
   });

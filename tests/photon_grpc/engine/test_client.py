@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -30,9 +29,11 @@ from photon_grpc.errors import (
     EngineDrainingError,
     EngineStartingError,
     FirstTokenTimeoutError,
+    InvalidRequestError,
     MaxDurationError,
     ModelLoadError,
     OperatorAbortError,
+    OutOfMemoryError,
     OverloadedError,
     PhotonError,
     QueueTimeoutError,
@@ -45,6 +46,7 @@ from photon_grpc.runner.scripted import echo
 from photon_grpc.scheduler.output import ModelOutput
 from photon_grpc.types import Finish, FinishReason
 from tests.support.builders import RecordingRunner, engine_request, model_info
+from tests.support.engine_streams import read_all, until_idle
 from tests.support.grpc_harness import until
 
 PROMPT = tuple(range(10, 20))
@@ -84,27 +86,6 @@ async def engine(
         assert await running.stop()
 
 
-async def read_all(stream: RequestStream, num_completions: int = 1) -> dict[int, list[int]]:
-    tokens: dict[int, list[int]] = defaultdict(list)
-    ended = 0
-    while ended < num_completions:
-        for output in await stream.read():
-            if output.failure is not None:
-                raise error_of(output.failure)
-            tokens[output.index].extend(output.token_ids)
-            ended += output.is_last
-    return dict(tokens)
-
-
-async def idle(running: AsyncEngine) -> None:
-    def is_idle() -> bool:
-        stats = running.stats
-        # The client's own count as well: the latest snapshot may be of before the request came.
-        return running._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
-
-    await until(is_idle)
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -120,7 +101,7 @@ async def test_streams_are_told_apart() -> None:
                 tokens = await read_all(stream, 2)
             prompt = (key, key + 1, key + 2)
             assert tokens == {i: [echo(prompt, i, p) for p in range(7)] for i in range(2)}
-        await idle(running)
+        await until_idle(running)
         assert running.num_live_requests == 0
     assert watch.stopped == [None]
 
@@ -152,7 +133,7 @@ async def test_the_heartbeat_ages_only_while_there_is_work() -> None:
             await until(lambda: running.heartbeat_age() > before + 0.05)
             held.set()
             await read_all(stream)
-        await idle(running)
+        await until_idle(running)
         assert running.heartbeat_age() == 0
 
 
@@ -188,7 +169,7 @@ async def test_what_comes_while_nobody_reads_waits_in_one_piece_and_the_engine_g
     async with engine() as (running, _):
         with running.submit("slow", engine_request(PROMPT, 100)) as stream:
             await until(lambda: running.stats.generation_tokens == 100)
-            await idle(running)
+            await until_idle(running)
             outputs = await stream.read()
             assert [t for o in outputs for t in o.token_ids] == [echo(PROMPT, 0, p) for p in range(100)]
             assert outputs[-1].is_last
@@ -284,7 +265,7 @@ async def test_leaving_early_aborts_and_frees_the_blocks() -> None:
         with running.submit("a", engine_request(PROMPT, 400)) as stream:
             await stream.read()
             assert running.stats.kv_blocks_used > 0
-        await idle(running)
+        await until_idle(running)
         assert running.stats.generation_tokens < 400
 
 
@@ -294,7 +275,7 @@ async def test_blocks_are_free_within_a_step_of_the_close() -> None:
         await stream.read()
         seen = len(watch.snapshots)
         stream.close()
-        await idle(running)
+        await until_idle(running)
         after = watch.snapshots[seen:]
         # One step may have been under way, and one more may have been planned before the inbox was read.
         assert next(i for i, stats in enumerate(after) if stats.kv_blocks_used == 0) <= 2
@@ -319,7 +300,7 @@ async def test_closing_is_idempotent_before_and_after_the_end(monkeypatch: pytes
         late.close()
         # The inbox has no bound of its own: it relies on this.
         assert posted == [Abort(1)]
-        await idle(running)
+        await until_idle(running)
         assert running.num_live_requests == 0
 
 
@@ -333,7 +314,7 @@ async def test_late_outputs_never_reach_a_new_stream_of_the_same_id() -> None:
             first.close()
             with running.submit("again", engine_request((50 + attempt, 60), 4)) as second:
                 assert await read_all(second) == {0: [50 + attempt, 60, 50 + attempt, 60]}
-        await idle(running)
+        await until_idle(running)
 
 
 async def test_one_completion_can_be_ended_alone() -> None:
@@ -348,7 +329,7 @@ async def test_one_completion_can_be_ended_alone() -> None:
             assert ends[1].finish.reason is FinishReason.ABORTED
             assert ends[0].finish is not None
             assert ends[0].finish.reason is FinishReason.MAX_TOKENS
-        await idle(running)
+        await until_idle(running)
 
 
 # --- admission ------------------------------------------------------------------------------------
@@ -361,8 +342,9 @@ async def test_a_live_id_is_refused_a_second_time() -> None:
             with pytest.raises(DuplicateRequestError):
                 running.submit("a", engine_request(PROMPT))
             with pytest.raises(DuplicateRequestError):
-                running.check_duplicate("a")
-            running.check_duplicate("b")
+                running.check_duplicate("", "a")
+            running.check_duplicate("", "b")
+            running.check_duplicate("somebody", "a")
         running.submit("a", engine_request(PROMPT)).close()
 
 
@@ -379,7 +361,7 @@ async def test_the_queue_is_bounded_by_places_and_waiting_room() -> None:
         await until(lambda: _admits(running))
         for stream in streams:
             stream.close()
-        await idle(running)
+        await until_idle(running)
         # Every place is given back exactly once.
         again = [running.submit(f"s{i}", engine_request(PROMPT, 400)) for i in range(5)]
         with pytest.raises(OverloadedError):
@@ -400,7 +382,7 @@ async def test_completions_count_towards_the_bound() -> None:
     async with engine(step_s=0.001, max_num_seqs=2, max_queued=1) as (running, _):
         with running.submit("a", engine_request(PROMPT, 400, n=4)), pytest.raises(OverloadedError):
             running.check_admission()
-        await idle(running)
+        await until_idle(running)
         with running.submit("b", engine_request(PROMPT, 400, n=3)):
             running.check_admission()
             with pytest.raises(OverloadedError):
@@ -441,8 +423,54 @@ async def test_an_operator_ends_one_or_all() -> None:
             with pytest.raises(OperatorAbortError):
                 await read_all(streams[name])
             streams[name].close()
-        await idle(running)
+        await until_idle(running)
         assert running.abort_all() == 0
+
+
+async def test_fault_38_two_tenants_may_use_an_id_at_the_same_time() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        streams = {
+            name: running.submit("a", engine_request(PROMPT, 400, tenant=name))
+            for name in ("alice", "bob", "")
+        }
+        with pytest.raises(DuplicateRequestError):
+            running.submit("a", engine_request(PROMPT, tenant="alice"))
+        streams["alice"].close()
+        # What was alice's is free again, and what is bob's is not.
+        running.submit("a", engine_request(PROMPT, tenant="alice")).close()
+        with pytest.raises(DuplicateRequestError):
+            running.submit("a", engine_request(PROMPT, tenant="bob"))
+        for stream in streams.values():
+            stream.close()
+        await until_idle(running)
+        assert running.num_live_requests == 0
+
+
+async def test_an_operator_ends_one_tenant_s() -> None:
+    async with engine(step_s=0.001) as (running, _):
+        streams = {
+            (tenant, name): running.submit(name, engine_request(PROMPT, 400, tenant=tenant))
+            for tenant, name in (("alice", "a"), ("alice", "b"), ("bob", "a"), ("bob", "c"), ("bob", "d"))
+        }
+        with pytest.raises(RequestNotFoundError):
+            running.abort("c", "alice")
+        with pytest.raises(InvalidRequestError) as ambiguous:
+            running.abort("a")
+        assert [violation.field for violation in ambiguous.value.violations] == ["tenant"]
+        assert not any(name in ambiguous.value.message for name in ("alice", "bob"))
+        # An id of one tenant alone needs no name.
+        assert running.abort("c") == 1
+        assert running.abort("a", "alice") == 1
+        assert running.abort_all("bob") == 3, "bob's are not closed yet"
+        assert running.abort_all("nobody") == 0
+        for name, stream in streams.items():
+            if name != ("alice", "b"):
+                with pytest.raises(OperatorAbortError):
+                    await read_all(stream)
+                stream.close()
+        assert len((await read_all(streams["alice", "b"]))[0]) == 400
+        streams["alice", "b"].close()
+        await until_idle(running)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +480,7 @@ async def test_an_operator_ends_one_or_all() -> None:
         (FailureKind.FIRST_TOKEN_TIMEOUT, FirstTokenTimeoutError),
         (FailureKind.MAX_DURATION, MaxDurationError),
         (FailureKind.REQUEST_FAULT, RequestFaultError),
+        (FailureKind.OUT_OF_MEMORY, OutOfMemoryError),
         (FailureKind.OPERATOR_ABORT, OperatorAbortError),
         (FailureKind.DRAINING, EngineDrainingError),
         (FailureKind.ENGINE_DEAD, EngineDeadError),
@@ -469,7 +498,7 @@ def test_no_failure_is_without_an_error() -> None:
 # --- the end of the engine ------------------------------------------------------------------------
 
 
-async def test_when_a_step_breaks_every_stream_gets_a_status() -> None:
+async def test_fault_02_when_a_step_breaks_every_stream_gets_a_status() -> None:
     async with engine(crash_at_step=3) as (running, watch):
         streams = [running.submit(f"r{i}", engine_request(PROMPT, 50, n=2)) for i in range(12)]
         results = await asyncio.gather(*(read_all(s, 2) for s in streams), return_exceptions=True)
@@ -582,7 +611,7 @@ async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) 
                     await asyncio.sleep(0.001)
 
         await asyncio.gather(*(client(number) for number in range(12)))
-        await idle(running)
+        await until_idle(running)
         assert complete > 30
         assert running.num_live_requests == 0
         assert running._num_live == 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from photon_grpc.engine.messages import Abort, EngineRequest, FailureKind, SequenceOutput, Submit
 from photon_grpc.scheduler.output import ModelOutput, RowFault
 from photon_grpc.types import Finish
+from tests.support.aftermath import assert_core_clean
 from tests.support.builders import RecordingRunner, engine_request, run_to_end, scripted_core
 
 PROMPT = tuple(range(10, 20))
@@ -35,9 +36,10 @@ def run(requests: list[EngineRequest], **core: Any) -> Told:
     engine = scripted_core(**core)
     for key, request in enumerate(requests, start=1):
         engine.submit(Submit(key, request))
-    result = told(run_to_end(engine))
-    assert engine.scheduler.stats().kv_blocks_used == 0
-    return result
+    outputs = run_to_end(engine)
+    assert_core_clean(engine)
+    assert engine.scheduler.stats().generation_tokens == sum(len(output.token_ids) for output in outputs)
+    return told(outputs)
 
 
 ENDINGS: dict[str, dict[str, Any]] = {
@@ -119,7 +121,7 @@ def test_completions_of_one_prompt_are_told_apart_and_share_its_blocks() -> None
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
-def test_a_row_fault_ends_its_request_and_nobody_else_s_tokens_change(in_flight: int) -> None:
+def test_fault_01_a_row_fault_ends_its_request_and_nobody_else_s_tokens_change(in_flight: int) -> None:
     requests = [engine_request((5, 6, 7), 8), engine_request(PROMPT, 8), engine_request((8, 9), 8)]
     healthy = run(requests, max_in_flight=in_flight)
     faulted = run(requests, max_in_flight=in_flight, faults={(10, 3): RowFault.NON_FINITE_LOGITS})

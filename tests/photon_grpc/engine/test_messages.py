@@ -48,7 +48,7 @@ EXAMPLES: list[EngineMessage | LoopMessage] = [
     Submit(
         7,
         engine_request(
-            (1, 2, 3), n=2, deadlines=Deadlines(1.0, None, 2.0, 3.0), top_logprobs=2, cache_scope=b"s"
+            (1, 2, 3), n=2, deadlines=Deadlines(1.0, None, 2.0, 3.0), top_logprobs=2, cache_salt="s"
         ),
     ),
     Abort(7),

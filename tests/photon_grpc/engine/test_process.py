@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
+from photon_grpc.engine.client import AsyncEngine, RequestStream
 from photon_grpc.engine.host import Deliver, RunnerFactory
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.engine.process import EngineProcess
@@ -33,6 +32,7 @@ from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
 from photon_grpc.runner.scripted import echo, logprobs_of
 from tests.support.builders import engine_request, model_info
 from tests.support.engine_factories import Refused, Scripted, broken, vanishing
+from tests.support.engine_streams import read_all, until_idle
 from tests.support.grpc_harness import until
 
 PROMPT = tuple(range(10, 20))
@@ -65,7 +65,10 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        return self.hosts[0].pid
+        # Known also when it is gone, which `process_id` is not.
+        process = self.hosts[0]._process
+        assert process is not None
+        return process.pid
 
     def submit(self, request_id: str, *args: Any, **kwargs: Any) -> RequestStream:
         return self.client.submit(request_id, engine_request(*args, **kwargs))
@@ -96,26 +99,6 @@ def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid)
 
 
-async def read_all(stream: RequestStream, num_completions: int = 1) -> dict[int, list[int]]:
-    tokens: dict[int, list[int]] = defaultdict(list)
-    ended = 0
-    while ended < num_completions:
-        for output in await stream.read():
-            if output.failure is not None:
-                raise error_of(output.failure)
-            tokens[output.index].extend(output.token_ids)
-            ended += output.is_last
-    return dict(tokens)
-
-
-async def idle(running: Engine) -> None:
-    def is_idle() -> bool:
-        stats = running.client.stats
-        return running.client._num_live == stats.running == stats.waiting == stats.kv_blocks_used == 0
-
-    await until(is_idle)
-
-
 # --- the same engine ------------------------------------------------------------------------------
 
 
@@ -128,11 +111,20 @@ async def test_streams_are_told_apart_and_the_end_is_orderly() -> None:
             with stream:
                 tokens = await read_all(stream, 2)
             assert tokens == {i: [echo((key, key + 1), i, p) for p in range(40)] for i in range(2)}
-        await idle(running)
+        await until_idle(running.client)
         assert running.stopped == []
         assert await running.client.stop()
         assert running.stopped == [None]
         assert running.hosts[0].join(0)
+
+
+async def test_its_process_is_known_for_as_long_as_there_is_one() -> None:
+    fresh = Engine(Scripted(), 8, 100)
+    assert fresh.client.process_id is None
+    async with engine() as running:
+        assert running.client.process_id == running.pid
+        assert await running.client.stop()
+        assert running.client.process_id is None
 
 
 async def test_it_runs_in_another_process_without_the_event_loop_s_libraries() -> None:
@@ -162,7 +154,7 @@ async def test_thousands_of_requests_and_aborts_at_once() -> None:
         await streams[0].read()
         for stream in streams:
             stream.close()
-        await idle(running)
+        await until_idle(running.client)
         assert running.client.num_live_requests == 0
         with running.submit("after", PROMPT, 3) as stream:
             assert await read_all(stream) == {0: [10, 11, 12]}
@@ -172,7 +164,7 @@ async def test_an_idle_engine_uses_no_time() -> None:
     async with engine() as running:
         with running.submit("a", PROMPT, 3) as stream:
             await read_all(stream)
-        await idle(running)
+        await until_idle(running.client)
         seen = len(running.snapshots)
         before = psutil.Process(running.pid).cpu_times()
         await asyncio.sleep(0.3)
@@ -247,7 +239,7 @@ async def test_shutdown_ends_every_stream_as_draining() -> None:
         assert running.stopped == [None]
 
 
-async def test_a_broken_step_ends_every_stream() -> None:
+async def test_fault_02_a_broken_step_ends_every_stream() -> None:
     async with engine(Scripted(crash_at_step=5)) as running:
         streams = [running.submit(f"r{n}", PROMPT, 400) for n in range(3)]
         for stream in streams:
@@ -257,7 +249,7 @@ async def test_a_broken_step_ends_every_stream() -> None:
 
 
 @pytest.mark.parametrize("state", ["stepping", "idle"])
-async def test_a_killed_process_is_noticed_at_once(state: str) -> None:
+async def test_fault_07_a_killed_process_is_noticed_at_once(state: str) -> None:
     async with engine(Scripted(step_s=0.001)) as running:
         streams = [running.submit(f"r{n}", PROMPT, 400) for n in range(20 if state == "stepping" else 0)]
         for stream in streams[:8]:
@@ -313,7 +305,7 @@ async def main(state):
             told.append(True)
             if state != "idle":
                 host.post(Submit(1, engine_request(tuple(range(10, 20)), 100_000)))
-            print(host.pid, flush=True)
+            print(host.process_id, flush=True)
     told = []
     factory = Scripted(step_s=0.001, load_s=60 if state == "loading" else 0)
     host = EngineProcess(factory, SchedulerOptions(), KVCacheOptions(), deliver)

@@ -185,7 +185,7 @@ def test_a_start_that_fails_in_an_unforeseen_way_is_told_without_its_words() -> 
         assert "secret" not in str(stopped.error)
 
 
-def test_a_broken_step_ends_the_thread_and_closes_the_runner() -> None:
+def test_fault_02_a_broken_step_ends_the_thread_and_closes_the_runner() -> None:
     closed: list[bool] = []
 
     class Breaking(ScriptedRunner):
@@ -203,7 +203,7 @@ def test_a_broken_step_ends_the_thread_and_closes_the_runner() -> None:
         assert thread.join(10)
 
 
-def test_a_runner_that_cannot_even_be_closed_does_not_hide_the_end() -> None:
+def test_fault_04_a_runner_that_cannot_even_be_closed_does_not_hide_the_end() -> None:
     class Stuck(ScriptedRunner):
         def close(self) -> None:
             raise RuntimeError("the device is gone")
@@ -213,6 +213,26 @@ def test_a_runner_that_cannot_even_be_closed_does_not_hide_the_end() -> None:
         thread.post(Submit(1, engine_request(PROMPT, 8)))
         _, stopped = mailbox.until_stopped()
         assert isinstance(stopped.error, EngineDeadError)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, BaseException])
+@pytest.mark.parametrize("method", ["launch", "collect"])
+def test_fault_07_a_thread_that_dies_of_anything_says_so(method: str, error: type[BaseException]) -> None:
+    class Dying(ScriptedRunner):
+        pass
+
+    def die(*_: object) -> None:
+        raise error
+
+    setattr(Dying, method, die)
+    with engine(lambda: Dying(model_info())) as (thread, mailbox):
+        mailbox.get()
+        thread.post(Submit(1, engine_request(PROMPT, 8)))
+        steps, stopped = mailbox.until_stopped()
+        assert steps == []
+        assert isinstance(stopped.error, EngineDeadError)
+        assert thread.join(10)
+        assert mailbox.is_empty()
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])

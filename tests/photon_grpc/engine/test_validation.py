@@ -217,8 +217,9 @@ def test_chat_is_counted_as_a_whole() -> None:
 
 
 def nested(depth: int) -> dict[str, Any]:
+    """So many containers, the outermost included."""
     value: Any = 1
-    for level in range(depth):
+    for level in range(depth - 1):
         value = [value] if level % 2 else {"k": value}
     return {"k": value}
 
@@ -227,14 +228,17 @@ def test_template_arguments() -> None:
     assert violations(chat("x", template_args=nested(8))) == []
     assert violations(chat("x", template_args=nested(9))) == ["spec.chat.template_args"]
     assert violations(chat("x", template_args=nested(5000))) == ["spec.chat.template_args"]
-    # {"k": "…"} is nine characters around the text.
+    # {"k":"…"} is eight characters around the text.
     limit = LIMITS.max_template_args_bytes
-    assert violations(chat("x", template_args={"k": "x" * (limit - 9)})) == []
-    assert violations(chat("x", template_args={"k": "x" * (limit - 8)})) == ["spec.chat.template_args"]
+    assert violations(chat("x", template_args={"k": "x" * (limit - 8)})) == []
+    assert violations(chat("x", template_args={"k": "x" * (limit - 7)})) == ["spec.chat.template_args"]
+    assert violations(chat("x", template_args={"k": "é" * (limit // 2 - 4)})) == []
+    assert violations(chat("x", template_args={"k": "é" * (limit // 2 - 3)})) == ["spec.chat.template_args"]
+    assert violations(chat("x", template_args={"k": "\ud800"})) == ["spec.chat.template_args"]
     assert violations(chat("x", template_args={"k": object()})) == ["spec.chat.template_args"]
 
 
-def test_token_ids_are_of_the_vocabulary() -> None:
+def test_fault_09_token_ids_are_of_the_vocabulary() -> None:
     assert violations(replace(PLAIN, prompt=(0, 999))) == []
     assert violations(replace(PLAIN, prompt=(0, 1000))) == ["spec.token_ids.ids[1]"]
     assert violations(replace(PLAIN, prompt=(-1,))) == ["spec.token_ids.ids[0]"]
@@ -378,7 +382,7 @@ def test_defaults_come_from_the_model() -> None:
     assert engine.sampling == sampling
     assert engine.eos_token_ids == (1, 9)
     assert engine.length_finish is FinishReason.CONTEXT_LIMIT
-    assert (engine.priority, engine.cache_scope, engine.bypass_prefix_cache) == (0, b"", False)
+    assert (engine.priority, engine.cache_salt, engine.bypass_prefix_cache) == (0, "", False)
     assert (engine.top_logprobs, engine.prompt_top_logprobs) == (None, None)
 
 
@@ -439,7 +443,7 @@ def test_what_was_asked_for_is_what_is_used_and_told() -> None:
     assert (engine.max_tokens, engine.min_tokens, engine.stop_token_ids) == (9, 2, (8,))
     assert engine.eos_token_ids == ()
     assert engine.length_finish is FinishReason.MAX_TOKENS
-    assert (engine.priority, engine.cache_scope, engine.bypass_prefix_cache) == (4, b"salt", True)
+    assert (engine.priority, engine.cache_salt, engine.bypass_prefix_cache) == (4, "salt", True)
     assert (engine.top_logprobs, engine.prompt_top_logprobs) == (0, 2)
     clocks = engine.deadlines
     assert (clocks.start_by, clocks.first_token_by, clocks.finish_by, clocks.end_by) == (101, 102, 105, 150)

@@ -435,12 +435,13 @@ async def test_a_client_of_a_full_server_hears_when_to_come_back(
         quick_options(limits=limits), scheduler=SchedulerOptions(max_num_seqs=2, max_num_batched_tokens=256)
     )
     async with scripted_service(tmp_path, options, step_s=0.002) as harness:
-        running = [harness.inference.StreamGenerate(_request(400)) for _ in range(2)]
+        # They run for longer than all that is asked meanwhile takes, then leave.
+        running = [harness.inference.StreamGenerate(_request(4000)) for _ in range(2)]
         for call in running:
             await call.read()
         # Prompts of a length that makes the wait longer than the shortest that is ever told.
         waiting = [harness.inference.StreamGenerate(_request(400, 64)) for _ in range(4)]
-        reads = [asyncio.ensure_future(_read(call)) for call in (*running, *waiting)]
+        reads = [asyncio.ensure_future(_read(call)) for call in waiting]
         await until(lambda: harness.server.num_live_calls == 6)
         # Looked at twice while sequences wait, the engine's pace is known.
         await _refusal(harness, _request(4))
@@ -458,39 +459,52 @@ async def test_a_client_of_a_full_server_hears_when_to_come_back(
         # Health has no place in the queue.
         health = await harness.health.Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
-        assert await asyncio.gather(*reads) == [400] * 6
+        for call in running:
+            call.cancel()
+        assert await asyncio.gather(*reads) == [400] * 4
         # Every place is given back.
         again = [harness.inference.StreamGenerate(_request(4)) for _ in range(4)]
         assert await asyncio.gather(*map(_read, again)) == [4] * 4
 
 
 async def test_a_client_whose_deadline_cannot_be_met_hears_so_at_once(tmp_path: Path) -> None:
-    options = replace(quick_options(), scheduler=SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=256))
+    # Deadlines that no estimate passes, or those that are to wait would be refused as well.
+    limits = {"default_deadline_s": 10_000.0, "max_deadline_s": 10_000.0}
+    options = replace(
+        quick_options(limits=limits), scheduler=SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=256)
+    )
     async with scripted_service(tmp_path, options, step_s=0.01) as harness:
         for _ in range(5):
             assert await _read(harness.inference.StreamGenerate(_request(40))) == 40
-        calls = [harness.inference.StreamGenerate(_request(400)) for _ in range(6)]
+        # Those that wait are ten seconds' work and more, so that the deadline does not pass by itself.
+        calls = [harness.inference.StreamGenerate(_request(400)) for _ in range(40)]
         reads = [asyncio.ensure_future(_read(call)) for call in calls]
-        await until(lambda: harness.server.num_live_calls == 6)
+        await until(lambda: harness.server.num_live_calls == 40)
         # A look starts the measurement, the next one reads it.
         for _ in range(2):
             await _call_and_leave(harness)
             await asyncio.sleep(0.3)
-        error = await _refusal(harness, _request(4), timeout=0.5)
+        error = await _refusal(harness, _request(4), timeout=10.0)
         assert error.code is grpc.StatusCode.UNAVAILABLE
         assert error.reason == "DEADLINE_UNREACHABLE"
         assert error.trailers["grpc-retry-pushback-ms"] == "50"
-        assert int(error.info.metadata["wait_ms"]) > 500
+        assert int(error.info.metadata["wait_ms"]) > 10_000
         for call in calls:
             call.cancel()
         await asyncio.gather(*reads, return_exceptions=True)
         await until(lambda: harness.server.num_live_calls == 0)
-        # An idle server needs a step of ten milliseconds.
-        error = await _refusal(harness, _too_hasty(), timeout=5.0)
+
+
+async def test_a_client_in_more_haste_than_an_idle_server_hears_so_at_once(tmp_path: Path) -> None:
+    async with scripted_service(tmp_path, step_s=0.5) as harness:
+        # Each takes a step of half a second, as the fastest of five is known to do.
+        for _ in range(5):
+            assert await _read(harness.inference.StreamGenerate(_request(1))) == 1
+        error = await _refusal(harness, _too_hasty(), timeout=30.0)
         assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert error.reason == "DEADLINE_TOO_SHORT"
         assert error.trailers["grpc-retry-pushback-ms"] == "-1"
-        assert int(error.info.metadata["estimate_ms"]) >= 5
+        assert int(error.info.metadata["estimate_ms"]) >= 500
 
 
 async def _call_and_leave(harness: Harness) -> None:
@@ -502,5 +516,5 @@ async def _call_and_leave(harness: Harness) -> None:
 
 def _too_hasty() -> pb.StreamGenerateRequest:
     request = _request(4)
-    request.spec.scheduling.first_token_budget.FromMicroseconds(1000)
+    request.spec.scheduling.first_token_budget.FromMilliseconds(250)
     return request

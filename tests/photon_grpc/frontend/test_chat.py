@@ -251,7 +251,7 @@ def test_an_empty_chat_is_refused(build: Build) -> None:
     assert caught.value.violations[0].field == "spec.chat.messages"
 
 
-def test_lone_surrogates_in_a_message_are_refused(build: Build) -> None:
+def test_fault_09_lone_surrogates_in_a_message_are_refused(build: Build) -> None:
     renderer, _ = build(HEADERS)
     with pytest.raises(InvalidRequestError) as caught:
         renderer.encode(ChatInput((ChatMessage(Role.USER, "\ud800"),)))

@@ -137,7 +137,7 @@ def test_byte_level_text_lags_by_less_than_a_character() -> None:
         assert len(total) - len(shown) <= 3
 
 
-def test_a_truncated_character_is_flushed_as_one_replacement() -> None:
+def test_fault_09_a_truncated_character_is_flushed_as_one_replacement() -> None:
     tokenizer = _tokenizer("byte_level")
     detokenizer = Detokenizer(tokenizer)
     *most, _ = tokenizer.encode("😀", add_special_tokens=False)

@@ -70,13 +70,13 @@ def test_a_file_may_say_nothing(tmp_path: Path, text: str) -> None:
 
 
 BAD = [
-    ("[tenants.a]\nwieght = 2\n", "[tenants.a] wieght: no such key; did you mean weight?"),
+    ("[tenants.a]\nwieght = 2\n", "[tenants, 1] wieght: no such key; did you mean weight?"),
     ("[default]\nspeed = 2\n", "[default] speed: no such key"),
-    ("[tenant.a]\nweight = 2\n", "tenant: expected [default] or [tenants.NAME]"),
-    ("weight = 2\n", "weight: expected [default] or [tenants.NAME]"),
-    ("[tenants]\nweight = 2\n", "tenants.weight: expected the table [tenants.weight]"),
+    ("[tenant.a]\nweight = 2\n", "key 1 of the file: expected [default] or [tenants.NAME]"),
+    ("weight = 2\n", "key 1 of the file: expected [default] or [tenants.NAME]"),
+    ("[tenants]\nweight = 2\n", "[tenants, 1] expected a table"),
     ("tenants = 2\n", "tenants: expected [tenants.NAME]"),
-    ("default = 2\n", "default: expected the table [default]"),
+    ("default = 2\n", "[default] expected a table"),
     ("[default]\nweight = 0\n", "[default] weight = 0: must be a number from 0.001 to 1000"),
     ("[default]\nweight = inf\n", "[default] weight = inf: must be a number"),
     ("[default]\nweight = true\n", "[default] weight = True: must be a number"),
@@ -89,7 +89,8 @@ BAD = [
     ("[default]\nmax_priority = -1\n", "must be a whole number, at least 0"),
     ("[default]\nkv_share = 0\n", "must be a number above 0, at most 1"),
     ("[default]\nkv_share = 1.01\n", "must be a number above 0, at most 1"),
-    ("[default\n", "not valid TOML"),
+    ("[tenants.a]\nweight = 2\n[tenants.b]\nweight = -2\n", "[tenants, 2] weight = -2: must be"),
+    ("[default\n", "not valid TOML (at line 1, column 9)"),
     ("[default]\nweight = 2", "the last line does not end"),
     ("[default]\nweight = 2\nweight = 3\n", "not valid TOML"),
 ]
@@ -101,6 +102,24 @@ def test_a_bad_file_refuses_the_start_and_names_the_place(tmp_path: Path, text: 
         load(tmp_path, text)
     assert caught.value.message.startswith(f"tenants.file: {tmp_path / 'tenants.toml'}: ")
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[tenants.a-secret]\nwieght = 2\n",
+        "[tenants.a-secret]\nweight = 0\n",
+        "[tenants]\na-secret = 2\n",
+        "[a-secret]\nweight = 2\n",
+        "[tenants.a-secret]\n[tenants.a-secret]\n",
+        '[tenants."a-secret".x]\n[[tenants."a-secret".x]]\n',
+    ],
+)
+def test_no_name_of_a_tenant_is_told(tmp_path: Path, text: str) -> None:
+    """The same words are logged when the file changes."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert "a-secret" not in caught.value.message
 
 
 def test_a_file_that_is_no_text_refuses_the_start(tmp_path: Path) -> None:

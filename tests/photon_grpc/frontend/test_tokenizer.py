@@ -64,7 +64,7 @@ def test_ids_and_text_equal_transformers(
 
 
 @pytest.mark.parametrize(("kind", "bos"), [("byte_level", "<|begin|>"), ("byte_fallback", "<s>")])
-def test_exactly_one_bos(folders: dict[str, Path], kind: str, bos: str) -> None:
+def test_fault_22_exactly_one_bos(folders: dict[str, Path], kind: str, bos: str) -> None:
     tokenizer = Tokenizer.load(folders[kind])
     (bos_id,) = tokenizer.encode(bos, add_special_tokens=False)
     for text in CORPUS:
@@ -153,7 +153,7 @@ def test_a_special_token_spelt_in_the_text_is_that_token(folders: dict[str, Path
     assert ids[1] in tokenizer.special_ids
 
 
-def test_lone_surrogates_are_refused(folders: dict[str, Path]) -> None:
+def test_fault_09_lone_surrogates_are_refused(folders: dict[str, Path]) -> None:
     tokenizer = Tokenizer.load(folders["byte_level"])
     for call in (tokenizer.encode, tokenizer.encode_with_offsets):
         with pytest.raises(InvalidRequestError) as caught:

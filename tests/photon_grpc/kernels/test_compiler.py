@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from photon_grpc.errors import KernelCompileError, StartupError
 from photon_grpc.kernels import compiler
@@ -135,14 +136,20 @@ def test_whatever_changes_the_cubin_changes_its_name(
     assert len(compilations) == 5
 
 
-def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, compilations: list[str]) -> None:
+def test_a_cache_that_cannot_be_written_costs_time_and_one_warning(
+    tmp_path: Path, compilations: list[str]
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("where a folder should be")
-    for _ in range(2):
-        with cubin_file("silu_and_mul", MACROS, "sm_90a", blocked) as path:
-            assert path.read_bytes().startswith(b"\x7fELF")
-        assert not path.exists()
+    with capture_logs() as logs:
+        for _ in range(2):
+            with cubin_file("silu_and_mul", MACROS, "sm_90a", blocked) as path:
+                assert path.read_bytes().startswith(b"\x7fELF")
+            assert not path.exists()
     assert len(compilations) == 2
+    (warning,) = [log for log in logs if log["log_level"] == "warning"]
+    assert warning["folder"] == str(blocked)
+    assert warning["reason"]
 
 
 def test_a_write_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

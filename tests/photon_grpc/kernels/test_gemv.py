@@ -13,7 +13,7 @@ from tests.support.kernels import STORAGE, FakeLauncher, Fenced, randn
 from tests.support.linear import Case, Heads, check, make_weight
 
 EPS = 1e-5
-TOKENS = (1, 2, 3, 5, 8)
+TOKENS = (1, 2, 3, 5, 8, 9, 13, 16)
 KINDS = ("store_rows", "float_rows", "add_rows", "silu_and_mul")
 # Llama 3.2 1B, Qwen2.5 0.5B and 7B, and rows that fill no tile and no chunk.
 SIZES = ((2048, 2048), (1152, 896), (896, 4864), (3584, 18944), (2048, 8192), (48, 200), (16, 8), (80, 1032))
@@ -56,7 +56,7 @@ def test_products(kind: str, dtype: torch.dtype, tokens: int, n: int, k: int) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 6, 8])
+@pytest.mark.parametrize("tokens", [1, 6, 8, 11, 16])
 def test_x_is_staged_where_a_cta_has_several_tiles(tokens: int) -> None:
     run_plain(product("silu_and_mul", tokens, 16384, 2048, torch.bfloat16))
     run_plain(product("float_rows", tokens, 50001, 512, torch.bfloat16))
@@ -114,7 +114,7 @@ def test_a_large_residual_does_not_overflow(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["direct", "normed"])
 def test_a_token_alone_has_the_bits_of_the_token_in_a_batch(kind: str) -> None:
     weight, norm = make_weight(3072, 2048, torch.bfloat16).cuda(), randn(2048, dtype=torch.bfloat16).cuda()
-    x = randn(8, 2048, dtype=torch.bfloat16, seed=3).cuda()
+    x = randn(16, 2048, dtype=torch.bfloat16, seed=3).cuda()
 
     def multiply(rows: Tensor) -> Tensor:
         out = torch.empty(len(rows), 3072, dtype=torch.bfloat16, device="cuda")
@@ -126,11 +126,12 @@ def test_a_token_alone_has_the_bits_of_the_token_in_a_batch(kind: str) -> None:
 
     together = multiply(x)
     if kind == "direct":
-        for row in range(8):
+        assert torch.equal(multiply(x[3:11]), together[3:11])
+        for row in range(16):
             assert torch.equal(multiply(x[row : row + 1])[0], together[row])
     else:
         # The warps that share a token's squares differ with the number of tokens, the sums hardly do.
-        for row in range(8):
+        for row in range(16):
             torch.testing.assert_close(multiply(x[row : row + 1])[0], together[row], rtol=2**-7, atol=1e-3)
 
 
@@ -181,6 +182,17 @@ def test_one_cta_per_multiprocessor_at_most(monkeypatch: pytest.MonkeyPatch) -> 
         assert launch.shared_bytes + (8 << 10) > 114 << 10, "a second CTA would fit"
 
 
+@pytest.mark.parametrize("k", [896, 2048, 3072, 4096, 5120])
+def test_more_than_eight_tokens_have_a_variant_that_fits(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    launches = FakeLauncher().install(monkeypatch).launches
+    for tokens in (8, 9, 16):
+        gemv(store(tokens, 8192), torch.zeros(tokens, k).bfloat16(), torch.zeros(8192, k).bfloat16())
+        gemv(store(tokens, 32), torch.zeros(tokens, k).bfloat16(), torch.zeros(32, k).bfloat16())
+    assert [launch.variant.macros["PHOTON_TOKENS"] for launch in launches] == [8, 8, 16, 16, 16, 16]
+    for launch in launches:
+        assert 114 << 10 < launch.shared_bytes + (17 << 10) <= 227 << 10
+
+
 def test_no_tokens_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = FakeLauncher().install(monkeypatch).launches
     gemv(store(0), torch.zeros(0, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16))
@@ -190,7 +202,7 @@ def test_no_tokens_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("output", "x", "weight", "match"),
     [
-        (store(9), torch.zeros(9, 64), torch.zeros(32, 64), "9 tokens"),
+        (store(17), torch.zeros(17, 64), torch.zeros(32, 64), "17 tokens"),
         (store(), torch.zeros(3, 64), torch.zeros(32, 64), "x must have shape"),
         (store(), torch.zeros(2, 64), torch.zeros(16, 64), "weight must have shape"),
         (store(), torch.zeros(2, 60), torch.zeros(32, 60), "multiples of 8"),
@@ -212,9 +224,12 @@ def test_float32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_does_not_fit_is_known_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeLauncher().install(monkeypatch)
-    assert can_norm(2048)
-    assert can_norm(4096)
-    assert not can_norm(16384)
+    assert all(can_norm(tokens, 2048) for tokens in (1, 8, 9, 16))
+    assert all(can_norm(tokens, 4096) for tokens in (1, 8, 9, 16))
+    assert can_norm(8, 7168)
+    assert not can_norm(9, 7168)
+    assert not can_norm(1, 16384)
+    assert not can_norm(17, 64)
     residual, norm = torch.zeros(1, 16384), torch.zeros(16384, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="do not fit"):
         normed_gemv(store(1), residual, norm, EPS, torch.zeros(32, 16384, dtype=torch.bfloat16))

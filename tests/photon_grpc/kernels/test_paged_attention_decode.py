@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from photon_grpc.kernels import paged_attention_decode as module
 from photon_grpc.kernels.paged_attention_decode import (
     CHUNK_TOKENS,
     MAX_ROWS,
@@ -15,8 +16,10 @@ from photon_grpc.kernels.paged_attention_decode import (
     DecodeWorkspace,
     allocate_workspace,
     max_splits,
+    num_sharers,
     paged_attention_decode,
 )
+from photon_grpc.kernels.rope_store_kv import store_kv
 from tests.support.kernels import FakeLauncher, Fenced, randn
 from tests.support.paged_attention import Rows, Shape, assert_close, attend, make_rows
 
@@ -66,7 +69,7 @@ class Decode:
         self.block_tables = self.memory.copy(rows.block_tables)
         self.out = self.memory.empty(*self.q.shape, dtype=shape.dtype)
 
-    def launch(self) -> Tensor:
+    def launch(self, *, reads_early: bool = False) -> Tensor:
         paged_attention_decode(
             self.out,
             self.workspace,
@@ -75,6 +78,7 @@ class Decode:
             self.block_tables,
             self.context_lens,
             self.shape.scale,
+            reads_early=reads_early,
         )
         return self.out
 
@@ -133,6 +137,25 @@ def test_long_contexts(shape: Shape) -> None:
     growth = max_splits(shape.num_kv_heads) * CHUNK_TOKENS
     lens = (4095, 4096, 4097, growth - 1, growth, growth + 1, growth + 300, 32768, 5)
     decode = Decode(make_rows(shape, lens, "cuda"))
+
+    first, second = decode.run(), decode.run()
+
+    decode.check(first)
+    assert torch.equal(bits(first), bits(second))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharers", [4, 2, 1])
+@pytest.mark.parametrize(
+    "shape", [LLAMA_1B, LLAMA_8B, Shape(32, 1, 128, 16), Shape(8, 4, 64, 32, F16)], ids=str
+)
+def test_smaller_teams(shape: Shape, sharers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fewer warps: every boundary, several items to a team, and rows that are folded."""
+    monkeypatch.setattr(module, "num_sharers", lambda *_: sharers)
+    edges = (shape.block_size, 32 * sharers, CHUNK_TOKENS, 2 * CHUNK_TOKENS)
+    growth = max_splits(shape.num_kv_heads) * CHUNK_TOKENS
+    lens = (1, 2, 0, *(edge + step for edge in edges for step in (-1, 0, 1)), 4097, growth + 300, 20_000)
+    decode = Decode(make_rows(shape, lens + tuple(range(1, 600, 7)), "cuda"))
 
     first, second = decode.run(), decode.run()
 
@@ -247,6 +270,65 @@ def test_a_captured_launch_follows_the_lengths() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "sharers"),
+    [*((shape, 8) for shape in SHAPES), (LLAMA_1B, 4), (LLAMA_1B, 2), (LLAMA_1B, 1), (LLAMA_8B, 1)],
+    ids=str,
+)
+def test_what_is_read_early_waits_for_the_newest_token(
+    shape: Shape, sharers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel before each launch writes q and the newest tokens, others every time, over NaN."""
+    monkeypatch.setattr(module, "num_sharers", lambda *_: sharers)
+    lens = (1, 2, 15, 16, 17, 0, 31, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 769, 1025, 4097, 9000)
+    rows = make_rows(shape, lens, "cuda")
+    decode = Decode(rows)
+    present = [row for row, length in enumerate(lens) if length]
+    slots = torch.full((len(lens),), -1, dtype=torch.int64)
+    for row in present:
+        block, offset = divmod(lens[row] - 1, shape.block_size)
+        slots[row] = int(rows.block_tables[row, block]) * shape.block_size + offset
+    slots = slots.cuda()
+    size = (len(lens), 2, shape.num_kv_heads, shape.head_dim)
+    newest = [randn(*size, dtype=shape.dtype, seed=seed).cuda() for seed in range(3)]
+    queries = [decode.q.roll(seed, 0).contiguous() for seed in range(3)]
+    nothing = torch.full_like(newest[0], torch.nan)
+    expected = []
+    for kv, q in zip(newest, queries, strict=True):
+        store_kv(rows.kv_cache, kv, slots)
+        decode.q.copy_(q)
+        torch.cuda.synchronize()
+        expected.append(decode.run())
+
+    outs = [torch.full_like(decode.out, torch.nan) for _ in newest]
+
+    def steps() -> None:
+        for kv, q, out in zip(newest, queries, outs, strict=True):
+            # Not overlapping: these are what a launch that did not wait would see.
+            store_kv(rows.kv_cache, nothing, slots)
+            decode.q.fill_(torch.nan)
+            decode.q.copy_(q)
+            store_kv(rows.kv_cache, kv, slots)
+            decode.launch(reads_early=True)
+            out.copy_(decode.out)
+
+    steps()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            steps()
+    for _ in range(10):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for out, wanted in zip(outs, expected, strict=True):
+            assert torch.equal(bits(out), bits(wanted))
+    assert not decode.workspace.counters.any()
+    decode.memory.check()
+
+
+@pytest.mark.gpu
 def test_many_launches_one_after_another() -> None:
     """The counters are back at zero each time, and overlapping launches keep out of one workspace."""
     rows = make_rows(LLAMA_1B, (3000, 700, 257, 1) * 8, "cuda")
@@ -298,8 +380,8 @@ def test_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = fake.launches[0]
     assert launch.grid == (264, 1, 1)
     assert launch.num_threads == 256
-    rows, stride, q_stride, scale = launch.arguments[-4:]
-    assert (rows, stride, q_stride) == (3, 5, 512)
+    rows, stride, q_stride, scale, reads_early = launch.arguments[-5:]
+    assert (rows, stride, q_stride, reads_early) == (3, 5, 512, 0)
     assert scale == pytest.approx(0.125 * math.log2(math.e))
     assert launch.variant.macros["PHOTON_GROUP"] == 4
     assert launch.variant.macros["PHOTON_MAX_SPLITS"] == 64
@@ -310,6 +392,17 @@ def test_grid_is_no_larger_than_the_work_can_be(monkeypatch: pytest.MonkeyPatch)
     paged_attention_decode(**_arguments(rows=1, num_heads=4, num_kv_heads=1))  # type: ignore[arg-type]
     paged_attention_decode(**_arguments(rows=4, head_dim=128))  # type: ignore[arg-type]
     assert [launch.grid for launch in fake.launches] == [(64, 1, 1), (132, 1, 1)]
+
+
+def test_teams_are_as_large_as_there_is_room_for() -> None:
+    resident = 264 * 8
+    assert [num_sharers(rows, 8, 4, 64, resident) for rows in (1, 32, 33, 64, 128, 256, 1024)] == [
+        *(8, 8, 8, 4, 2, 1, 1)
+    ]
+    # Scratch for 64 splits takes two warps' room at 64 dims, one's at 128.
+    assert num_sharers(1024, 2, 4, 64, resident) == 2
+    assert num_sharers(1024, 4, 4, 128, resident) == 1
+    assert num_sharers(1024, 2, 7, 64, resident) == 8
 
 
 def test_splits_are_a_function_of_the_model_alone() -> None:

@@ -355,8 +355,8 @@ def test_chain_in_a_graph(warpgroup: bool, tokens: int) -> None:
     wide = torch.empty(tokens, inner, device="cuda", dtype=torch.bfloat16)
     logits = torch.empty(tokens, 2 * inner, device="cuda")
 
-    def steps() -> list[Callable[[], None]]:
-        made: list[Callable[[], None]] = [lambda: residual.copy_(start) and None]
+    def steps() -> list[Callable[[], object]]:
+        made: list[Callable[[], object]] = [lambda: residual.copy_(start)]
 
         def product(output: LinearOutput, rows: Tensor, weight: Tensor) -> None:
             made.append(lambda: skinny_gemm(output, rows, weight, warpgroup=warpgroup))

@@ -46,7 +46,7 @@ def test_chunked_equals_unchunked(model: PagedModel, chunks: tuple[int, ...]) ->
     torch.testing.assert_close(torch.cat(parts), _alone(model, tokens), rtol=0, atol=TOLERANCE)
 
 
-def test_mixed_batch_equals_each_alone(model: PagedModel) -> None:
+def test_fault_13_mixed_batch_equals_each_alone(model: PagedModel) -> None:
     """Decode rows of several lengths, a chunk with a cached prefix, whole prompts and a prompt of one."""
     cached = {"a": 3, "b": 47, "c": 16, "d": 120, "e": 31, "f": 0, "g": 0, "h": 0}
     new = {"a": 1, "b": 1, "c": 1, "d": 1, "e": 20, "f": 45, "g": 1, "h": 16}
@@ -63,7 +63,7 @@ def test_mixed_batch_equals_each_alone(model: PagedModel) -> None:
         torch.testing.assert_close(row, expected, rtol=0, atol=TOLERANCE, msg=f"row {name}")
 
 
-def test_batch_shrinks_and_grows(model: PagedModel) -> None:
+def test_fault_16_batch_shrinks_and_grows(model: PagedModel) -> None:
     tokens = {name: random_prompt(40, seed=ord(name)) for name in "abc"}
     parts: dict[str, list[Tensor]] = {name: [] for name in tokens}
     # Prefill to decode, down to one row, up again: each entry is the rows of a step and their sizes.
@@ -82,7 +82,7 @@ def test_batch_shrinks_and_grows(model: PagedModel) -> None:
         )
 
 
-def test_exactly_the_slots_of_the_tokens_are_written(folder: Path) -> None:
+def test_fault_14_exactly_the_slots_of_the_tokens_are_written(folder: Path) -> None:
     model = PagedModel(folder, block_size=8, num_blocks=16)
     model.step([("a", random_prompt(13)), ("b", random_prompt(8, seed=1))])
     model.step([("a", [5]), ("b", [6])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -232,6 +233,22 @@ def test_file_cut_at_any_byte(tmp_path: Path) -> None:
     for size in (0, 1, 7, 8, 9, 50, len(whole) - 120, len(whole) - 25, len(whole) - 1):
         (tmp_path / WEIGHTS).write_bytes(whole[:size])
         assert "truncated" in _refusal(tmp_path), size
+
+
+@pytest.mark.parametrize("left", [0, 500])
+def test_file_cut_after_its_header_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """A page behind the end of a mapped file would kill the process."""
+    _write(tmp_path, _good_header())
+    check = loader._check_names
+
+    def cut(*arguments: Any) -> None:
+        check(*arguments)
+        os.truncate(tmp_path / WEIGHTS, min(left, (tmp_path / WEIGHTS).stat().st_size - 1))
+
+    monkeypatch.setattr(loader, "_check_names", cut)
+    assert re.search(r"^model\.safetensors: (is empty|b: truncated)", _refusal(tmp_path))
 
 
 def test_folder_without_safetensors(tmp_path: Path) -> None:

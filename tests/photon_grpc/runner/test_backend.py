@@ -8,7 +8,7 @@ import torch
 from photon_grpc.errors import BackendUnavailableError
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner import backend
-from photon_grpc.runner.backend import choose_backend, resolve_dtype
+from photon_grpc.runner.backend import choose_backend, explain_backend, resolve_dtype
 
 
 def options(name: str) -> Options:
@@ -22,12 +22,14 @@ def unavailable(_: Options) -> backend.Backend:
 def test_auto_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_backend(options("auto")).name == "cpu"
+    assert explain_backend(options("auto"))[1] == "torch finds no GPU"
 
 
 def test_auto_beside_a_gpu_without_its_libraries_serves_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "_cuda", unavailable)
     assert choose_backend(options("auto")).name == "cpu"
+    assert explain_backend(options("auto"))[1] == "backend cuda: CuPy is missing"
 
 
 def test_cuda_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

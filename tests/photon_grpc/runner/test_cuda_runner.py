@@ -25,11 +25,14 @@ from photon_grpc.ops.base import Ops
 from photon_grpc.ops.torch_ops import TorchOps
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.cuda_runner import CudaRunner
+from photon_grpc.runner.cuda_sampler import HostRows
 from photon_grpc.runner.kv_cache import KVCache
 from photon_grpc.runner.model_runner import ModelRunner
 from photon_grpc.runner.sampler import Sampler
+from photon_grpc.runner.stream import Work
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.scheduler.output import NewSequence, SamplerSpec, ScheduledSequence, SchedulerOutput
+from tests.support.aftermath import assert_core_clean
 from tests.support.builders import engine_core, engine_request, model_info, run_to_end, sampling
 from tests.support.step_device import CPU, TORCH_STEP_KERNELS, LazyStream, PaddedTorchOps, lane_sampler
 from tests.support.tiny_model import tiny_model_folder
@@ -145,7 +148,7 @@ def test_one_request(models: Models, length: int) -> None:
 
 @pytest.mark.parametrize("gap", [0, 1, 3])
 @pytest.mark.parametrize("capture", [True, False])
-def test_company(models: Models, gap: int, capture: bool) -> None:
+def test_fault_16_company_captured_or_not(models: Models, gap: int, capture: bool) -> None:
     requests = [request(prompt(length, i), 5 + 4 * i) for i, length in enumerate((1, 30, 4, 17, 90, 5, 8, 9))]
     assert_same(models, requests, gap, capture=capture)
 
@@ -198,7 +201,9 @@ def test_logprobs_of_outputs_and_prompts(models: Models) -> None:
             assert [token_id for token_id, _ in a.top] == [token_id for token_id, _ in b.top]
 
 
-def test_a_row_of_nan_ends_its_request_alone(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_06_a_row_of_nan_ends_its_request_alone(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = models.cores()[1]
     runner = core.runner
     assert isinstance(runner, CudaRunner)
@@ -297,12 +302,91 @@ def test_warm_up_leaves_no_trace(models: Models) -> None:
     assert tokens_of(results(engine_core(runner, max_num_seqs=1), [request(prompt(20))])) == expected
 
 
-def test_idle_rows_write_no_kv(models: Models) -> None:
+def test_fault_16_idle_rows_write_no_kv(models: Models) -> None:
     runner = models.ahead(64, 6)
     runner.prepare()
     runner._steps[0].arrived.set()
     runner._steps[0].arrived.wait()
     assert all(bool(layer.isnan().all()) for layer in runner._kv_cache.layers)
+
+
+class LackingStream(LazyStream):
+    """Finds no memory when piece of work number `at` is enqueued, once it is or instead of that."""
+
+    def __init__(self, at: int, *, enqueues: bool) -> None:
+        super().__init__()
+        self._at = at
+        self._enqueues = enqueues
+        self.num_lacks = 0
+
+    def run(self, work: Work) -> None:
+        self._at -= 1
+        if self._at or self._enqueues:
+            super().run(work)
+        if not self._at:
+            self.num_lacks += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 8, 9, 10, 11, 20, 21, 22, 60])
+@pytest.mark.parametrize("enqueues", [False, True])
+@pytest.mark.parametrize("capture", [False, True])
+def test_fault_03_out_of_memory_in_any_piece_of_a_step(
+    models: Models, at: int, enqueues: bool, capture: bool
+) -> None:
+    """The step before is under way, and the device may have done any part of the lost one."""
+    requests = [
+        request(prompt(length, i), 6 + 2 * i, sampling=sampling(temperature=0.7 * (i % 2), seed=i))
+        for i, length in enumerate((1, 30, 4, 17, 60, 5))
+    ]
+    runner = models.ahead(64, 6, 40, capture=capture)
+    runner.prepare()
+    stream = LackingStream(at, enqueues=enqueues)
+    hand_over(runner, stream)
+    core = engine_core(runner, max_num_seqs=6, max_num_batched_tokens=40)
+    outputs = results(core, requests, 2)
+    assert stream.num_lacks == core.scheduler.stats().lost_steps == 1
+    expected = results(models.cores()[0], requests, 2)
+    told, wanted = tokens_of(outputs), tokens_of(expected)
+    failed = [output.key for output in outputs if output.failure is not None]
+    assert len(failed) <= 1
+    for key in failed:
+        tokens = told.pop((key, 0))
+        assert tokens == wanted.pop((key, 0))[: len(tokens)]
+    assert told == wanted
+    assert_core_clean(core)
+
+
+def hand_over(runner: CudaRunner, stream: LackingStream) -> None:
+    """Let the runner go on with another stream, the one it has being done."""
+    runner._steps[0].arrived.set()
+    runner._steps[0].arrived.wait()
+    runner._stream = runner._updates._stream = stream
+    for step in runner._steps:
+        step.arrived = stream.mark()
+
+
+def test_fault_03_out_of_memory_for_the_tokens_of_a_step(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both steps under way are lost with them."""
+    requests = [request(prompt(length, i), 12) for i, length in enumerate((1, 30, 4, 17))]
+    expected, core = models.cores()
+    tokens, calls = HostRows.tokens, 0
+
+    def lacking(self: HostRows, num_rows: int) -> list[int]:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise MemoryError
+        return tokens(self, num_rows)
+
+    monkeypatch.setattr(HostRows, "tokens", lacking)
+    outputs = results(core, requests)
+    monkeypatch.undo()
+    assert tokens_of(outputs) == tokens_of(results(expected, requests))
+    assert core.scheduler.stats().lost_steps == 2
+    assert_core_clean(core)
 
 
 def test_close_waits_and_may_be_called_twice(models: Models) -> None:

@@ -51,7 +51,7 @@ def test_blocks_fill_the_memory_and_no_more(config: ModelConfig) -> None:
         num_blocks_for(block - 1, config, 16, torch.float32)
 
 
-def test_a_pool_larger_than_memory_is_a_config_error(config: ModelConfig) -> None:
+def test_fault_03_a_pool_larger_than_memory_is_a_config_error(config: ModelConfig) -> None:
     with pytest.raises(ConfigError, match="does not fit"):
         KVCache(config, TorchOps(), 1 << 50, 16, dtype=torch.float32, device=torch.device("cpu"))
 

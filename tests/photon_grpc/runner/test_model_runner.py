@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import photon_grpc
 from photon_grpc.engine.core import EngineCore
-from photon_grpc.engine.messages import EngineRequest, Submit
+from photon_grpc.engine.messages import EngineRequest, FailureKind, Submit
 from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.options import ModelOptions, Options
@@ -27,6 +28,7 @@ from photon_grpc.runner.kv_cache import KVCache
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.scheduler.output import SequenceOutput
 from photon_grpc.types import TokenLogprobs
+from tests.support.aftermath import assert_core_clean, assert_told_once
 from tests.support.builders import engine_core, engine_request, generate, model_info, run_to_end, sampling
 from tests.support.tiny_model import tiny_model_folder
 
@@ -133,25 +135,25 @@ def greedy_request(prompt: tuple[int, ...], num_tokens: int = NUM_TOKENS, **over
 
 
 @pytest.mark.parametrize("length", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 200])
-def test_greedy_tokens_are_those_of_transformers(checkpoint: Checkpoint, length: int) -> None:
+def test_fault_17_greedy_tokens_are_those_of_transformers(checkpoint: Checkpoint, length: int) -> None:
     prompt = checkpoint.prompt(length)
     assert generate(checkpoint.core(), only=greedy_request(prompt))["only"] == checkpoint.greedy(prompt)
 
 
 @pytest.mark.parametrize("budget", [16, 23, 64])
-def test_chunks_do_not_change_the_output(checkpoint: Checkpoint, budget: int) -> None:
+def test_fault_14_chunks_do_not_change_the_output(checkpoint: Checkpoint, budget: int) -> None:
     prompt = checkpoint.prompt(200)
     core = checkpoint.core(max_num_batched_tokens=budget)
     assert generate(core, only=greedy_request(prompt))["only"] == checkpoint.greedy(prompt)
 
 
-def test_company_in_the_batch_does_not_change_the_output(checkpoint: Checkpoint) -> None:
+def test_fault_13_company_in_the_batch_does_not_change_the_output(checkpoint: Checkpoint) -> None:
     prompts = {f"p{length}": checkpoint.prompt(length) for length in (1, 7, 8, 9, 40, 100, 200)}
     tokens = generate(checkpoint.core(), **{name: greedy_request(prompt) for name, prompt in prompts.items()})
     assert tokens == {name: checkpoint.greedy(prompt) for name, prompt in prompts.items()}
 
 
-def test_batch_that_grows_shrinks_and_grows(llama: Checkpoint) -> None:
+def test_fault_16_batch_that_grows_shrinks_and_grows(llama: Checkpoint) -> None:
     core = llama.core(max_num_seqs=6)
     lengths = [(5, 40), (60, 8), (9, 20), (17, 64), (33, 3), (120, 30)]
     tokens: dict[int, list[int]] = {}
@@ -167,7 +169,7 @@ def test_batch_that_grows_shrinks_and_grows(llama: Checkpoint) -> None:
         assert tokens[key] == llama.greedy(llama.prompt(length), num_tokens)
 
 
-def test_preemption_in_the_middle_does_not_change_the_output(checkpoint: Checkpoint) -> None:
+def test_fault_11_preemption_in_the_middle_does_not_change_the_output(checkpoint: Checkpoint) -> None:
     prompts = {f"p{seed}": checkpoint.prompt(30, seed) for seed in range(5)}
     core = checkpoint.core(num_blocks=24)
     tokens = generate(core, **{name: greedy_request(prompt) for name, prompt in prompts.items()})
@@ -177,7 +179,9 @@ def test_preemption_in_the_middle_does_not_change_the_output(checkpoint: Checkpo
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_shared_prefixes_do_not_change_the_output(checkpoint: Checkpoint, prefix_caching: bool) -> None:
+def test_fault_15_shared_prefixes_do_not_change_the_output(
+    checkpoint: Checkpoint, prefix_caching: bool
+) -> None:
     head = checkpoint.prompt(50)
     prompts = {f"p{seed}": head + checkpoint.prompt(1 + 9 * seed, seed) for seed in range(3)}
     core = checkpoint.core(prefix_caching=prefix_caching)
@@ -241,7 +245,7 @@ def test_logprobs_are_those_of_transformers(llama: Checkpoint, budget: int) -> N
         assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_seeded_sampling_depends_on_the_request_alone(llama: Checkpoint) -> None:
+def test_fault_20_seeded_sampling_depends_on_the_request_alone(llama: Checkpoint) -> None:
     prompt = llama.prompt(30)
     wanted = greedy_request(prompt, 40)
 
@@ -281,7 +285,9 @@ def test_completions_of_one_request_differ(llama: Checkpoint) -> None:
     assert len({tuple(ids) for ids in tokens.values()}) == 3
 
 
-def test_one_row_of_nan_harms_nobody_else(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_06_one_row_of_nan_harms_nobody_else(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = llama.runner()
     core = engine_core(runner, max_num_batched_tokens=512)
     victim, other = llama.prompt(20, 1), llama.prompt(25, 2)
@@ -303,4 +309,78 @@ def test_one_row_of_nan_harms_nobody_else(llama: Checkpoint, monkeypatch: pytest
     assert [o.failure is not None for o in outputs if o.key == 1 and o.is_last] == [True]
     assert [t for o in outputs if o.key == 2 for t in o.token_ids] == llama.greedy(other, 20)
     assert core.scheduler.stats().faults == 1
-    assert core.scheduler.stats().kv_blocks_used == 0
+    assert_told_once(core, outputs, (1, 2))
+    assert_core_clean(core)
+
+
+NO_MEMORY: dict[str, Callable[[], object]] = {
+    # As much as no machine has: the error that the allocator really raises.
+    "torch": lambda: torch.empty(1 << 55, dtype=torch.int8),
+    "numpy": lambda: np.empty(1 << 58),
+    "a device": lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+}
+PLACES = ("forward", "compute_logits", "sample", "add")
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def lacking(runner: Any, place: str, at: int, allocate: Callable[[], object]) -> None:
+    """Let call number `at` of a method of model or sampler find no memory, after it has done its work."""
+    if place == "sample" and runner.max_in_flight > 1:
+        pytest.skip("a GPU's runner samples inside of its graphs")
+    owner = runner._decoder if place in ("forward", "compute_logits") else runner._sampler
+    method = getattr(owner, place)
+    calls = 0
+
+    def lack(*arguments: Any, **values: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = method(*arguments, **values)
+        if calls == at:
+            allocate()
+        return result
+
+    setattr(owner, place, lack)
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_fault_03_out_of_memory_changes_no_token(llama: Checkpoint, place: str, at: int, kind: str) -> None:
+    """Call 1 is of a prompt, 9 of decodes alone but for `add`, which is a third sequence that enters."""
+    lengths = (40, 25, 60, 3, 17, 33, 48, 20, 9, 50) if place == "add" else (40, 25, 60)
+    prompts = {f"p{n}": llama.prompt(length, n) for n, length in enumerate(lengths)}
+    runner = llama.runner()
+    lacking(runner, place, at, NO_MEMORY[kind])
+    core = engine_core(runner, max_num_seqs=16, max_num_batched_tokens=64)
+    tokens = generate(core, **{name: greedy_request(prompt, 20) for name, prompt in prompts.items()})
+    assert tokens == {name: llama.greedy(prompt, 20) for name, prompt in prompts.items()}
+    assert core.scheduler.stats().lost_steps == 1
+    assert core.scheduler.stats().preemptions > 0
+    assert_core_clean(core)
+
+
+def test_fault_03_a_request_alone_without_memory_fails_and_the_next_is_served(llama: Checkpoint) -> None:
+    runner = llama.runner()
+    lacking(runner, "forward", 4, NO_MEMORY["torch"])
+    core = engine_core(runner, max_num_batched_tokens=512)
+    prompt = llama.prompt(20, 1)
+    core.submit(Submit(1, greedy_request(prompt, 20)))
+    outputs = run_to_end(core)
+    assert_told_once(core, outputs, (1,))
+    assert outputs[-1].failure is FailureKind.OUT_OF_MEMORY
+    assert [t for o in outputs for t in o.token_ids] == llama.greedy(prompt, 20)[: 4 - runner.max_in_flight]
+    assert generate(core, again=greedy_request(prompt, 20))["again"] == llama.greedy(prompt, 20)
+    assert_core_clean(core)
+
+
+def test_fault_03_another_error_of_the_step_is_not_taken_for_it(llama: Checkpoint) -> None:
+    runner = llama.runner()
+    lacking(runner, "forward", 2, lambda: _raise(RuntimeError("CUDA error: an illegal memory access")))
+    core = engine_core(runner, max_num_batched_tokens=512)
+    core.submit(Submit(1, greedy_request(llama.prompt(20, 1), 20)))
+    core.step()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        core.step()

@@ -262,7 +262,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 # --- single parameters --------------------------------------------------------------------------
 
 
-def test_greedy_is_the_lowest_index_of_the_largest() -> None:
+def test_fault_20_greedy_is_the_lowest_index_of_the_largest() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [5.0, 5.0, 5.0, 5.0]])
     assert _sample([Row(GREEDY), Row(GREEDY)], logits).token_ids == [1, 0]
     top_1 = Row(replace(NEUTRAL, top_k=1, seed=9))
@@ -311,7 +311,7 @@ def test_equal_logits_rank_by_id() -> None:
     ],
     ids=str,
 )
-def test_each_parameter_changes_the_result(change: dict[str, object]) -> None:
+def test_fault_20_each_parameter_changes_the_result(change: dict[str, object]) -> None:
     logits = _logits(64, 50, spread=1.0)
 
     def tokens(sampling: EffectiveSampling) -> list[int]:
@@ -409,7 +409,7 @@ def _stream(company: int, steps: int = 40, preempt_at: int = -1, where: int = 0)
     return history
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company_and_after_preemption() -> None:
+def test_fault_20_a_seed_gives_the_same_tokens_in_any_company_and_after_preemption() -> None:
     alone = _stream(company=0)
     assert len(set(alone)) > 10
     assert _stream(company=7, where=3) == alone
@@ -440,7 +440,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, NEUTRAL, replace(NEUTRAL, top_p=0.5, repetition_penalty=1.5)])
 @pytest.mark.parametrize("poison", ["nan", "inf", "all -inf", "one nan among -inf"])
-def test_a_non_finite_row_fails_alone(sampling: EffectiveSampling, poison: str) -> None:
+def test_fault_06_a_non_finite_row_fails_alone(sampling: EffectiveSampling, poison: str) -> None:
     rows = [Row(replace(sampling, seed=i), (1,), (2, 3), {"top_logprobs": 1}) for i in range(3)]
     logits = _logits(3, 40)
     clean = _sample(rows, logits)

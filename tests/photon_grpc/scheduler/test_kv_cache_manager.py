@@ -32,7 +32,7 @@ def sequence(seq_id: int, prompt: tuple[int, ...], **overrides: Any) -> Request:
         "stop_token_ids": frozenset(),
         "eos_token_ids": frozenset(),
         "arrival_time": 0.0,
-        "cache_root": scope_root(b""),
+        "cache_root": scope_root(b"key", "", ""),
     }
     return Request(**{**values, **overrides})
 
@@ -115,7 +115,7 @@ def test_only_full_blocks_of_the_same_beginning_are_found() -> None:
     compute(kv, sequence(1, (1, 2, 3, 4, 5, 6, 7)), 7)
     assert len(kv.find_prefix(sequence(2, (1, 2, 3, 4, 5, 6, 7, 8, 9)))) == 1
     assert kv.find_prefix(sequence(3, (0, 2, 3, 4, 5, 6))) == []
-    assert kv.find_prefix(sequence(4, (1, 2, 3, 4), cache_root=scope_root(b"x"))) == []
+    assert kv.find_prefix(sequence(4, (1, 2, 3, 4), cache_root=scope_root(b"key", "x", ""))) == []
 
 
 def test_a_hole_ends_the_prefix() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 import sys
 
@@ -12,18 +13,20 @@ from hypothesis import strategies as st
 
 from photon_grpc.engine.messages import Submit
 from photon_grpc.options import KVCacheOptions
-from photon_grpc.scheduler.prefix_cache import extend_hashes, scope_root
+from photon_grpc.scheduler.prefix_cache import KEY_BYTES, extend_hashes, scope_root
 from tests.support.builders import engine_request, run_to_end, scripted_core
 
 tokens = st.lists(st.integers(0, 2**32 - 1), min_size=0, max_size=40)
+KEY = bytes(range(KEY_BYTES))
 
 
-def reference(scope: bytes, token_ids: list[int], block_size: int) -> list[bytes]:
+def reference(tenant: str, salt: str, token_ids: list[int], block_size: int) -> list[bytes]:
     """Each block hashed from the very beginning: the recursion written out."""
     order = "<" if sys.byteorder == "little" else ">"
     names = []
+    scope = struct.pack(">I", len(tenant.encode())) + tenant.encode() + salt.encode()
     for end in range(block_size, len(token_ids) + 1, block_size):
-        digest = hashlib.sha256(b"photon/kv/" + scope).digest()
+        digest = hmac.new(KEY, scope, hashlib.sha256).digest()
         for start in range(0, end, block_size):
             block = token_ids[start : start + block_size]
             digest = hashlib.sha256(digest + struct.pack(f"{order}{block_size}I", *block)).digest()
@@ -31,19 +34,19 @@ def reference(scope: bytes, token_ids: list[int], block_size: int) -> list[bytes
     return names
 
 
-@given(tokens, st.integers(1, 5), st.binary(max_size=8))
-def test_names_are_a_chain_of_sha256(token_ids: list[int], block_size: int, scope: bytes) -> None:
+@given(tokens, st.integers(1, 5), st.text(max_size=8), st.text(max_size=8))
+def test_names_are_a_chain_of_sha256(token_ids: list[int], block_size: int, tenant: str, salt: str) -> None:
     hashes: list[bytes] = []
     for count in range(len(token_ids) // block_size + 1):
-        extend_hashes(hashes, scope_root(scope), token_ids, block_size, count)
+        extend_hashes(hashes, scope_root(KEY, tenant, salt), token_ids, block_size, count)
         assert len(hashes) == count
-    assert hashes == reference(scope, token_ids, block_size)
+    assert hashes == reference(tenant, salt, token_ids, block_size)
 
 
 def test_a_block_s_name_depends_on_everything_before_it() -> None:
-    def last(token_ids: list[int], scope: bytes = b"") -> bytes:
+    def last(token_ids: list[int], tenant: str = "") -> bytes:
         hashes: list[bytes] = []
-        extend_hashes(hashes, scope_root(scope), token_ids, 2, len(token_ids) // 2)
+        extend_hashes(hashes, scope_root(KEY, tenant, ""), token_ids, 2, len(token_ids) // 2)
         return hashes[-1]
 
     names = [
@@ -51,23 +54,40 @@ def test_a_block_s_name_depends_on_everything_before_it() -> None:
         last([9, 2, 3, 4]),
         last([3, 4]),
         last([1, 2, 4, 3]),
-        last([1, 2, 3, 4], b"x"),
+        last([1, 2, 3, 4], "x"),
     ]
     assert len(set(names)) == len(names)
 
 
-def test_a_scope_is_not_confused_with_tokens_or_with_another_scope() -> None:
-    assert scope_root(b"") != scope_root(b"a") != scope_root(b"b")
-    assert scope_root(b"a") == scope_root(b"a")
+scopes = st.tuples(st.text(max_size=4), st.text(max_size=4))
 
 
-def cached(scope_a: bytes, scope_b: bytes, **second: object) -> int:
-    """Cached prompt tokens of a second, equal request."""
+@given(scopes, scopes)
+def test_two_scopes_have_two_names(one: tuple[str, str], other: tuple[str, str]) -> None:
+    assert (scope_root(KEY, *one) == scope_root(KEY, *other)) == (one == other)
+
+
+def test_fault_38_no_salt_makes_one_tenant_s_scope_another_s() -> None:
+    """Concatenated, each of these would read alike."""
+    alike = [("a", "bc"), ("ab", "c"), ("abc", ""), ("", "abc"), ("", "\0\0\0\3abc")]
+    assert len({scope_root(KEY, *scope) for scope in alike}) == len(alike)
+
+
+def test_fault_38_no_name_can_be_computed_without_the_engine_s_key() -> None:
+    """Each engine draws its own, so block names of two of them have nothing in common."""
+    keys = [scripted_core(num_blocks=4, block_size=16)._cache_key for _ in range(3)]
+    assert len(set(keys)) == 3
+    assert {len(key) for key in keys} == {KEY_BYTES}
+    assert len({scope_root(key, "a", "") for key in keys}) == 3
+
+
+def cached(first: tuple[str, str], second: tuple[str, str], **fields: object) -> int:
+    """Cached prompt tokens of a second, equal request; scopes are (tenant, salt)."""
     core = scripted_core(num_blocks=64, block_size=KVCacheOptions().block_size, max_num_batched_tokens=256)
     prompt = tuple(range(2, 72))
-    core.submit(Submit(1, engine_request(prompt, cache_scope=scope_a)))
+    core.submit(Submit(1, engine_request(prompt, tenant=first[0], cache_salt=first[1])))
     run_to_end(core)
-    core.submit(Submit(2, engine_request(prompt, cache_scope=scope_b, **second)))
+    core.submit(Submit(2, engine_request(prompt, tenant=second[0], cache_salt=second[1], **fields)))
     return max(output.cached_prompt_tokens for output in run_to_end(core))
 
 
@@ -81,15 +101,22 @@ def test_a_64_token_prefix_hits_with_the_default_block_size() -> None:
     assert max(output.cached_prompt_tokens for output in run_to_end(core)) == 64
 
 
-def test_scopes_do_not_share() -> None:
-    assert cached(b"", b"") == 64
-    assert cached(b"tenant", b"tenant") == 64
-    assert cached(b"tenant", b"other") == 0
-    assert cached(b"tenant", b"") == 0
+def test_fault_38_tenants_do_not_share_and_a_salt_only_narrows() -> None:
+    assert cached(("", ""), ("", "")) == 64
+    assert cached(("a", ""), ("a", "")) == 64
+    assert cached(("a", "s"), ("a", "s")) == 64
+    assert cached(("a", ""), ("a", "s")) == 0
+    assert cached(("a", "s"), ("a", "")) == 0
+    # Whatever the salt says, there is no way into another tenant's blocks.
+    for salt in ("", "s"):
+        assert cached(("a", salt), ("b", salt)) == 0
+        assert cached(("", salt), ("b", salt)) == 0
+        assert cached(("a", salt), ("", salt)) == 0
+    assert cached(("a", "bc"), ("ab", "c")) == 0
 
 
 def test_a_bypassing_request_neither_finds_nor_leaves_anything() -> None:
-    assert cached(b"", b"", bypass_prefix_cache=True) == 0
+    assert cached(("", ""), ("", ""), bypass_prefix_cache=True) == 0
     core = scripted_core(num_blocks=64, block_size=16, max_num_batched_tokens=256)
     prompt = tuple(range(2, 72))
     core.submit(Submit(1, engine_request(prompt, bypass_prefix_cache=True)))
@@ -100,7 +127,7 @@ def test_a_bypassing_request_neither_finds_nor_leaves_anything() -> None:
 
 @pytest.mark.parametrize("top", [0, 3])
 def test_prompt_logprobs_need_the_whole_prompt_computed(top: int) -> None:
-    assert cached(b"", b"", prompt_top_logprobs=top) == 0
+    assert cached(("", ""), ("", ""), prompt_top_logprobs=top) == 0
 
 
 def test_switched_off_means_off() -> None:

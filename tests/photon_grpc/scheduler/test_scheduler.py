@@ -23,6 +23,7 @@ from photon_grpc.scheduler.request import RequestStatus
 from photon_grpc.scheduler.scheduler import Scheduler
 from photon_grpc.types import FinishReason
 from tests.photon_grpc.scheduler.test_kv_cache_manager import sequence
+from tests.support.aftermath import assert_core_clean, assert_told_once
 from tests.support.builders import (
     FakeClock,
     RecordingRunner,
@@ -55,14 +56,6 @@ def tokens_by_key(outputs: list[SequenceOutput]) -> dict[int, list[int]]:
     for output in outputs:
         tokens[output.key].extend(output.token_ids)
     return dict(tokens)
-
-
-def assert_idle(core: EngineCore) -> None:
-    core.scheduler.check_invariants()
-    stats = core.scheduler.stats()
-    assert not core.has_work
-    assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0)
-    assert (stats.kv_blocks_used, stats.kv_slots_used) == (0, 0)
 
 
 def test_a_budget_smaller_than_the_batch_would_starve_decodes() -> None:
@@ -101,7 +94,9 @@ def test_a_newcomer_joins_within_one_step() -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("priority", [0, 9])
-def test_no_running_decode_misses_a_step_while_a_long_prompt_prefills(in_flight: int, priority: int) -> None:
+def test_fault_18_no_running_decode_misses_a_step_while_a_long_prompt_prefills(
+    in_flight: int, priority: int
+) -> None:
     """Bug of an ancestor: decode stalled until a waiting prefill was through.
 
     With the higher priority the long prompt stands before the decodes in rank and still may not take
@@ -129,7 +124,7 @@ def test_no_running_decode_misses_a_step_while_a_long_prompt_prefills(in_flight:
         prefill_steps += 6 in rows
     assert prefill_steps >= 400 // 11
     run_to_end(core)
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_a_batch_as_wide_as_the_budget_still_prefills() -> None:
@@ -153,7 +148,7 @@ def test_chunked_prefill_gives_the_tokens_of_an_unchunked_one(budget: int) -> No
     assert chunks[-9:] == [1] * 9
 
 
-def test_a_prompt_over_the_budget_is_chunked_and_the_engine_lives_on() -> None:
+def test_fault_18_a_prompt_over_the_budget_is_chunked_and_the_engine_lives_on() -> None:
     """Bug of an ancestor: a prompt longer than the token budget killed the loop."""
     core = scripted_core(num_blocks=200, max_num_batched_tokens=8)
     prompt = tuple(range(2, 402))
@@ -162,7 +157,9 @@ def test_a_prompt_over_the_budget_is_chunked_and_the_engine_lives_on() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 7, 8, 9])
-def test_slots_written_are_zero_to_n_minus_one_and_the_first_token_comes_with_the_prompt(length: int) -> None:
+def test_fault_14_slots_written_are_zero_to_n_minus_one_and_the_first_token_is_the_prompt_s(
+    length: int,
+) -> None:
     """Bug of two ancestors: the first decode fed the last prompt token again, or skipped a slot.
 
     `prompt + outputs - 1` tokens are computed, each once: the last output is never fed.
@@ -188,7 +185,7 @@ def test_more_requests_than_places_run_one_after_another() -> None:
     assert max(widths) == 2
 
 
-def test_500_queued_with_four_places_all_finish() -> None:
+def test_fault_19_500_queued_with_four_places_all_finish() -> None:
     """Bug of an ancestor: with more than 32 queued nothing was admitted and the loop ended silently."""
     core = scripted_core(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=40)
     generator = random.Random(1)
@@ -202,7 +199,7 @@ def test_500_queued_with_four_places_all_finish() -> None:
     tokens = generate(core, **requests)
     for name, request in requests.items():
         assert tokens[name] == echoed(request.prompt_token_ids, request.max_tokens)
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 # --- preemption -----------------------------------------------------------------------------------
@@ -215,7 +212,7 @@ def crowded(**overrides: Any) -> EngineCore:
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_a_preempted_stream_repeats_and_loses_nothing(in_flight: int, prefix_caching: bool) -> None:
+def test_fault_11_a_preempted_stream_repeats_and_loses_nothing(in_flight: int, prefix_caching: bool) -> None:
     """Bugs of the ancestors: a resumed stream sent its text again; a failed allocation failed all."""
     core = crowded(max_in_flight=in_flight, prefix_caching=prefix_caching)
     first, second = tuple(range(10, 18)), tuple(range(30, 38))
@@ -226,7 +223,7 @@ def test_a_preempted_stream_repeats_and_loses_nothing(in_flight: int, prefix_cac
     assert stats.generation_tokens == 32
     assert (stats.prompt_tokens, stats.prefix_hits) == (16, 0), "finding one's own blocks again is no sharing"
     assert stats.prefix_queries == 16
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_pool_exhaustion_hits_the_lowest_rank_and_harms_nobody_else() -> None:
@@ -287,7 +284,7 @@ def test_a_trace_on_24_blocks_completes() -> None:
     tokens = generate(core, **requests)
     assert all(tokens[n] == echoed(r.prompt_token_ids, r.max_tokens) for n, r in requests.items())
     assert core.scheduler.stats().preemptions > 0
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_open_ended_requests_still_batch() -> None:
@@ -585,7 +582,7 @@ def test_each_clock_in_each_state(name: str, state: str, in_flight: int) -> None
         assert last.timings.end == 1050.0
     outputs = run_to_end(core)
     assert sum(output.is_last for output in outputs if output.key == 2) == (1 if idle_clock else 0)
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_the_hard_deadline_wins_over_the_others() -> None:
@@ -638,7 +635,7 @@ def test_cancel_in_each_state_frees_the_blocks_at_once(
     }
     finish = of_two[0].finish
     assert (of_two[0].failure, finish and finish.reason) == expected[reason]
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_an_aborted_index_leaves_its_siblings_alone() -> None:
@@ -652,7 +649,7 @@ def test_an_aborted_index_leaves_its_siblings_alone() -> None:
         tokens[output.index] += len(output.token_ids)
     assert (tokens[0], tokens[2]) == (5, 5)
     assert tokens[1] == 0
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_aborting_what_nobody_knows_is_a_lost_race() -> None:
@@ -664,7 +661,7 @@ def test_aborting_what_nobody_knows_is_a_lost_race() -> None:
 # --- endings and results --------------------------------------------------------------------------
 
 
-def test_every_eos_and_stop_id_ends_a_completion() -> None:
+def test_fault_22_every_eos_and_stop_id_ends_a_completion() -> None:
     for ids, field, reason in (
         ({"eos_token_ids": (1, 12)}, "eos_token_id", FinishReason.EOS),
         ({"stop_token_ids": (12,)}, "stop_token_id", FinishReason.STOP),
@@ -768,10 +765,10 @@ def test_the_figures_balance() -> None:
     computed = sum(plan.num_tokens for plan in plans(core).plans)
     assert computed == 65 - stats.prefix_hits + 15 - 5
     assert (stats.kv_blocks_total, stats.block_size) == (64, 4)
-    assert_idle(core)
+    assert_core_clean(core)
 
 
-def test_a_row_fault_is_counted_and_ends_that_row_alone() -> None:
+def test_fault_01_a_row_fault_is_counted_and_ends_that_row_alone() -> None:
     core = scripted_core(faults={(3, 2): RowFault.NON_FINITE_LOGITS})
     submit(core, 1, (5, 6, 7), 6)
     submit(core, 2, PROMPT, 6)
@@ -780,6 +777,8 @@ def test_a_row_fault_is_counted_and_ends_that_row_alone() -> None:
     assert ends[1].failure is FailureKind.REQUEST_FAULT
     assert tokens_by_key(outputs) == {1: [5, 6], 2: echoed(PROMPT, 6)}
     assert core.scheduler.stats().faults == 1
+    assert_told_once(core, outputs, (1, 2))
+    assert_core_clean(core)
 
 
 def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
@@ -810,7 +809,7 @@ def test_a_full_pool_wastes_at_most_seven_percent_of_its_slots() -> None:
     assert len(shares) >= 20, "the pool was hardly ever filled to its last block"
     assert sum(shares) / len(shares) >= 0.93
     assert core.scheduler.stats().preemptions > 0
-    assert_idle(core)
+    assert_core_clean(core)
 
 
 def test_clocks_of_ended_requests_do_not_pile_up() -> None:

@@ -63,6 +63,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         n=st.integers(1, 3),
         priority=st.integers(0, 9),
+        tenant=st.sampled_from("aab"),
+        terms=st.tuples(st.sampled_from((0.5, 1.0, 3.0)), st.sampled_from((0.3, 1.0, 1.0))),
         clocks=st.tuples(delays, delays, delays, delays),
     )
     def submit(
@@ -71,6 +73,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens: int,
         n: int,
         priority: int,
+        tenant: str,
+        terms: tuple[float, float],
         clocks: tuple[float | None, ...],
     ) -> None:
         prompt = prompt[: self.capacity - 1]
@@ -84,6 +88,9 @@ class EngineMachine(RuleBasedStateMachine):
             n,
             arrival_time=now,
             priority=priority,
+            tenant=tenant,
+            weight=terms[0],
+            kv_share=terms[1],
             eos_token_ids=(9,),
             deadlines=Deadlines(*moments),
         )

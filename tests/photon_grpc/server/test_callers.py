@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def test_names_of_certificates_are_no_tokens_and_tokens_no_names(tmp_path: Path)
     assert callers.by_token(name) is None
     assert callers.by_sans([TOKEN]) is None
     assert callers.by_sans([]) is None
+
+
+def test_each_token_of_the_file_is_compared_in_constant_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of them, whichever it is: how long a refusal takes tells of no token, known or guessed."""
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def overheard(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return compare(one, other)
+
+    callers = load(tmp_path, f"alice infer token:{TOKEN}\nbob infer token:{OTHER}\ncarol infer san:c\n")
+    monkeypatch.setattr(hmac, "compare_digest", overheard)
+    for token in (TOKEN, OTHER, "no such token", ""):
+        compared.clear()
+        callers.by_token(token)
+        # Hashes, so that nothing depends on the length of a token either.
+        assert compared == [(32, 32), (32, 32)]
+
+
+def test_whose_names_stand_in_the_file(tmp_path: Path) -> None:
+    callers = load(tmp_path, f"alice infer token:{TOKEN}\npod inspect san:localhost\n")
+    assert callers.has("alice")
+    assert callers.has("pod")
+    assert not any(callers.has(name) for name in ("", "localhost", "infer", TOKEN, "Alice"))
 
 
 BAD = [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
+import photon_grpc.server.calls
 from photon_grpc.errors import (
     EngineDrainingError,
     MaxDurationError,
@@ -15,6 +17,7 @@ from photon_grpc.errors import (
 )
 from photon_grpc.options import LimitOptions
 from photon_grpc.server.calls import Call, Calls
+from tests.support.grpc_harness import until
 
 
 class Context:
@@ -24,12 +27,23 @@ class Context:
         self._time_remaining = time_remaining
         self.may_write = asyncio.Event()
         self.may_write.set()
+        self.may_send_headers = asyncio.Event()
+        self.may_send_headers.set()
+        self.headers_sent = 0
+        self.client_left = False
 
     def time_remaining(self) -> float | None:
         return self._time_remaining
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        await self.may_send_headers.wait()
+        self.headers_sent += 1
+
     async def write(self, message: Any) -> None:
+        assert self.headers_sent == 1
         await self.may_write.wait()
+        if self.client_left:
+            raise grpc.aio.InternalError("the batch failed")
 
 
 async def hold(calls: Calls, context: Context, opened: asyncio.Future[Call]) -> None:
@@ -79,7 +93,7 @@ async def test_refusing_and_ending_all() -> None:
     with pytest.raises(EngineDrainingError):
         calls.open(Context())
     calls.end_all(EngineDrainingError)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await calls.wait_idle()
     results = await asyncio.gather(*(task for task, _ in started), return_exceptions=True)
     assert all(isinstance(result, EngineDrainingError) for result in results)
@@ -92,40 +106,6 @@ async def write_for_ever(calls: Calls, context: Context) -> None:
             await asyncio.sleep(0)
 
 
-async def test_the_end_of_a_call_waits_for_its_first_write() -> None:
-    """grpc sends the headers with it, and cannot send a status once it was cancelled."""
-    calls = Calls(LimitOptions())
-    context = Context()
-    context.may_write.clear()
-    task = asyncio.create_task(write_for_ever(calls, context))
-    await asyncio.sleep(0)
-    calls.end_all(EngineDrainingError)
-    await asyncio.sleep(0)
-    assert task.cancelling() == 0
-    context.may_write.set()
-    with pytest.raises(EngineDrainingError):
-        async with asyncio.timeout(30):
-            await task
-    assert task.cancelling() == 0
-    assert len(calls) == 0
-
-
-async def test_the_end_of_a_call_waits_for_no_later_write_and_for_no_first_one_that_hangs() -> None:
-    calls = Calls(LimitOptions())
-    begun, hanging = Context(), Context()
-    hanging.may_write.clear()
-    tasks = [asyncio.create_task(write_for_ever(calls, context)) for context in (begun, hanging)]
-    await asyncio.sleep(0.01)
-    begun.may_write.clear()
-    await asyncio.sleep(0.01)
-    calls.end_all(EngineDrainingError)
-    assert [task.cancelling() for task in tasks] == [1, 0]
-    for task in tasks:
-        with pytest.raises(EngineDrainingError):
-            async with asyncio.timeout(30):
-                await task
-
-
 async def test_only_a_single_long_write_is_a_stall() -> None:
     calls = Calls(LimitOptions(slow_consumer_timeout_s=0.1))
     stalled, reading = Context(), Context()
@@ -134,7 +114,7 @@ async def test_only_a_single_long_write_is_a_stall() -> None:
     assert not any(task.done() for task in tasks)
     stalled.may_write.clear()
     with pytest.raises(SlowConsumerError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await tasks[0]
     assert not tasks[1].done()
     tasks[1].cancel()
@@ -161,10 +141,9 @@ async def test_sweeping_ends_with_the_last_call_and_begins_with_the_next() -> No
         context.may_write.clear()
         task = asyncio.create_task(write_for_ever(calls, context))
         with pytest.raises(SlowConsumerError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await task
-        await asyncio.sleep(0.05)
-        assert calls._sweep_timer is None
+        await until(lambda: calls._sweep_timer is None)
 
 
 async def test_an_error_of_the_handler_is_not_replaced() -> None:
@@ -176,4 +155,60 @@ async def test_an_error_of_the_handler_is_not_replaced() -> None:
 
     with pytest.raises(ValueError):
         await asyncio.create_task(fail())
+    assert len(calls) == 0
+
+
+async def test_headers_go_once_ahead_of_the_first_response_and_not_before() -> None:
+    calls, context = Calls(LimitOptions()), Context()
+
+    async def write_twice() -> None:
+        with calls.open(context) as call:
+            assert not context.headers_sent
+            await call.write(context, "x")
+            await call.write(context, "y")
+
+    await asyncio.create_task(write_twice())
+    assert context.headers_sent == 1
+
+
+async def test_a_call_that_is_ended_while_its_headers_are_sent_ends_behind_them() -> None:
+    calls, context = Calls(LimitOptions()), Context()
+    context.may_send_headers.clear()
+    context.may_write.clear()
+    task = asyncio.create_task(write_for_ever(calls, context))
+    await asyncio.sleep(0)
+    (call,) = calls._live
+    call.end(OperatorAbortError())
+    await asyncio.sleep(0.02)
+    assert not task.done()
+    context.may_send_headers.set()
+    with pytest.raises(OperatorAbortError):
+        await task
+    assert context.headers_sent == 1
+
+
+async def test_a_response_that_comes_back_because_the_client_left_is_a_cancellation() -> None:
+    calls, context = Calls(LimitOptions()), Context()
+    context.may_write.clear()
+    task = asyncio.create_task(write_for_ever(calls, context))
+    await asyncio.sleep(0)
+    context.client_left = True
+    context.may_write.set()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()  # as grpc does, a moment after it has failed the write
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(calls) == 0
+
+
+async def test_a_response_that_comes_back_to_a_client_that_stays_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(photon_grpc.server.calls, "_CLOSE_S", 0.01)
+    calls, context = Calls(LimitOptions()), Context()
+    context.client_left = True
+    with pytest.raises(grpc.aio.InternalError):
+        await asyncio.create_task(write_for_ever(calls, context))
     assert len(calls) == 0

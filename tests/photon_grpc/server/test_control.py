@@ -19,7 +19,14 @@ from photon_grpc.options import SchedulerOptions
 from photon_grpc.v1 import control_pb2, control_pb2_grpc, model_pb2
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
-from tests.support.grpc_harness import Harness, RichError, quick_options, rich_error, running_server
+from tests.support.grpc_harness import (
+    Harness,
+    RichError,
+    quick_options,
+    read_all,
+    rich_error,
+    running_server,
+)
 from tests.support.scripted_service import scripted_service
 
 Outcome = control_pb2.AbortResponse.Outcome
@@ -35,7 +42,7 @@ async def refusal(request: control_pb2.AbortRequest) -> RichError:
 
 async def test_abort_one_and_all() -> None:
     front_door = FakeFrontDoor()
-    front_door.live_ids = {"a", "b", "c"}
+    front_door.live_ids = {("", "a"), ("", "b"), ("", "c")}
     async with running_server(front_door) as harness:
         one = await harness.control.Abort(control_pb2.AbortRequest(request_id="a", reason="test"))
         rest = await harness.control.Abort(control_pb2.AbortRequest(all=control_pb2.AllRequests()))
@@ -47,7 +54,7 @@ async def test_abort_one_and_all() -> None:
 
 async def test_abort_of_one_that_is_just_ending() -> None:
     class JustEnding(FakeFrontDoor):
-        def abort(self, request_id: str) -> int:
+        def abort(self, request_id: str, *, tenant: str = "") -> int:
             return 0
 
     async with running_server(JustEnding()) as harness:
@@ -66,9 +73,20 @@ async def test_abort_without_a_target() -> None:
     assert (await refusal(control_pb2.AbortRequest(request_id=""))).fields == ["request_id"]
 
 
-async def test_abort_by_tenant_is_unsupported() -> None:
-    rich = await refusal(control_pb2.AbortRequest(request_id="a", tenant="t"))
-    assert (rich.reason, rich.fields) == ("UNSUPPORTED_FEATURE", ["tenant"])
+async def test_abort_of_one_tenant_s() -> None:
+    front_door = FakeFrontDoor()
+    front_door.live_ids = {("alice", "a"), ("alice", "b"), ("bob", "a"), ("bob", "b")}
+    async with running_server(front_door) as harness:
+        one = await harness.control.Abort(control_pb2.AbortRequest(request_id="a", tenant="alice"))
+        assert front_door.live_ids == {("alice", "b"), ("bob", "a"), ("bob", "b")}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.control.Abort(control_pb2.AbortRequest(request_id="a", tenant="alice"))
+        everything = control_pb2.AllRequests()
+        two = await harness.control.Abort(control_pb2.AbortRequest(all=everything, tenant="bob"))
+        none = await harness.control.Abort(control_pb2.AbortRequest(all=everything, tenant="nobody"))
+    assert (one.aborted, two.aborted, none.aborted) == (1, 2, 0)
+    assert rich_error(caught.value).reason == "REQUEST_NOT_FOUND"
+    assert front_door.live_ids == {("alice", "b")}
 
 
 async def test_load() -> None:
@@ -104,13 +122,6 @@ def stream_request(max_tokens: int, prompt_tokens: int = 40) -> pb.StreamGenerat
     return pb.StreamGenerateRequest(spec=spec)
 
 
-async def read_all(call: Any) -> list[Any]:
-    messages = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        messages.append(message)
-    return messages
-
-
 async def test_rates_and_waits_are_those_of_the_engine(tmp_path: Path) -> None:
     options = replace(quick_options(), scheduler=SchedulerOptions(max_num_seqs=2))
     async with scripted_service(tmp_path, options, step_s=0.002) as harness:
@@ -124,11 +135,10 @@ async def test_rates_and_waits_are_those_of_the_engine(tmp_path: Path) -> None:
             )
         calls = [harness.inference.StreamGenerate(stream_request(4000)) for _ in range(5)]
         load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
-        while load.queued < 3 or not load.HasField("estimated_queue_wait"):
+        while (load.running, load.queued) != (2, 3) or not load.HasField("estimated_queue_wait"):
             load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
         # 300 tokens since `begin`, and what the two that run have brought.
         assert load.output_tokens_per_second > 0.9 * 300 / (time.monotonic() - begin + 5)
-        assert load.running == 2
         wait_s = load.estimated_queue_wait.ToTimedelta().total_seconds()
         # Four prompts of 40 and their outputs, which were of 50 tokens so far, at one to a thousand a second.
         assert 4 * 90 / 1100 < wait_s < 4 * 90
@@ -150,7 +160,7 @@ async def test_flush_cache(tmp_path: Path) -> None:
 
 
 async def test_flush_cache_may_wait_until_idle(tmp_path: Path) -> None:
-    async with scripted_service(tmp_path, step_s=0.002) as harness:
+    async with scripted_service(tmp_path, step_s=0.02) as harness:
         call = harness.inference.StreamGenerate(stream_request(3000))
         await call.read()
         flush = harness.control.FlushCache(control_pb2.FlushCacheRequest(wait_idle=True))
@@ -184,15 +194,12 @@ async def health_of(harness: Harness, service: str = "") -> int:
 
 async def test_drain_refuses_after_the_propagation_and_can_be_undone() -> None:
     front_door = FakeFrontDoor(Script(num_deltas=None, interval_s=0.01))
-    async with running_server(front_door, quick_options({"drain_propagation_s": 0.3})) as harness:
+    async with running_server(front_door, quick_options({"drain_propagation_s": 0.1})) as harness:
         call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=pb.GenerationSpec(text="x")))
         await call.read()
         assert await drain(harness) == 1
-        assert await health_of(harness) == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert await health_of(harness, "photon.liveness") == health_pb2.HealthCheckResponse.SERVING
         front_door.script = Script()
-        assert await generate(harness) is grpc.StatusCode.OK
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await generate(harness) is grpc.StatusCode.OK:
                 pass
         refused = harness.inference.Generate(pb.GenerateRequest(spec=pb.GenerationSpec(text="x")))
@@ -206,6 +213,15 @@ async def test_drain_refuses_after_the_propagation_and_can_be_undone() -> None:
         assert await generate(harness) is grpc.StatusCode.OK
         assert (await call.read()).WhichOneof("event") == "delta"
         call.cancel()
+
+
+async def test_a_drain_accepts_calls_during_the_propagation() -> None:
+    async with running_server(FakeFrontDoor(), quick_options({"drain_propagation_s": 100.0})) as harness:
+        await drain(harness)
+        assert await health_of(harness) == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await health_of(harness, "photon.liveness") == health_pb2.HealthCheckResponse.SERVING
+        assert await generate(harness) is grpc.StatusCode.OK
+        await drain(harness, undo=True)
 
 
 async def test_undo_within_the_propagation_leaves_no_refusal_behind() -> None:
@@ -232,12 +248,12 @@ async def test_a_grace_ends_what_is_still_in_flight() -> None:
 
 async def test_a_drain_is_not_undone_once_the_server_leaves() -> None:
     front_door = FakeFrontDoor(Script(num_deltas=None, interval_s=0.01))
-    async with running_server(front_door, quick_options({"drain_propagation_s": 30.0})) as harness:
+    async with running_server(front_door, quick_options({"drain_propagation_s": 100.0})) as harness:
         call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=pb.GenerationSpec(text="x")))
         await call.read()
         await drain(harness)
         leaving = asyncio.create_task(harness.server.drain())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await drain(harness, undo=True)
         assert rich_error(caught.value).reason == "DRAINING"
@@ -276,7 +292,11 @@ async def test_a_drain_that_makes_no_sense(request_: control_pb2.DrainRequest) -
 # --- watching ---------------------------------------------------------------------------------------
 
 
-async def test_watch_state_tells_every_change_and_ends_with_the_server() -> None:
+async def test_watch_state_tells_every_change_and_ends_with_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # An open watch must not hold the stop for its grace.
+    monkeypatch.setattr("photon_grpc.server.server._STOP_GRACE_S", 1000.0)
     async with running_server(FakeFrontDoor()) as harness:
         call = harness.control.WatchState(control_pb2.WatchStateRequest())
         first = await call.read()
@@ -294,12 +314,11 @@ async def test_watch_state_tells_every_change_and_ends_with_the_server() -> None
         # A snapshot is whole: a watcher that comes late has missed nothing.
         late = await harness.control.WatchState(control_pb2.WatchStateRequest()).read()
         assert late == third
-        start = time.monotonic()
-        stopping = asyncio.create_task(harness.server.drain())
-        rest = await read_all(call)
-        await stopping
+        async with asyncio.timeout(30):
+            stopping = asyncio.create_task(harness.server.drain())
+            rest = await read_all(call)
+            await stopping
         assert {message.state for message in rest} == {State.STATE_DRAINING}
-        assert time.monotonic() - start < 1.9, "an open watch held the stop for its grace"
         assert await call.code() is grpc.StatusCode.OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -381,6 +382,19 @@ def test_template_args_numbers_are_finite(number: float) -> None:
     struct = Struct()
     struct.fields["k"].number_value = number
     assert fields_refused(with_args(struct)) == ["spec.chat.template_args"]
+
+
+def test_template_args_are_as_large_as_their_compact_json() -> None:
+    values = {"k": [1, -2.5, 1e300, True, False, None, "é", {}, []], "other": {"a": [[]], "b": {}}}
+    struct = Struct()
+    struct.update(values)
+    size = len(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode())
+    # Struct knows no integers, and of whole numbers the shorter form is what a template writes.
+    size += len(str(int(1e300))) - len("1e+300")
+    decode(with_args(struct), LimitOptions(max_template_args_bytes=size))
+    assert fields_refused(with_args(struct), LimitOptions(max_template_args_bytes=size - 1)) == [
+        "spec.chat.template_args"
+    ]
 
 
 def test_template_args_value_without_kind() -> None:

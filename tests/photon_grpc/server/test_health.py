@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import grpc
 import pytest
@@ -93,7 +92,9 @@ async def test_a_watcher_that_leaves_is_forgotten() -> None:
         await until(lambda: len(asyncio.all_tasks()) <= before)
 
 
-async def test_an_open_watch_does_not_hold_a_stop() -> None:
+async def test_an_open_watch_does_not_hold_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The stock servicer holds it for the whole grace.
+    monkeypatch.setattr("photon_grpc.server.server._STOP_GRACE_S", 1000.0)
     server = Server(FakeFrontDoor(), quick_options())
     ports = await server.start()
     server.set_serving()
@@ -101,15 +102,12 @@ async def test_an_open_watch_does_not_hold_a_stop() -> None:
         watches = [health_pb2_grpc.HealthStub(channel).Watch(ask("")) for channel in (public, admin)]
         for watch in watches:
             assert (await watch.read()).status == Status.SERVING
-        start = time.monotonic()
-        await server.drain()
-        stopped_within = time.monotonic() - start
+        async with asyncio.timeout(30):
+            await server.drain()
         for watch in watches:
             assert (await watch.read()).status == Status.NOT_SERVING
             assert await watch.read() is grpc.aio.EOF
             assert await watch.code() is grpc.StatusCode.OK
-    # The stock servicer holds it for the whole grace of two seconds.
-    assert stopped_within < 1.5
 
 
 async def test_probes_do_no_work_and_are_answered_under_load() -> None:
@@ -120,7 +118,7 @@ async def test_probes_do_no_work_and_are_answered_under_load() -> None:
         for call in calls:
             await call.read()
         for _ in range(20):
-            assert (await harness.health.Check(ask(""), timeout=5)).status == Status.SERVING
+            assert (await harness.health.Check(ask(""), timeout=30)).status == Status.SERVING
         assert len(front_door.requests) == 8
         for call in calls:
             call.cancel()

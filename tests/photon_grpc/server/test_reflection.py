@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from photon_grpc.server.reflection import V1_SERVICE, V1ALPHA_SERVICE, v1_descriptor
 from tests.support.fake_front_door import FakeFrontDoor
-from tests.support.grpc_harness import Harness, quick_options, running_server
+from tests.support.grpc_harness import Harness, quick_options, rich_error, running_server
 
 PUBLIC = ["grpc.health.v1.Health", "photon.v1.InferenceService", "photon.v1.ModelService"]
 ADMIN = ["grpc.health.v1.Health", "photon.v1.ControlService"]
@@ -109,6 +109,17 @@ async def test_where_reflection_is_served(setting: str) -> None:
                 # Nothing is written: a write would race with the refusal.
                 refused = channel.stream_stream(f"/{V1_SERVICE}/ServerReflectionInfo")()
                 assert await refused.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("service", [V1_SERVICE, V1ALPHA_SERVICE])
+async def test_bytes_that_are_no_question_are_refused_as_everywhere(service: str) -> None:
+    async with running_server(FakeFrontDoor()) as harness:
+        call = harness.admin.stream_stream(f"/{service}/ServerReflectionInfo")()
+        await call.write(b"\x0a\x02\xff\xfe")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert rich_error(caught.value).reason == "MALFORMED_MESSAGE"
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_the_stock_client_calls_a_method_it_learnt_by_reflection() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import grpc
@@ -15,7 +14,15 @@ from photon_grpc.options import AuthOptions, LimitOptions, ServerOptions, TlsOpt
 from photon_grpc.server.server import Server, channel_options, check_options, is_loopback
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
-from tests.support.grpc_harness import open_channel, quick_options, rich_error, running_server, until
+from tests.support.grpc_harness import (
+    open_channel,
+    quick_options,
+    read_all,
+    rich_error,
+    running_server,
+    until,
+    until_not_serving,
+)
 
 SPEC = pb.GenerationSpec(text="hello")
 
@@ -123,27 +130,20 @@ async def test_the_probe_listener_has_health_and_nothing_else() -> None:
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def collect(call: Any) -> list[Any]:
-    messages = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        messages.append(message)
-    return messages
-
-
 async def test_drain_lets_calls_in_flight_finish_and_refuses_new_ones() -> None:
-    front_door = FakeFrontDoor(Script(num_deltas=20, interval_s=0.05))
-    async with running_server(front_door) as harness:
+    resume = asyncio.Event()
+    front_door = FakeFrontDoor(Script(num_deltas=20, resume=resume))
+    async with running_server(front_door, quick_options({"drain_max_s": 60.0})) as harness:
         call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC))
         await call.read()
         draining = asyncio.create_task(harness.server.drain())
-        await asyncio.sleep(0.1)
+        await until_not_serving(harness)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await harness.inference.Generate(pb.GenerateRequest(spec=SPEC))
         rich = rich_error(refused.value)
         assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-        status = await harness.health.Check(health_pb2.HealthCheckRequest())
-        assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert len(await collect(call)) == 22
+        resume.set()
+        assert len(await read_all(call)) == 22
         await draining
         with pytest.raises(OSError):
             await asyncio.open_connection("127.0.0.1", harness.ports.public)
@@ -151,14 +151,12 @@ async def test_drain_lets_calls_in_flight_finish_and_refuses_new_ones() -> None:
 
 
 async def test_drain_accepts_calls_while_load_balancers_notice() -> None:
-    async with running_server(FakeFrontDoor(), quick_options({"drain_propagation_s": 30.0})) as harness:
+    async with running_server(FakeFrontDoor(), quick_options({"drain_propagation_s": 100.0})) as harness:
         draining = asyncio.create_task(harness.server.drain())
-        await asyncio.sleep(0.05)
-        status = await harness.health.Check(health_pb2.HealthCheckRequest())
-        assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await until_not_serving(harness)
         assert (await harness.inference.Generate(pb.GenerateRequest(spec=SPEC))).completions
         harness.server.hurry()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await draining
 
 
@@ -173,7 +171,7 @@ async def test_what_outlives_the_drain_ends_as_draining() -> None:
         await harness.server.drain()
         for ended in (call, waiting):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await collect(ended)
+                await read_all(ended)
             rich = rich_error(caught.value)
             assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     assert [stream.exits for stream in front_door.streams] == [1, 1]
@@ -181,28 +179,28 @@ async def test_what_outlives_the_drain_ends_as_draining() -> None:
 
 async def test_hurry_cuts_the_wait_for_calls_short() -> None:
     front_door = FakeFrontDoor(Script(hang=True))
-    async with running_server(front_door, quick_options({"drain_max_s": 60.0})) as harness:
+    async with running_server(front_door, quick_options({"drain_max_s": 100.0})) as harness:
         call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC))
         await until(lambda: front_door.streams)
         draining = asyncio.create_task(harness.server.drain())
-        await asyncio.sleep(0.05)
+        await until_not_serving(harness)
         assert not draining.done()
         harness.server.hurry()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await draining
         assert (await call.code()) is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_stalled_reader_does_not_hold_the_drain() -> None:
     front_door = FakeFrontDoor(Script(num_deltas=None, text="x" * 100_000))
-    async with running_server(front_door, quick_options({"drain_max_s": 0.1})) as harness:
+    options = quick_options({"drain_max_s": 0.1}, {"slow_consumer_timeout_s": 1000.0})
+    async with running_server(front_door, options) as harness:
         call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(spec=SPEC))
         await call.read()
+        # Long enough for the transport's buffers to fill and the write to hang, as a rule.
         await asyncio.sleep(0.2)
-        start = time.monotonic()
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await harness.server.drain()
-        assert time.monotonic() - start < 8
         assert front_door.streams[0].exits == 1
         call.cancel()
 
@@ -215,7 +213,7 @@ async def test_what_is_live_when_the_engine_dies_hears_of_it() -> None:
         harness.server.set_dead()
         await harness.server.stop()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(call)
+            await read_all(call)
         rich = rich_error(caught.value)
         assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD")
 

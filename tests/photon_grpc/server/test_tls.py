@@ -193,21 +193,6 @@ class TestCalls:
         async with running_server(FakeFrontDoor(), options) as harness:
             await refused(channel(harness.ports.public, ca=STRANGER.pem))
 
-    async def test_plaintext_to_the_tls_port_is_refused_and_harms_nobody(self, tmp_path: Path) -> None:
-        options = replace(quick_options(), tls=files_of(tmp_path, AUTHORITY.issue()))
-        async with running_server(FakeFrontDoor(), options) as harness:
-            await refused(grpc.aio.insecure_channel(harness.target))
-            reader, writer = await asyncio.open_connection("127.0.0.1", harness.ports.public)
-            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            # Not a word in plaintext, whether the end comes as EOF or as a reset.
-            try:
-                answer = await asyncio.wait_for(reader.read(), 10)
-            except ConnectionResetError:
-                answer = b""
-            assert b"HTTP" not in answer
-            writer.transport.abort()
-            await check(channel(harness.ports.public))
-
     async def test_only_clients_of_the_authority_get_in_where_one_is_required(self, tmp_path: Path) -> None:
         tls = files_of(tmp_path, AUTHORITY.issue(), require_client_cert=True)
         async with running_server(FakeFrontDoor(), replace(quick_options(), tls=tls)) as harness:
@@ -269,35 +254,6 @@ class TestRotation:
                 stop.set()
             assert (await call.read()).WhichOneof("event") == "delta"
             call.cancel()
-
-    @pytest.mark.parametrize(
-        "spoil",
-        [
-            lambda pair: replace(pair, certificate=pair.certificate[: len(pair.certificate) // 2]),
-            lambda pair: replace(pair, certificate=b"", key=b""),
-            lambda pair: replace(pair, key=AUTHORITY.issue().key),
-            lambda pair: AUTHORITY.issue(ends=timedelta(minutes=-1)),
-        ],
-        ids=["half-written", "empty", "mismatched", "expired"],
-    )
-    async def test_what_cannot_be_served_leaves_the_last_good_pair(
-        self, tmp_path: Path, spoil: Callable[[Issued], Issued]
-    ) -> None:
-        good, better = AUTHORITY.issue(), AUTHORITY.issue()
-        options = replace(quick_options(), tls=files_of(tmp_path, good))
-        observed = Observed()
-        server = Server(FakeFrontDoor(), options, certificate_observer=observed)
-        port = (await server.start()).public
-        try:
-            spoil(better).write(tmp_path, "server")
-            for _ in range(3):
-                assert await served_serial(port) == good.serial
-            assert observed == Observed([good.expires_at], refused=1)
-            better.write(tmp_path, "server")
-            assert await served_serial(port) == better.serial
-            assert observed == Observed([good.expires_at, better.expires_at], refused=1)
-        finally:
-            await server.stop()
 
     def test_files_that_are_gone_are_counted_once_and_noticed_when_back(self, tmp_path: Path) -> None:
         good, better = AUTHORITY.issue(), AUTHORITY.issue()

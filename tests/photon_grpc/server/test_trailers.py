@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from photon_grpc.server.status import REQUEST_ID_KEY
 from photon_grpc.v1 import control_pb2
@@ -74,6 +75,21 @@ async def test_of_a_stream(harness: Harness) -> None:
     call = harness.inference.StreamGenerate(pb.StreamGenerateRequest(request_id="mine", spec=spec()))
     *_, last = [message async for message in call]
     check(await trailers_of(call), last.summary.usage, last.summary.timings)
+
+
+async def test_of_a_batch_of_one(harness: Harness) -> None:
+    """As of its item, counted from the call; of more items see `test_batch.py`."""
+    call = harness.inference.BatchGenerate(pb.BatchGenerateRequest(request_id="mine", specs=[spec()]))
+    (item,) = [message async for message in call]
+    trailers = await trailers_of(call)
+    assert (trailers.pop("photon-items"), trailers.pop("photon-failed-items")) == ("1", "0")
+    since_the_call = pb.Timings()
+    for name, key in (("queue", "queue"), ("first_token", "ttft"), ("total", "total")):
+        figure = float(trailers[f"photon-{key}-ms"])
+        own: Duration = getattr(item.response.timings, name)
+        assert figure >= own.ToTimedelta().total_seconds() * 1000 - 0.06
+        getattr(since_the_call, name).FromMicroseconds(round(figure * 1000))
+    check(trailers, item.response.usage, since_the_call)
 
 
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])

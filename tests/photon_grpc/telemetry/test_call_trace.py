@@ -208,6 +208,25 @@ def sampled_twice() -> Any:
     return replace(EFFECTIVE, sampling=replace(EFFECTIVE.sampling, n=2))
 
 
+def test_an_item_of_a_batch_is_a_span_inside_the_call_s() -> None:
+    collected = Collected(clock=lambda: 54.0, wall_clock=lambda: 1000 * 1_000_000_000)
+    item = replace(record(), started=51.0, seconds=2.5, code="ABORTED", reason="ABORTED_BY_OPERATOR")
+    collected.trace.observe(replace(record(), method="Batch", generation=None, items=[item]))
+    spans = collected.spans
+    assert set(spans) == {"Batch", "item"}
+    inner = spans["item"]
+    assert inner.parent is not None
+    assert inner.parent.span_id == spans["Batch"].context.span_id
+    assert ((inner.start_time or 0) / 1e9, (inner.end_time or 0) / 1e9) == (997.0, 999.5)
+    attributes = dict(inner.attributes or {})
+    assert attributes["gen_ai.response.id"] == "r"
+    assert attributes["gen_ai.usage.output_tokens"] == 2002
+    assert attributes["error.type"] == "ABORTED_BY_OPERATOR"
+    request = collected.points()["gen_ai.server.request.duration"]
+    assert request.sum == 2.5
+    assert dict(request.attributes)["error.type"] == "ABORTED_BY_OPERATOR"
+
+
 def test_phases_lie_where_the_timings_say() -> None:
     second = 1_000_000_000
     collected = Collected(clock=lambda: 54.0, wall_clock=lambda: 1000 * second)

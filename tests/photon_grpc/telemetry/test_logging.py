@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,46 @@ def test_a_reader_that_does_not_read_costs_records_and_no_time() -> None:
         logging.getLogger().handlers[-1].close()
         writer.close()
         thread.join(20)
+
+
+def test_a_file_that_may_grow_no_further_and_then_may(tmp_path: Path) -> None:
+    """What was cut off ends where it is, each lost record is counted once, and the notice tells of all."""
+    program = [sys.executable, "-c", _LIMITED, str(tmp_path / "log")]
+    ended = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    whole, torn = [], []
+    for line in (tmp_path / "log").read_text().splitlines():
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            torn.append(line)
+    numbers = [record["number"] for record in whole if "number" in record]
+    (notice,) = [record for record in whole if "num_dropped" in record]
+    assert len(torn) == 1
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 100
+    assert notice["num_dropped"] == 101 - len(numbers) == int(ended.stdout)
+
+
+_LIMITED = """
+import resource, sys
+import structlog
+from photon_grpc.options import TelemetryOptions
+from photon_grpc.telemetry.logging import configure_logging, flush_logs, num_dropped_records
+with open(sys.argv[1], "w") as file:
+    configure_logging(TelemetryOptions(log_format="json"), file)
+    log = structlog.get_logger()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    for number in range(100):
+        log.info("line", number=number)
+        if number % 10 == 9:
+            assert flush_logs(20)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.info("line", number=100)
+    assert flush_logs(20)
+    print(num_dropped_records())
+"""
 
 
 def test_a_record_that_cannot_be_put_into_words_is_counted(capsys: pytest.CaptureFixture[str]) -> None:

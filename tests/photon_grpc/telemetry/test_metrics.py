@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 
@@ -30,6 +32,7 @@ STATS = EngineStats(
     prefix_hits=30,
     preemptions=2,
     faults=1,
+    lost_steps=4,
 )
 
 
@@ -72,6 +75,7 @@ def test_engine_figures_are_those_of_the_latest_snapshot() -> None:
         "photon_prefix_cache_hits_total": 30,
         "photon_preemptions_total": 2,
         "photon_corrupted_requests_total": 1,
+        "photon_lost_steps_total": 4,
         "photon_build_info{version=1.2.3}": 1,
     }.items()
 
@@ -206,6 +210,38 @@ def test_what_was_refused_is_shed_and_what_was_cut_off_is_cancelled() -> None:
     assert read["photon_slow_consumer_aborts_total"] == 1
 
 
+def test_the_items_of_a_batch_are_counted_one_by_one() -> None:
+    metrics = Metrics("1")
+    served = call("OK")
+    served.items = [
+        call("OK", generation=generating()),
+        call("UNAVAILABLE", "OVERLOADED"),
+        call("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),
+        call("ABORTED", "ABORTED_BY_OPERATOR", generating()),
+    ]
+    metrics.observe_call(served)
+    ended = call("UNAVAILABLE", "DRAINING")
+    ended.items = [
+        call("OK", generation=generating()),
+        call("CANCELLED", generation=generating()),
+        # Begun, and not yet with the engine.
+        call("CANCELLED"),
+    ]
+    metrics.observe_call(ended)
+    read = scrape(metrics)
+    assert {k: v for k, v in read.items() if k.startswith("photon_shed_total") and v} == {
+        "photon_shed_total{reason=overloaded}": 1,
+        "photon_shed_total{reason=quota_exceeded}": 1,
+        "photon_shed_total{reason=draining}": 1,
+    }
+    assert {k: v for k, v in read.items() if k.startswith("photon_cancelled_total") and v} == {
+        "photon_cancelled_total{by=operator}{state=generating}": 1,
+        "photon_cancelled_total{by=server}{state=generating}": 1,
+    }
+    labels = "{code=%s}{method=photon.v1.InferenceService/Generate}"
+    assert read["photon_rpc_seconds_count" + labels % "OK"] == 1
+
+
 def test_what_is_watched_is_read_at_each_scrape() -> None:
     metrics = Metrics("1")
     figures = {"age": 1.5, "unread": 3, "lag": 0.25}
@@ -219,6 +255,35 @@ def test_what_is_watched_is_read_at_each_scrape() -> None:
     assert read["photon_cache_config_info{block_size=16}{enable_prefix_caching=True}{num_blocks=40}"] == 1
     figures["age"] = 60.0
     assert scrape(metrics)["photon_engine_heartbeat_age_seconds"] == 60.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="figures of a process come from /proc")
+def test_the_engine_s_process_is_measured_beside_the_server_s() -> None:
+    metrics = Metrics("1")
+    running: list[int] = []
+    metrics.watch_engine_process(lambda: running[0] if running else None)
+    before = scrape(metrics)
+    assert before["process_open_fds"] > 0
+    assert not [name for name in before if name.startswith("photon_engine_process")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    running.append(process.pid)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        read = scrape(metrics)
+        assert read["photon_engine_process_resident_memory_bytes"] > 1 << 20
+        assert read["photon_engine_process_cpu_seconds_total"] >= 0
+        assert 3 <= read["photon_engine_process_open_fds"] <= read["photon_engine_process_max_fds"]
+        assert read["photon_engine_process_start_time_seconds"] >= read["process_start_time_seconds"], (
+            "it is the child's"
+        )
+    finally:
+        process.communicate(b"\n")
+    # Its number is known for a moment longer than it lives.
+    after = scrape(metrics)
+    assert not [name for name in after if name.startswith("photon_engine_process")]
 
 
 def test_two_registries_do_not_share() -> None:

@@ -79,7 +79,7 @@ def test_what_a_collector_refuses_is_dropped_and_counted() -> None:
     assert queue.num_dropped == 601
 
 
-def test_an_exporter_that_raises_does_not_end_the_thread() -> None:
+def test_fault_08_an_exporter_that_raises_does_not_end_the_thread() -> None:
     exporter = Exporter()
     exporter.error = RuntimeError("no")
     queue = SpanQueue(exporter, period_s=0.001)

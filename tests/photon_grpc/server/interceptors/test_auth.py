@@ -7,17 +7,23 @@ import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from grpc.aio import _server  # the class behind the abstract grpc.aio.Server
 
+from photon_grpc.errors import UnauthenticatedError
 from photon_grpc.options import AuthOptions, Options, TlsOptions
-from photon_grpc.server.interceptors.auth import role_of
+from photon_grpc.server.callers import Callers
+from photon_grpc.server.interceptors import auth
+from photon_grpc.server.interceptors.auth import AuthInterceptor, role_of
 from photon_grpc.server.server import BoundPorts, Server
-from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
+from photon_grpc.telemetry.pseudonyms import Pseudonyms
+from photon_grpc.v1 import control_pb2, inference_pb2, inference_pb2_grpc, model_pb2
 from tests.support.certificates import Authority
 from tests.support.fake_front_door import FakeFrontDoor
 from tests.support.grpc_harness import quick_options, rich_error, running_server
@@ -31,6 +37,7 @@ GENERATE = inference_pb2.GenerateRequest(spec=inference_pb2.GenerationSpec(text=
 NEEDED = {
     "/photon.v1.InferenceService/StreamGenerate": "infer",
     "/photon.v1.InferenceService/Generate": "infer",
+    "/photon.v1.InferenceService/BatchGenerate": "infer",
     "/photon.v1.InferenceService/Tokenize": "infer",
     "/photon.v1.InferenceService/Detokenize": "infer",
     "/photon.v1.ModelService/GetModelInfo": "inspect",
@@ -45,12 +52,8 @@ NEEDED = {
     "/photon.v1.ControlService/Drain": "control",
 }
 
+Code = grpc.StatusCode
 BOTH_WAYS = {method for method in NEEDED if method.endswith("/ServerReflectionInfo")}
-
-
-def refusals(method: str, code: str) -> set[grpc.StatusCode]:
-    """A stream that the server resets while the client still writes may reach it as INTERNAL."""
-    return {grpc.StatusCode[code], *([grpc.StatusCode.INTERNAL] if method in BOTH_WAYS else [])}
 
 
 @dataclass
@@ -71,7 +74,6 @@ class Guarded:
         target = f"127.0.0.1:{port or self.registered[method]}"
         async with grpc.aio.secure_channel(target, credentials) as channel:
             call = channel.stream_stream(method)(metadata=metadata, timeout=20)
-            # A refusal may be there before the message has left; the reader then hears of it.
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call.write(body)
                 await call.done_writing()
@@ -142,10 +144,71 @@ async def test_no_method_but_health_is_open(tmp_path: Path, monkeypatch: pytest.
         assert len(health) >= 2
         codes = {method: await guarded.code(method) for method in guarded.registered}
         for method, code in codes.items():
-            expected = {grpc.StatusCode.OK} if method in health else refusals(method, "UNAUTHENTICATED")
-            assert code in expected, method
+            expected = grpc.StatusCode.OK if method in health else grpc.StatusCode.UNAUTHENTICATED
+            assert code is expected, method
         # A method of which this file does not know what it needs must be written down here.
         assert guarded.registered.keys() - health == NEEDED.keys()
+        # What is not registered is not open either, nor is a method of the other listener.
+        for method in (*NEEDED, "/photon.v1.InferenceService/NoSuch", "/no.such.Service/Method"):
+            for port in (guarded.ports.public, guarded.ports.admin):
+                assert port is not None
+                async with guarded.call(method, port=port) as call:
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call.read()
+                    assert caught.value.code() in (Code.UNAUTHENTICATED, Code.UNIMPLEMENTED), method
+
+
+def test_every_method_of_the_contract_is_written_down() -> None:
+    """The walk above is over what is registered; this one over what the files in `proto` promise."""
+    files = (inference_pb2, model_pb2, control_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    contract = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    assert contract == {method for method in NEEDED if method.startswith("/photon.v1.")}
+    assert {method: role_of(method) for method in NEEDED} == NEEDED
+
+
+async def test_the_probe_listener_has_health_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(
+        guarded_options(tmp_path, ONE_ROLE_EACH), server=replace(quick_options().server, probe_port=0)
+    )
+    options = replace(options, tls=replace(options.tls, client_ca_file="", require_client_cert=False))
+    server = Server(FakeFrontDoor(), options)
+    ports = await server.start()
+    server.set_serving()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.probe}") as channel:
+            assert (
+                await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=20).code() is Code.OK
+            )
+            for method in NEEDED:
+                for token in TOKENS.values():
+                    metadata = (("authorization", f"Bearer {token}"),)
+                    call = channel.unary_unary(method)(b"", metadata=metadata, timeout=20)
+                    assert await call.code() is Code.UNIMPLEMENTED
+    finally:
+        await server.stop()
+
+
+async def test_a_certificate_that_has_expired_identifies_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one of another authority with the same names: the handshake fails, no method is reached."""
+    callers = "pod infer,inspect,control san:localhost\n"
+    for shown in (
+        AUTHORITY.issue(for_client=True, ends=timedelta(minutes=-1)),
+        AUTHORITY.issue(for_client=True, begins=timedelta(hours=1)),
+        Authority("photon test authority").issue(for_client=True),
+    ):
+        async with guarded_server(tmp_path, monkeypatch, callers) as guarded:
+            info = "/photon.v1.ModelService/GetModelInfo"
+            assert await guarded.code(info) is Code.OK
+            credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, shown.key, shown.certificate)
+            target = f"127.0.0.1:{guarded.registered[info]}"
+            async with grpc.aio.secure_channel(target, credentials) as channel:
+                refused = channel.unary_unary(info)(b"", timeout=20)
+                assert await refused.code() is Code.UNAVAILABLE
 
 
 async def test_every_method_lets_its_role_in_and_no_other(
@@ -158,7 +221,7 @@ async def test_every_method_lets_its_role_in_and_no_other(
                 if role == needed:
                     assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), (method, role)
                 else:
-                    assert code in refusals(method, "PERMISSION_DENIED"), (method, role)
+                    assert code is grpc.StatusCode.PERMISSION_DENIED, (method, role)
 
 
 async def test_refusals_carry_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +260,78 @@ async def test_a_certificate_identifies_where_there_is_no_token(
         assert await guarded.code(generate, TOKENS["infer"], body) is grpc.StatusCode.OK
         # A token that is wrong is not made good by a certificate.
         assert await guarded.code(info, "no-such-token-here") is grpc.StatusCode.UNAUTHENTICATED
+
+
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+
+
+class StreamContext:
+    """Of a stream from a caller without credentials; tells what happened to it, in order."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    async def messages(self, *, first: bytes | None) -> AsyncIterator[bytes]:
+        if first is None:
+            await asyncio.Event().wait()
+        else:
+            self.happened.append("message")
+            yield first
+        raise AssertionError("nobody asks a refused stream for more")
+
+
+async def refuse_a_stream(folder: Path, first: bytes | None) -> list[str]:
+    """What happens to a refused stream that sends `first`, or nothing."""
+    (folder / "callers").write_text(ONE_ROLE_EACH)
+
+    async def behavior(messages: Any, context: Any) -> AsyncIterator[Any]:
+        raise AssertionError("the caller is let in")
+        yield
+
+    async def find(details: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(behavior)
+
+    details: Any = SimpleNamespace(method=REFLECTION, invocation_metadata=())
+    interceptor = AuthInterceptor(Callers(str(folder / "callers")), Pseudonyms())
+    handler = await interceptor.intercept_service(find, details)
+    assert handler is not None
+    context = StreamContext()
+    with pytest.raises(UnauthenticatedError):
+        async for _ in handler.stream_stream(context.messages(first=first), context):
+            pass
+    context.happened.append("refused")
+    return context.happened
+
+
+async def test_a_refused_stream_ends_when_its_first_message_has_come(tmp_path: Path) -> None:
+    """A client whose stream ends while it writes that message hears INTERNAL from its own gRPC library."""
+    assert await refuse_a_stream(tmp_path, b"\xff\xff\xff") == ["message", "refused"]
+
+
+async def test_a_refused_stream_that_says_nothing_ends_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_FIRST_MESSAGE_S", 0.01)
+    assert await refuse_a_stream(tmp_path, None) == ["refused"]
+
+
+async def test_a_stream_is_told_why_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with guarded_server(tmp_path, monkeypatch) as guarded:
+        credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, CLIENT.key, CLIENT.certificate)
+        target = f"127.0.0.1:{guarded.registered[REFLECTION]}"
+        async with grpc.aio.secure_channel(target, credentials) as channel:
+            for _ in range(50):
+                call = channel.stream_stream(REFLECTION)(iter([b""]), timeout=20)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert rich_error(caught.value).reason == "UNAUTHENTICATED"
 
 
 @pytest.mark.parametrize(

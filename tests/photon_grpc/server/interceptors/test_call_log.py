@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from photon_grpc import errors
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import running_server, until
+from tests.support.scripted_service import scripted_service
 
 CANARY = "canary-7f3a"
 SPEC = pb.GenerationSpec(text=CANARY)
@@ -51,6 +53,23 @@ async def test_each_call_leaves_one_line() -> None:
     }
     assert len(finished(records)) == 4
     assert CANARY not in repr(records)
+
+
+async def test_a_batch_leaves_one_line_with_the_sums_of_its_items(tmp_path: Path) -> None:
+    spec = pb.GenerationSpec(text=CANARY)
+    spec.stop.max_tokens, spec.stop.ignore_eos = 5, True
+    wrong = pb.GenerationSpec(text=CANARY, adapter=CANARY)
+    with capture_logs() as records:
+        async with scripted_service(tmp_path) as harness:
+            request = pb.BatchGenerateRequest(request_id="b", specs=[spec, wrong, spec])
+            messages = [message async for message in harness.inference.BatchGenerate(request)]
+            await until(lambda: finished(records))
+    (line,) = finished(records)
+    assert (line["code"], line["request_id"], line["items"], line["failed_items"]) == ("OK", "b", 3, 1)
+    assert line["output_tokens"] == 10
+    assert line["prompt_tokens"] == sum(message.response.usage.prompt_tokens for message in messages) > 0
+    assert CANARY not in repr(records)
+    assert CANARY not in repr([message.error for message in messages])
 
 
 async def test_no_refusal_repeats_the_prompt() -> None:
