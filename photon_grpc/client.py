@@ -278,7 +278,7 @@ class Client:
         return ServedModel(model.model, server.version, model.max_context_tokens)
 
     def wait_until_serving(self, timeout_s: float) -> bool:
-        """Poll health until it says SERVING; False if it did not within `timeout_s`: once, where that is 0."""
+        """Ask until the answer is SERVING; False if it was not within `timeout_s`: once where that is 0."""
         if timeout_s == 0:
             return self._is_serving(_ONCE_S)
         end = time.monotonic() + timeout_s
