@@ -44,6 +44,8 @@ __all__ = [
 
 _READY_SERVICE = "photon.v1.InferenceService"
 _POLL_S = 0.1
+# For an answer of a server that is there; one that is not says so at once.
+_ONCE_S = 5.0
 _CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 _ROLES = {
     "system": inference_pb2.ChatMessage.ROLE_SYSTEM,
@@ -276,7 +278,9 @@ class Client:
         return ServedModel(model.model, server.version, model.max_context_tokens)
 
     def wait_until_serving(self, timeout_s: float) -> bool:
-        """Poll health until it says SERVING; False if it did not within `timeout_s`."""
+        """Ask until the answer is SERVING; False if it was not within `timeout_s`: once where that is 0."""
+        if timeout_s == 0:
+            return self._is_serving(_ONCE_S)
         end = time.monotonic() + timeout_s
         while True:
             left = max(end - time.monotonic(), 0.0)

@@ -54,8 +54,9 @@ def problems(spec: KernelSpec, macros: dict[str, int | str], compiled: Compiled,
     if report.static_shared_bytes > STATIC_SHARED_BYTES:
         found.append(f"{report.static_shared_bytes} bytes of static shared memory")
     shared = report.static_shared_bytes + int(macros.get("PHOTON_SHARED_BYTES", 0))
-    if shared > SHARED_BYTES[arch]:
-        found.append(f"{shared} bytes of shared memory, {arch} has {SHARED_BYTES[arch]}")
+    room = max(SHARED_BYTES.values()) if spec.chosen_by_room else SHARED_BYTES[arch]
+    if shared > room:
+        found.append(f"{shared} bytes of shared memory, there are {room}")
     return found
 
 

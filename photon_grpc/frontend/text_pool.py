@@ -24,20 +24,25 @@ _log = structlog.get_logger(__name__)
 
 
 class TextPool(Executor):
-    """`num_threads` daemon threads. `submit` may be called on any thread."""
+    """`num_threads` daemon threads, from the first work on. `submit` may be called on any thread."""
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         # None ends a thread.
         self._queue: Queue[tuple[Future[Any], Callable[[], Any]] | None] = Queue()
         self._closed = False
-        for _ in range(num_threads):
-            self._start()
+        # A service that does not come to be leaves no threads behind.
+        self._to_start = num_threads
+        self._lock = threading.Lock()
 
     def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
         """Have `fn` called. What is no Exception comes as an InternalError with it as its cause."""
         if self._closed:
             raise RuntimeError("the pool is shut down")
+        with self._lock:
+            while self._to_start:
+                self._start()
+                self._to_start -= 1
         future: Future[_T] = Future()
         self._queue.put((future, partial(fn, *args, **kwargs)))
         return future

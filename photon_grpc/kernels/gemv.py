@@ -115,6 +115,7 @@ GEMV = KernelSpec(
         _macros("f16", "add_rows", "direct", 4864, tokens=16, depth=5),
     ),
     max_registers=128,
+    chosen_by_room=True,
     overlaps=True,
 )
 SPECS = (GEMV,)

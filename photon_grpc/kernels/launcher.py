@@ -52,6 +52,9 @@ class KernelSpec:
     checked: tuple[Mapping[str, int | str], ...] = ({},)
     max_registers: int = 64
     max_spill_bytes: int = 0
+    chosen_by_room: bool = False
+    """Whether its Python twin takes only variants that fit the device's shared memory: then not every
+    architecture needs to have room for every one of them."""
     overlaps: bool = False
     """Whether it may start while the kernel before it still runs (programmatic dependent launch). Its
     source then waits (photon/dependent_launch.cuh) before it touches anything that another kernel

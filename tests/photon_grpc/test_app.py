@@ -255,5 +255,5 @@ async def test_a_file_of_tenants_that_cannot_be_used_refuses_the_start(folder: P
     file = tmp_path / "tenants.toml"
     file.write_text("[tenants.gateway]\nwieght = 4\n")
     options = replace(options_for(folder), tenants=TenantOptions(file=str(file)))
-    with pytest.raises(ConfigError, match=r"tenants\.file: .*\[tenants\.gateway\] wieght: .* weight\?"):
+    with pytest.raises(ConfigError, match=r"tenants\.file: .*\[tenants, 1\] wieght: .* weight\?"):
         await serve(options)

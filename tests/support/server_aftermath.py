@@ -166,9 +166,9 @@ def finished_calls(log: Path) -> list[dict[str, Any]]:
 
 
 def records(log: Path) -> list[dict[str, Any]]:
-    """All lines of a server's log that are records; the last may be half written."""
+    """All lines of a server's log that are records: one may be half written, where room was short."""
     lines = log.read_text().rpartition("\n")[0].splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def state_of(server: ServerProcess) -> int:

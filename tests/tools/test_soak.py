@@ -268,6 +268,7 @@ def test_where_log_and_clients_disagree_is_said(more: list[str], seen: Tally, pr
             'Failed "execute_batch": (<grpc._cython.cygrpc.SendStatusFromServerOperation object at 0x7f>,)',
             False,
         ),
+        ('Failed "execute_batch": (<SendInitialMetadataOperation>, <SendStatusFromServerOperation>)', False),
         ("Failed grpc_call_start_batch: 8 with grpc_call_error value: 'TOO_MANY_OPERATIONS'", True),
         ('Failed "execute_batch": (<grpc._cython.cygrpc.SendMessageOperation object at 0x7f>,)', True),
     ],

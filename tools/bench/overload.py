@@ -51,6 +51,7 @@ __all__ = [
     "tenant_loads",
     "to_result",
     "tokens_per_second",
+    "words",
 ]
 
 TENANTS = ("small", "large")
@@ -173,7 +174,8 @@ def is_told_when(record: CallRecord) -> bool:
     return record.code in REFUSALS and record.refusal is not None and record.refusal.says_when
 
 
-def _words(record: CallRecord) -> str:
+def words(record: CallRecord) -> str:
+    """Status, and reason or message, of a call."""
     refusal = record.refusal
     return record.code if refusal is None else f"{record.code} {refusal.reason or refusal.text}"
 
@@ -308,7 +310,7 @@ def _overload(plan: OverloadPlan, server: ServerHandle, factor: float, peak: Pea
         health=Distribution.of([seconds for asked, seconds in health.answers if begin <= asked < end]),
         send_lateness=Distribution.of([r.sent - r.intended for r in records if begin <= r.intended < end]),
         tenants=_tenant_rows(plan, [result.records for result in results], begin, end),
-        wrong=dict(Counter(_words(record) for record in records if not is_told_when(record))),
+        wrong=dict(Counter(words(record) for record in records if not is_told_when(record))),
         cpu_us_per_shed_call=(
             (cpu.seconds - num_ok * peak.cpu_s_per_call) / len(shed) * 1e6 if shed else None
         ),

@@ -21,7 +21,8 @@ TASKS = "tasks"
 _CALL = "call finished"
 _METHODS = ("photon.v1.InferenceService/Generate", "photon.v1.InferenceService/StreamGenerate")
 _UNHEARD = "ExecuteBatchError raised in core by servicer method"
-_FAILED_BATCH = 'Failed "execute_batch": (<grpc._cython.cygrpc.SendStatusFromServerOperation'
+_FAILED_BATCH = 'Failed "execute_batch"'
+_STATUS = "SendStatusFromServerOperation"
 _MAX_KEPT_ERRORS = 20
 
 
@@ -74,7 +75,8 @@ def _is_unheard(record: dict[str, Any]) -> bool:
     """Whether a batch of operations was taken by grpc and failed; one that was never taken is our mistake."""
     if not record.get("event", "").startswith(_UNHEARD):
         return False
-    return bool(record["exception"][0]["exc_value"].startswith(_FAILED_BATCH))
+    message = record["exception"][0]["exc_value"]
+    return message.startswith(_FAILED_BATCH) and _STATUS in message
 
 
 def audit(log: ServerLog, tally: Tally) -> list[str]:

@@ -23,10 +23,17 @@ def threads() -> list[threading.Thread]:
 
 @pytest.fixture
 def pool() -> Iterator[TextPool]:
-    assert not threads()
+    # Those of a test before may still be at their last work.
+    wait_for_none()
     pool = TextPool(NUM_THREADS)
+    assert not threads(), "before there is work"
+    assert pool.submit(int).result(PATIENCE_S) == 0
     yield pool
     pool.shutdown()
+    wait_for_none()
+
+
+def wait_for_none() -> None:
     for thread in threads():
         thread.join(PATIENCE_S)
     assert not threads()

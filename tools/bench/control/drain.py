@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from tools.bench.bars import Bar
 from tools.bench.figures import CallRecord
 from tools.bench.load import Load, poisson_arrivals, run_load
-from tools.bench.overload import is_told_when
+from tools.bench.overload import is_told_when, words
 from tools.bench.server_handle import ServerHandle
 from tools.bench.server_process import SCRIPTED_VOCAB_SIZE, ServerSpec
 
@@ -42,7 +43,7 @@ class DrainRow:
 
     `failed_after_begin` counts calls that had brought a message and ended with an error, whenever they
     began; `refused` those that were told that the server drains and when to come back; `too_late` those
-    that found nobody any more.
+    that found nobody any more, and `wrong` has all others that failed, by what was said.
     """
 
     in_flight: int
@@ -50,7 +51,7 @@ class DrainRow:
     failed_after_begin: int
     refused: int
     too_late: int
-    wrong: int
+    wrong: dict[str, int]
     exit_code: int
     exit_s: float
 
@@ -109,7 +110,7 @@ def judge(records: tuple[CallRecord, ...], signalled: float, exit_code: int, exi
         failed_after_begin=sum(r.num_messages > 0 for r in failed),
         refused=len(refused),
         too_late=len(too_late),
-        wrong=len(failed) - len(refused) - len(too_late),
+        wrong=dict(Counter(words(r) for r in failed if r not in refused and r not in too_late)),
         exit_code=exit_code,
         exit_s=exit_s,
     )
@@ -117,11 +118,13 @@ def judge(records: tuple[CallRecord, ...], signalled: float, exit_code: int, exi
 
 def promises(plan: DrainPlan, rows: list[DrainRow]) -> list[Bar]:
     """Of all rounds together."""
-    failed = sum(row.in_flight_failed + row.failed_after_begin + row.wrong for row in rows)
+    failed = sum(row.in_flight_failed + row.failed_after_begin for row in rows)
+    wrong = sum(sum(row.wrong.values()) for row in rows)
     longest = max(row.exit_s for row in rows)
     # The stop of listeners and engine has bounds of its own.
     return [
-        Bar("drain: failed calls", failed, 0, at_least=False),
+        Bar("drain: calls in flight that failed", failed, 0, at_least=False),
+        Bar("drain: later calls with a wrong end", wrong, 0, at_least=False),
         Bar("drain: exit codes that are not 0", sum(row.exit_code != 0 for row in rows), 0, at_least=False),
         Bar("drain: longest exit, s", longest, plan.propagation_s + plan.max_s, at_least=False),
     ]

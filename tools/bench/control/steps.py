@@ -7,7 +7,6 @@ and with a client that asks for token counts at a fixed rate.
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,10 +88,6 @@ def _measure(plan: StepsPlan, model: str, process: str) -> StepsRow:
 
 
 def _steps_per_second(plan: StepsPlan, address: str) -> float:
-    return asyncio.run(_generate(plan, address))
-
-
-async def _generate(plan: StepsPlan, address: str) -> float:
     spec = inference_pb2.GenerationSpec(
         token_ids=inference_pb2.TokenIds(ids=[5 + i % 90 for i in range(16)]),
         sampling=inference_pb2.SamplingParams(temperature=0.0, n=_COMPLETIONS),
@@ -100,11 +95,10 @@ async def _generate(plan: StepsPlan, address: str) -> float:
         output=inference_pb2.OutputOptions(text=False),
     )
     request = inference_pb2.GenerateRequest(spec=spec)
-    async with grpc.aio.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        answers = await asyncio.gather(
-            *(stub.Generate(request, timeout=_TIMEOUT_S) for _ in range(plan.requests))
-        )
+        calls = [stub.Generate.future(request, timeout=_TIMEOUT_S) for _ in range(plan.requests)]
+        answers = [call.result() for call in calls]
     # A step brings each completion a token; the first came with the prompt.
     return median((plan.new_tokens - 1) / answer.timings.decode.ToNanoseconds() * 1e9 for answer in answers)
 
