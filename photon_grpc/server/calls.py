@@ -149,9 +149,15 @@ class Call:
         self._calls.remove(self)
         if self._left is not None:
             self._left.set()
-        if self._error is not None and isinstance(exc, asyncio.CancelledError):
-            self._task.uncancel()
-            raise self._error from None
+        # The traceback of an error that is raised here leads to this frame, and so to the call: one that kept
+        # the error would be a cycle, and with it all that the call had would wait for the garbage collector.
+        error, self._error = self._error, None
+        try:
+            if error is not None and isinstance(exc, asyncio.CancelledError):
+                self._task.uncancel()
+                raise error from None
+        finally:
+            del error
 
 
 class Calls:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import grpc
@@ -67,6 +69,30 @@ async def test_the_first_reason_stands() -> None:
         await task
     assert len(calls) == 0
     assert task.cancelling() == 0
+
+
+async def test_an_ended_call_is_freed_without_the_garbage_collector() -> None:
+    calls = Calls(LimitOptions())
+
+    async def catch(opened: asyncio.Future[Call]) -> weakref.ref[OperatorAbortError]:
+        try:
+            await hold(calls, Context(), opened)
+        except OperatorAbortError as error:
+            return weakref.ref(error)
+        raise AssertionError("the call was not ended")
+
+    async def end_one() -> weakref.ref[OperatorAbortError]:
+        opened: asyncio.Future[Call] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(catch(opened))
+        (await opened).end(OperatorAbortError())
+        return await task
+
+    gc.disable()
+    try:
+        # What the error's traceback leads to is all that the call had: request, stream, context.
+        assert [(await end_one())() for _ in range(3)] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_a_cancellation_from_outside_stays_one() -> None:
