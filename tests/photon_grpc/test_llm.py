@@ -114,12 +114,14 @@ def test_an_empty_list_is_no_work(llm: LLM) -> None:
 
 
 def test_a_folder_that_is_none_leaves_no_thread(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(ModelLoadError, match="no such folder"):
         LLM(str(tmp_path / "nowhere"))
     with pytest.raises(ModelLoadError):
         LLM(str(tmp_path))
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+        assert not thread.is_alive(), thread
 
 
 def test_close_twice_is_harmless(folder: Path) -> None:
