@@ -33,19 +33,23 @@ async def fuzz(seed: int, numbers: Sequence[int]) -> int:
     """Send the messages of these numbers; the exit code."""
     began = time.monotonic()
     done = 0
+    # Of use on a terminal only.
+    shows_progress = sys.stderr.isatty()
 
     def tell(sent: int) -> None:
         nonlocal done
         done += sent
         rate = done / (time.monotonic() - began)
         found = len(fuzzer.findings)
-        print(f"\r{done}/{len(numbers)} messages, {rate:.0f}/s, {found} findings", end="", file=sys.stderr)
+        if shows_progress:
+            print(f"\r{done}/{len(numbers)} messages, {rate:.0f}/s, {found} findings", end="", file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as folder:
         async with fuzzed_service(Path(folder)) as fuzzer:
             await fuzzer.run(seed, numbers, tell)
             await fuzzer.check_rest()
-    print(file=sys.stderr)
+    if shows_progress:
+        print(file=sys.stderr)
     for status in sorted({status for _, status in fuzzer.ends}):
         kinds = {kind: count for (kind, other), count in sorted(fuzzer.ends.items()) if other == status}
         of_kinds = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
