@@ -42,7 +42,8 @@ async def fuzz(seed: int, numbers: Sequence[int]) -> int:
         rate = done / (time.monotonic() - began)
         found = len(fuzzer.findings)
         if shows_progress:
-            print(f"\r{done}/{len(numbers)} messages, {rate:.0f}/s, {found} findings", end="", file=sys.stderr)
+            text = f"\r{done}/{len(numbers)} messages, {rate:.0f}/s, {found} findings"
+            print(text, end="", file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as folder:
         async with fuzzed_service(Path(folder)) as fuzzer:
