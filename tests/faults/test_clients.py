@@ -33,7 +33,7 @@ from tests.support.call_stages import (
     scripted_server,
 )
 from tests.support.fault_proxy import fault_proxy
-from tests.support.server_aftermath import Aftermath
+from tests.support.server_aftermath import STORM_BYTES, Aftermath
 from tests.support.server_process import ClientProcess
 
 # A clock must leave a slow machine the time to come to the stage; the next is tried when it did not.
@@ -249,7 +249,7 @@ def test_fault_27_calls_that_are_opened_and_cancelled_by_the_thousand(tmp_path: 
         for _ in range(2):
             asyncio.run(storm(server.address, 3000, chance))
             gc.collect()  # the client's connections end with its calls, which stand in cycles
-            aftermath.check()
+            aftermath.check(spare_bytes=STORM_BYTES)
         ended = [call["request_id"] for call in aftermath.finished_calls()]
         assert len(ended) == len(set(ended)), "a call ended twice"
         assert server.stop() == 0

@@ -32,7 +32,7 @@ from tests.support.raw_http2 import (
     header_block,
     http2,
 )
-from tests.support.server_aftermath import Aftermath
+from tests.support.server_aftermath import STORM_BYTES, Aftermath
 
 AUTHORITY = Authority("authority")
 METHOD = "/photon.v1.InferenceService/StreamGenerate"
@@ -254,4 +254,5 @@ def test_fault_37_calls_that_are_reset_at_once(plain: Aftermath) -> None:
             ):
                 break
         until_closed(connection)
-    plain.check()
+    # On a busy machine most of the 5,000 are live at once.
+    plain.check(spare_bytes=STORM_BYTES)
