@@ -9,6 +9,7 @@ In float32 the text itself is that of the CPU.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,18 +69,36 @@ def options(dtype: str, max_num_seqs: int = 128) -> Options:
     )
 
 
-def generate(runner: Any, prompts: Sequence[tuple[int, ...]], num_tokens: int = NUM_TOKENS) -> list[Chosen]:
-    core = engine_core(runner, max_num_seqs=128, max_num_batched_tokens=1024)
-    for key, prompt in enumerate(prompts):
-        core.submit(Submit(key, engine_request(prompt, num_tokens, eos_token_ids=(), top_logprobs=4)))
-    chosen = [Chosen(prompt, [], []) for prompt in prompts]
-    for output in run_to_end(core):
-        assert output.failure is None
-        chosen[output.key].token_ids.extend(output.token_ids)
-        for token_id, entry in zip(output.token_ids, output.logprobs, strict=True):
-            chosen[output.key].logprobs.append({**dict(entry.top), token_id: entry.logprob})
-    assert all(len(one.token_ids) == len(one.logprobs) == num_tokens for one in chosen)
-    return chosen
+class Engine:
+    """A core over a runner, for one set of prompts after the other."""
+
+    def __init__(self, folder: Path, chosen: Options) -> None:
+        self._runner = build_runner(folder, chosen)
+        # Who was here before makes no difference to a later prompt.
+        self._core = engine_core(
+            self._runner,
+            max_num_seqs=chosen.scheduler.max_num_seqs,
+            max_num_batched_tokens=chosen.scheduler.max_num_batched_tokens,
+            prefix_caching=False,
+        )
+        self._keys = itertools.count()
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], num_tokens: int = NUM_TOKENS) -> list[Chosen]:
+        """All at the same time: behind the first ones' prompts they decode together."""
+        chosen = {next(self._keys): Chosen(prompt, [], []) for prompt in prompts}
+        for key, one in chosen.items():
+            request = engine_request(one.prompt, num_tokens, eos_token_ids=(), top_logprobs=4)
+            self._core.submit(Submit(key, request))
+        for output in run_to_end(self._core):
+            assert output.failure is None
+            chosen[output.key].token_ids.extend(output.token_ids)
+            for token_id, entry in zip(output.token_ids, output.logprobs, strict=True):
+                chosen[output.key].logprobs.append({**dict(entry.top), token_id: entry.logprob})
+        assert all(len(one.token_ids) == len(one.logprobs) == num_tokens for one in chosen.values())
+        return list(chosen.values())
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 def judge(chosen: list[Chosen], exact: TransformersModel, rounded: TransformersModel) -> None:
@@ -106,11 +125,11 @@ def judge(chosen: list[Chosen], exact: TransformersModel, rounded: TransformersM
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Runner and the two references of a model in a type, made once."""
-    runners = []
+    """The engine and the two references of a model in a type, made once."""
+    engines: list[Engine] = []
 
     @functools.cache
-    def make(name: str, dtype: torch.dtype) -> tuple[Any, TransformersModel, TransformersModel]:
+    def make(name: str, dtype: torch.dtype) -> tuple[Engine, TransformersModel, TransformersModel]:
         word = str(dtype).removeprefix("torch.")
         if name == "demo":
             folder = DEMO
@@ -120,17 +139,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             folder = tiny_model_folder(
                 tmp_path_factory.mktemp(name), family, vocab_size=VOCAB_SIZE, dtype=word, **sizes
             )
-        runner = build_runner(folder, options(word))
-        runners.append(runner)
+        engines.append(Engine(folder, options(word)))
         device = torch.device("cuda")
         exact, rounded = (
             TransformersModel(folder, dtype=one, device=device) for one in (torch.float32, dtype)
         )
-        return runner, exact, rounded
+        return engines[-1], exact, rounded
 
     yield make
-    for runner in runners:
-        runner.close()
+    for engine in engines:
+        engine.close()
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -142,11 +160,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_tokens_and_logprobs_are_those_of_transformers(
     made: Any, name: str, dtype: torch.dtype, batch: int
 ) -> None:
-    runner, exact, rounded = made(name, dtype)
+    engine, exact, rounded = made(name, dtype)
     prompts = [
         tuple(random_prompt(1 + (7 * row + 14) % 41, seed=row, vocab_size=VOCAB_SIZE)) for row in range(batch)
     ]
-    judge(generate(runner, prompts), exact, rounded)
+    judge(engine.generate(prompts), exact, rounded)
 
 
 def text_prompts() -> list[tuple[int, ...]]:
@@ -156,8 +174,8 @@ def text_prompts() -> list[tuple[int, ...]]:
 
 def test_the_demo_model_writes_text_in_bfloat16(made: Any) -> None:
     """What its text is on a GPU unless told otherwise; how long it is that of float32, `-rP` shows."""
-    runner, exact, rounded = made("demo", torch.bfloat16)
-    chosen = generate(runner, text_prompts(), TEXT_TOKENS)
+    engine, exact, rounded = made("demo", torch.bfloat16)
+    chosen = engine.generate(text_prompts(), TEXT_TOKENS)
     judge(chosen, exact, rounded)
     for text, one in zip(TEXTS, chosen, strict=True):
         expected = exact.greedy(one.prompt, TEXT_TOKENS)
