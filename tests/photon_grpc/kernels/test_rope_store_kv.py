@@ -83,6 +83,20 @@ def test_rope_alone(head_dim: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64])
+def test_positions_up_to_128k(index_type: torch.dtype) -> None:
+    num_positions, head_dim = 131_072, 128
+    frequencies = 500_000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+    positions = torch.tensor([0, 32_767, 32_768, 65_535, 131_071])
+    x = randn(5, 4, head_dim, dtype=torch.bfloat16)
+    on_device = x.cuda()
+    rope(on_device, table.cuda(), positions.to("cuda", index_type))
+    assert_ulps(on_device, rotated(x, None, table, positions), floor=CANCELLED)
+
+
+@pytest.mark.gpu
 def test_store_kv() -> None:
     case = Case(41, 0, 4, 128, 16, torch.float16)
     cache = torch.full(case.cache_shape, float("nan"), device="cuda", dtype=torch.float16)
