@@ -29,9 +29,10 @@ from photon_grpc.models.registry import build_model, load_config
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner.backend import Backend, choose_backend
 from photon_grpc.runner.kv_cache import KVCache
+from photon_grpc.runner.sampler import Sampler
 from photon_grpc.runner.warmup import warm_up
-from photon_grpc.scheduler.output import SequenceOutput
-from photon_grpc.types import TokenLogprobs
+from photon_grpc.scheduler.output import SamplerSpec, SequenceOutput
+from photon_grpc.types import EffectiveSampling, TokenLogprobs
 from tests.support.aftermath import assert_core_clean, assert_told_once
 from tests.support.builders import engine_core, engine_request, generate, model_info, run_to_end, sampling
 from tests.support.paged_model import TransformersModel
@@ -105,6 +106,17 @@ class Checkpoint:
         lost = float((logits.max(-1).values - chosen).max())
         assert lost <= 2 * MOST * off, (len(prompt), lost, off)
         assert off < float(logits.std()) / 5, "the type is too coarse for the model to judge anything"
+
+    def assert_drawn(self, prompt: tuple[int, ...], tokens: list[int], spec: EffectiveSampling) -> None:
+        """Behind those before it each token is what the CPU sampler draws from transformers' logits; in 16
+        bits most are, since a draw has near ties as well, and a wrong seed or count would leave none.
+        """
+        sampler = Sampler(self.config.vocab_size, torch.device("cpu"))
+        sampler.add(0, SamplerSpec(spec), prompt, len(prompt))
+        logits = self.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+        drawn = [sampler.sample([0], row[None]).token_ids[0] for row in logits]
+        equal = sum(one == other for one, other in zip(tokens, drawn, strict=True))
+        assert equal >= len(tokens) * (1.0 if self._rounded is None else 0.85), (equal, len(tokens))
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """[tokens, vocab] of transformers."""
@@ -339,6 +351,31 @@ def test_fault_20_seeded_sampling_depends_on_the_request_alone(llama_float32: Ch
     small = llama_float32.core(num_blocks=20)
     assert generate(small, **company, only=seeded(7))["only"] == alone
     assert small.scheduler.stats().preemptions > 0
+
+
+@pytest.mark.parametrize(
+    ("where", "company"),
+    [
+        ({}, 0),
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 4}, 0),
+        ({}, 5),
+        ({"num_blocks": 20}, 5),
+    ],
+    ids=["alone", "chunked", "company", "preempted"],
+)
+def test_fault_20_seeded_draws_are_those_of_the_cpu_sampler(
+    llama: Checkpoint, where: dict[str, int], company: int
+) -> None:
+    prompt = llama.prompt(30)
+    specs = [sampling(temperature=0.9, top_p=0.95, seed=7 + 100 * n) for n in range(1 + company)]
+    core = llama.core(**where)
+    requests = {
+        f"r{n}": engine_request(prompt, 40, eos_token_ids=(), sampling=spec) for n, spec in enumerate(specs)
+    }
+    tokens = generate(core, **requests)
+    for spec, drawn in zip(specs, tokens.values(), strict=True):
+        llama.assert_drawn(prompt, drawn, spec)
+    assert (core.scheduler.stats().preemptions > 0) == ("num_blocks" in where)
 
 
 def test_completions_of_one_request_differ(llama_float32: Checkpoint) -> None:
