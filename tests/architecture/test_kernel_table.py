@@ -1,4 +1,4 @@
-"""tests/README.md says by which tests each kernel is held to what: every kernel is there, and every test is."""
+"""tests/README.md says by which tests each kernel is held to what: all kernels are there, all tests exist."""
 
 from __future__ import annotations
 
