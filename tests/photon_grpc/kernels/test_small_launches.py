@@ -25,6 +25,7 @@ from photon_grpc.kernels import sampling as sampling_module
 from photon_grpc.kernels import skinny_gemm as skinny_module
 from photon_grpc.kernels.apply_updates import SEGMENT_DTYPE, apply_updates
 from photon_grpc.kernels.embedding import embedding
+from photon_grpc.kernels.launcher import Variant
 from photon_grpc.kernels.linear_output import OUTPUTS, LinearOutput
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.kernels.registry import SPECS
@@ -453,23 +454,30 @@ for cluster, vocab, dtype in ((1, 2101, torch.float32), (2, 2101, BF16), (8, 409
 
 
 @pytest.fixture
-def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels that are loaded here believe in a device of `NUM_MULTIPROCESSORS`."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names of the kernels that are launched; they believe in a device of `NUM_MULTIPROCESSORS`."""
     device = replace(launcher.require_cuda(), num_multiprocessors=NUM_MULTIPROCESSORS)
     monkeypatch.setattr(launcher, "require_cuda", lambda: device)
-    launcher.load.cache_clear()
-    yield
-    launcher.load.cache_clear()
+    load, names = launcher.load, set()
+
+    def noted(variant: Variant, shared_bytes: int = 0) -> launcher.Kernel:
+        names.add(variant.spec.name)
+        return load(variant, shared_bytes)
+
+    monkeypatch.setattr(launcher, "load", noted)
+    load.cache_clear()
+    yield names
+    load.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("kernel", "name"), [(kernel, name) for kernel, launches in LAUNCHES.items() for name in launches]
 )
-@pytest.mark.usefixtures("few_multiprocessors")
-def test_small_launch(kernel: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_launch(kernel: str, name: str, launched: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     LAUNCHES[kernel][name](monkeypatch)
     torch.cuda.synchronize()
+    assert kernel in launched, "another kernel took its place"
 
 
 def test_every_kernel_has_small_launches() -> None:
