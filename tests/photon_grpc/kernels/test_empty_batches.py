@@ -76,7 +76,7 @@ def run_prefill(made: Memory) -> None:
     cache = made(9, 2, 2, 16, 64)
     for rows in (0, 3):
         tables, lens = made(rows, 5, dtype=torch.int32), made(rows, dtype=torch.int32)
-        starts = made(rows + 1, dtype=torch.int32).zero_()
+        starts = torch.zeros(rows + 1, dtype=torch.int32, device=cache.device)
         q = made(0, 8, 64)
         paged_attention_prefill(made(0, 8, 64), q, cache, tables, lens, starts, 0.125)
 
