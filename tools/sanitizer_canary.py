@@ -16,8 +16,8 @@ _BODIES = {
     # Every thread reads its neighbour's word, with no barrier between.
     "racecheck": "__shared__ int words[64]; words[threadIdx.x] = data[0];"
     " data[threadIdx.x] = words[63 - threadIdx.x];",
-    # A barrier of a whole warp that half of it comes to.
-    "synccheck": "if (threadIdx.x % 32 < 16) { __syncwarp(0xffffffffu); data[threadIdx.x] = 1; }",
+    # A barrier of the CTA that a part of a warp comes to, the others having left.
+    "synccheck": "if (threadIdx.x < 40) { data[0] = 1; __syncthreads(); data[threadIdx.x] = 2; }",
     # The sum of memory that nobody wrote.
     "initcheck": "atomicAdd(data + 64, data[threadIdx.x]);",
 }

@@ -31,9 +31,10 @@ from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.kernels.registry import SPECS
 from photon_grpc.kernels.rmsnorm import add_rms_norm, rms_norm
 from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope_store_kv, store_kv
+from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.silu_and_mul import silu_and_mul
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows, step_inputs
-from photon_grpc.runner.cuda_sampler import CudaSampler
+from photon_grpc.runner.cuda_sampler import CudaSampler, pack_sequence
 from photon_grpc.runner.sampler import Sampler
 from photon_grpc.scheduler.output import SamplerSpec
 from tests.support import linear
@@ -416,7 +417,7 @@ DRAWN = (
 )
 
 
-def sampling_case(greedy: bool, cluster: int, vocab: int, dtype: torch.dtype, top: int | None) -> Launch:
+def sampling_case(greedy: bool, cluster: int, vocab: int, dtype: torch.dtype) -> Launch:
     """Rows of all kinds of parameters."""
 
     def launch(patch: pytest.MonkeyPatch) -> None:
@@ -426,7 +427,7 @@ def sampling_case(greedy: bool, cluster: int, vocab: int, dtype: torch.dtype, to
         on_cpu = Sampler(vocab, torch.device("cpu"))
         on_gpu = CudaSampler(vocab, torch.device("cuda"), max_num_seqs=len(changes))
         for row, change in enumerate(changes):
-            spec = SamplerSpec(sampling(temperature=temperature, seed=row, **change), top_logprobs=top)
+            spec = SamplerSpec(sampling(temperature=temperature, seed=row, **change))
             for sampler in (on_cpu, on_gpu):
                 sampler.add(row, spec, (1, 2, 9), 2)
         plain = torch.randn(len(changes), vocab, generator=torch.Generator().manual_seed(vocab)) * 3
@@ -437,17 +438,51 @@ def sampling_case(greedy: bool, cluster: int, vocab: int, dtype: torch.dtype, to
             result = on_gpu.sample(range(len(changes)), given.cuda())
             assert result.token_ids == expected.token_ids
             assert result.faults == expected.faults
-            for row, entry in expected.logprobs.items():
-                assert result.logprobs[row].logprob == pytest.approx(entry.logprob, abs=1e-11)
-                assert [one for one, _ in result.logprobs[row].top] == [one for one, _ in entry.top]
 
     return launch
 
 
-for cluster, vocab, dtype in ((1, 2101, torch.float32), (2, 2101, BF16), (8, 4099, torch.float32)):
-    case("sample", f"shared-by-{cluster}", sampling_case(False, cluster, vocab, dtype, None))
-    case("sample_greedy", f"shared-by-{cluster}", sampling_case(True, cluster, vocab, dtype, None))
-    case("logprobs", f"shared-by-{cluster}", sampling_case(True, cluster, vocab, dtype, 5))
+def logprobs_case(cluster: int, vocab: int, dtype: torch.dtype) -> Launch:
+    """No alternatives and some, the number in the arguments and by row; nothing else that has clusters."""
+
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(sampling_module, "cluster_size", lambda device, rows: cluster)
+        memory = Fenced()
+        plain = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+        token_ids = torch.tensor([3, vocab - 1, 0], dtype=torch.int32)
+        state = SamplingState.allocate(3, 4, torch.device("cuda"))
+        asked = (None, 0, 5)
+        for slot, count in enumerate(asked):
+            record = pack_sequence(SamplerSpec(sampling(), top_logprobs=count), (1,), 1, vocab).record
+            state.params[slot] = torch.from_numpy(record.view("u1")).cuda()
+        slots = memory.copy(torch.arange(3, dtype=torch.int32))
+        for logits in (plain, plain * 1e-3):
+            given = logits.to(dtype)
+            expected = torch.log_softmax(given.double(), -1)
+            on_device = memory.copy(given)
+            for tops, how in (((5, 5, 5), 5), (asked, (slots, state))):
+                chosen = memory.empty(3, dtype=torch.float64)
+                top_ids = memory.empty(3, 5, dtype=torch.int32)
+                values = memory.empty(3, 5, dtype=torch.float64)
+                sampling_module.logprobs(chosen, top_ids, values, on_device, memory.copy(token_ids), how)
+                for row, top in enumerate(tops):
+                    if top is None:
+                        assert bool(chosen[row].isnan())
+                        continue
+                    assert abs(float(chosen[row]) - float(expected[row, token_ids[row]])) < 1e-11
+                    order = expected[row].sort(descending=True, stable=True).indices[:top]
+                    assert top_ids[row, :top].tolist() == order.tolist()
+                    assert bool((values[row, :top].cpu() - expected[row, order]).abs().lt(1e-11).all())
+                    assert bool(values[row, top:].isnan().all())
+        memory.check()
+
+    return launch
+
+
+for cluster, dtype in ((1, torch.float32), (2, BF16), (8, torch.float32)):
+    case("sample", f"shared-by-{cluster}", sampling_case(False, cluster, 2101, dtype))
+    case("sample_greedy", f"shared-by-{cluster}", sampling_case(True, cluster, 2101, dtype))
+    case("logprobs", f"shared-by-{cluster}", logprobs_case(cluster, 2101, dtype))
 
 
 # --- the tests ----------------------------------------------------------------------------------
