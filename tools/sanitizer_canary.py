@@ -16,8 +16,9 @@ _BODIES = {
     # Every thread reads its neighbour's word, with no barrier between.
     "racecheck": "__shared__ int words[64]; words[threadIdx.x] = data[0];"
     " data[threadIdx.x] = words[63 - threadIdx.x];",
-    # A barrier of the CTA that a part of a warp comes to, the others having left.
-    "synccheck": "if (threadIdx.x < 40) { data[0] = 1; __syncthreads(); data[threadIdx.x] = 2; }",
+    # A barrier of half a warp that one thread more comes to. (Threads that have left are waited for by none.)
+    "synccheck": "unsigned mask = __ballot_sync(0xffffffffu, threadIdx.x % 32 < 16);"
+    " if (threadIdx.x % 32 <= 16) { data[threadIdx.x] = 1; __syncwarp(mask); data[0] = data[threadIdx.x]; }",
     # The sum of memory that nobody wrote.
     "initcheck": "atomicAdd(data + 64, data[threadIdx.x]);",
 }
