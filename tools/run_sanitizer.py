@@ -11,8 +11,8 @@ What runs are the small launches (`tests/photon_grpc/kernels/test_small_launches
 of every kernel in a few CTAs, and only the one kernel is instrumented: torch's own products and reductions,
 which tests judge by, would take a hundred times as long as well. initcheck has to see all that writes, and
 instruments everything. Under racecheck a kernel of clusters that it does not instrument ends with an illegal
-address (2025.3.1, compute capability 9.0), so no small launch may need another such kernel. With --tests it is
-a few parametrisations of every GPU test of kernels instead, the long ones left out, in one process a tool.
+address (2025.3.1, compute capability 9.0), so no small launch may need another such kernel. With --tests it
+is a few parametrisations of every GPU test of kernels instead, the long ones left out, in one process a tool.
 Before that each tool has to find a planted error.
 
 Exit code 0 when every process found nothing and every test passed, 1 otherwise, 2 where the GPU, a library
