@@ -17,22 +17,22 @@ import torch
 
 from photon_grpc.errors import BackendUnavailableError
 from photon_grpc.kernels.compiler import Macros, architecture, cubin_file, nvrtc_version
-from photon_grpc.kernels.tensor_map import MAP_BYTES
 
 Pointer = int
 """The declared type of a device address, `tensor.data_ptr()`; 0 where the kernel allows none."""
 
 TensorMap = np.void
-"""The declared type of a map of `kernels.tensor_map`, a `const __grid_constant__ TensorMap` of the kernel."""
+"""The declared type of a tensor map by value, the bytes that `tensor_map.tensor_map` makes."""
+TENSOR_MAP_BYTES = 128
 
-Argument = int | np.int32 | np.int64 | np.float32 | np.void
+Argument = int | np.int32 | np.int64 | np.float32 | TensorMap
 
 _NUMPY_TYPES: dict[type, str] = {
     Pointer: "u8",
     np.int32: "i4",
     np.int64: "i8",
     np.float32: "f4",
-    TensorMap: f"V{MAP_BYTES}",
+    TensorMap: f"V{TENSOR_MAP_BYTES}",
 }
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)

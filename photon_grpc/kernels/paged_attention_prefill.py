@@ -253,15 +253,13 @@ def paged_attention_prefill(
             np.int32(num_items),
             scale_log2,
             tensor_map(
-                q.data_ptr(),
-                storage,
+                q,
                 (head_dim, num_heads, tokens),
                 (head_dim, stride),
                 (ROW_ELEMENTS, group, tile_tokens),
             ),
             tensor_map(
-                kv_cache.data_ptr(),
-                storage,
+                kv_cache,
                 (head_dim, kv_cache.numel() // head_dim),
                 (head_dim,),
                 (ROW_ELEMENTS, math.gcd(block_size, tiling.key_tile)),

@@ -19,6 +19,8 @@ _STAGES, _STAGE_BYTES = 4, (_TILE_TOKENS + 2 * TILE_INNER) * 128
 _OUTPUT_BYTES, _BARRIER_BYTES = _TILE_TOKENS * TILE_INNER * 2, 64
 _SHARED_BYTES = _STAGES * _STAGE_BYTES + _OUTPUT_BYTES + _BARRIER_BYTES
 _ARCH = "sm_90a"
+_MIN_TOKENS = 384
+_MIN_FILL = 0.88
 
 SWIGLU_GEMM = KernelSpec(
     name="swiglu_gemm",
@@ -40,6 +42,25 @@ SPECS = (SWIGLU_GEMM,)
 def can_multiply(inner: int) -> bool:
     """Whether there is a kernel for a weight [2 * inner, any k] on this GPU."""
     return inner % TILE_INNER == 0 and launcher.require_cuda().arch == _ARCH
+
+
+def is_faster(tokens: int, inner: int) -> bool:
+    """Whether this beats a product of cuBLASLt and the activation behind it, by the shape alone.
+
+    It does by 3 to 10 % of an MLP wherever the last round of its tiles is nearly full (H100, 512 to 8,192
+    tokens of Llama 3.2 1B and 3.1 8B); with few tokens, or many places empty, it does not.
+    """
+    if tokens < _MIN_TOKENS or not can_multiply(inner):
+        return False
+    tiles = _num_tiles(tokens, inner)
+    clusters = launcher.require_cuda().num_multiprocessors // _CLUSTER
+    places = -(-tiles // clusters) * clusters * _CLUSTER * _TILE_TOKENS * TILE_INNER
+    return tokens * inner >= _MIN_FILL * places
+
+
+def _num_tiles(tokens: int, inner: int) -> int:
+    """Of the two CTAs of a cluster together."""
+    return -(-tokens // (_CLUSTER * _TILE_TOKENS)) * (inner // TILE_INNER)
 
 
 def swiglu_gemm(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -67,15 +88,14 @@ def swiglu_gemm(out: Tensor, x: Tensor, weight: Tensor) -> None:
     kernel = launcher.load(
         SWIGLU_GEMM.variant(PHOTON_STORAGE=storage, PHOTON_SHARED_BYTES=_SHARED_BYTES), _SHARED_BYTES
     )
-    tiles = -(-tokens // (_CLUSTER * _TILE_TOKENS)) * (inner // TILE_INNER)
-    clusters = min(device.num_multiprocessors // _CLUSTER, tiles)
+    clusters = min(device.num_multiprocessors // _CLUSTER, _num_tiles(tokens, inner))
     kernel(
         (_CLUSTER * clusters, 1, 1),
         _THREADS,
         np.int32(tokens),
         np.int32(inner),
         np.int32(k),
-        tensor_map(out.data_ptr(), storage, (inner, tokens), (inner,), (ROW_ELEMENTS, _WARPGROUP_TOKENS)),
-        tensor_map(x.data_ptr(), storage, (k, tokens), (stride,), (ROW_ELEMENTS, _TILE_TOKENS)),
-        tensor_map(weight.data_ptr(), storage, (k, 2 * inner), (k,), (ROW_ELEMENTS, TILE_INNER)),
+        tensor_map(out, (inner, tokens), (inner,), (ROW_ELEMENTS, _WARPGROUP_TOKENS)),
+        tensor_map(x, (k, tokens), (stride,), (ROW_ELEMENTS, _TILE_TOKENS)),
+        tensor_map(weight, (k, 2 * inner), (k,), (ROW_ELEMENTS, TILE_INNER)),
     )

@@ -19,7 +19,6 @@ from photon_grpc.kernels.paged_attention_prefill import (
     WGMMA_TILINGS,
     paged_attention_prefill,
 )
-from photon_grpc.kernels.tensor_map import MAP_BYTES
 from tests.support.kernels import FakeLauncher, Fenced, randn
 from tests.support.paged_attention import Rows, Shape, assert_close, attend, make_rows
 
@@ -268,7 +267,7 @@ class Maps:
 
     def tensor_map(self, *arguments: object) -> np.void:
         self.asked.append(arguments)
-        return np.void(bytes(MAP_BYTES))
+        return np.void(bytes(launcher.TENSOR_MAP_BYTES))
 
 
 @pytest.fixture
@@ -315,8 +314,8 @@ def test_launch_by_wgmma(monkeypatch: pytest.MonkeyPatch, maps: Maps, head_dim: 
     assert isinstance(q, Tensor)
     assert isinstance(kv_cache, Tensor)
     assert maps.asked == [
-        (q.data_ptr(), "bf16", (head_dim, 8, 70), (head_dim, 8 * head_dim), (64, 4, tile_tokens)),
-        (kv_cache.data_ptr(), "bf16", (head_dim, 9 * 2 * 2 * 16), (head_dim,), (64, 16)),
+        (q, (head_dim, 8, 70), (head_dim, 8 * head_dim), (64, 4, tile_tokens)),
+        (kv_cache, (head_dim, 9 * 2 * 2 * 16), (head_dim,), (64, 16)),
     ]
 
 

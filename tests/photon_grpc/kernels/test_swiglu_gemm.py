@@ -9,8 +9,7 @@ from torch import Tensor
 
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels import swiglu_gemm as module
-from photon_grpc.kernels.swiglu_gemm import can_multiply, swiglu_gemm
-from photon_grpc.kernels.tensor_map import MAP_BYTES
+from photon_grpc.kernels.swiglu_gemm import can_multiply, is_faster, swiglu_gemm
 from tests.support.kernels import STORAGE, FakeLauncher, Fenced, assert_repeatable, assert_ulps, randn
 
 
@@ -129,7 +128,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 
     def tensor_map(*arguments: object) -> np.void:
         maps.append(arguments)
-        return np.void(bytes(MAP_BYTES))
+        return np.void(bytes(launcher.TENSOR_MAP_BYTES))
 
     monkeypatch.setattr(module, "tensor_map", tensor_map)
     return maps
@@ -145,11 +144,10 @@ def test_launch(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[object, ...]]
     assert launch.num_threads == 384
     assert launch.shared_bytes == launch.variant.macros["PHOTON_SHARED_BYTES"]
     assert launch.arguments[:3] == (300, 256, 64)
-    out, x, weight = (arguments[name].data_ptr() for name in ("out", "x", "weight"))
     assert asked == [
-        (out, "bf16", (256, 300), (256,), (64, 64)),
-        (x, "bf16", (64, 300), (64,), (64, 128)),
-        (weight, "bf16", (64, 512), (64,), (64, 128)),
+        (arguments["out"], (256, 300), (256,), (64, 64)),
+        (arguments["x"], (64, 300), (64,), (64, 128)),
+        (arguments["weight"], (64, 512), (64,), (64, 128)),
     ]
 
 
@@ -175,6 +173,27 @@ def test_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_multiply(8200)
     fake.device = launcher.Device(0, "none", (10, 0), 148, 227 << 10)
     assert not can_multiply(14336)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inner", "expected"),
+    [
+        (256, 8192, False),
+        (512, 8192, True),
+        (520, 8192, False),
+        (2048, 8192, True),
+        (8192, 8192, True),
+        # The fourth round of its tiles is less than half full.
+        (512, 14336, False),
+        (1024, 14336, True),
+        (8192, 8200, False),
+    ],
+)
+def test_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, inner: int, *, expected: bool
+) -> None:
+    FakeLauncher().install(monkeypatch)
+    assert is_faster(tokens, inner) is expected
 
 
 @pytest.mark.parametrize(
