@@ -1,8 +1,12 @@
-"""Causal attention of new tokens over the paged cache; see cuda_kernels/paged_attention_prefill.cu."""
+"""Causal attention of new tokens over the paged cache.
+
+See cuda_kernels/paged_attention_prefill.cu, and paged_attention_prefill_wgmma.cu for what sm_90a has.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +14,8 @@ from torch import Tensor
 
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require, require_index, require_rows, storage_name
-from photon_grpc.kernels.launcher import KernelSpec, Pointer
+from photon_grpc.kernels.launcher import KernelSpec, Pointer, TensorMap
+from photon_grpc.kernels.tensor_map import ROW_ELEMENTS, tensor_map
 
 _QUERY_TILE = 128
 _KEY_TILE = 64
@@ -78,7 +83,115 @@ PAGED_ATTENTION_PREFILL = KernelSpec(
     # Queries, scores and accumulators of 16 rows per warp.
     max_registers=255,
 )
-SPECS = (PAGED_ATTENTION_PREFILL,)
+
+
+@dataclass(frozen=True, slots=True)
+class WgmmaTiling:
+    """How the kernel of sm_90a is cut for a head_dim; what the names mean stands in its source."""
+
+    warpgroups: int
+    key_tile: int
+    stages: int
+    ctas: int
+    """Of a multiprocessor."""
+    registers: int
+    """Of a thread that computes: as many as the CTAs leave it."""
+    lookahead: bool
+    in_turn: bool
+
+    @property
+    def threads(self) -> int:
+        return _WARPGROUP * (self.warpgroups + 1)
+
+    def tile_tokens(self, group: int) -> int:
+        """Tokens of a CTA, which has all heads of a kv head."""
+        return _WARPGROUP_ROWS * self.warpgroups // group
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Queries of two tiles, stages of keys and values, and what the barriers need."""
+        rows = _QUERY_STAGES * _WARPGROUP_ROWS * self.warpgroups + 2 * self.stages * self.key_tile
+        return 2 * head_dim * rows + _BARRIER_BYTES
+
+
+_WARPGROUP, _WARPGROUP_ROWS = 128, 64
+_QUERY_STAGES = 2
+_BARRIER_BYTES = 256
+_WGMMA_ARCH = "sm_90a"
+_MAX_WGMMA_GROUP = 64
+WGMMA_TILINGS = {
+    64: WgmmaTiling(3, 128, 2, 1, 160, lookahead=True, in_turn=True),
+    128: WgmmaTiling(2, 128, 2, 1, 240, lookahead=True, in_turn=True),
+}
+"""By head_dim; other heads take the kernel of every architecture."""
+
+_WGMMA_MACROS = (
+    "PHOTON_STORAGE",
+    "PHOTON_HEAD_DIM",
+    "PHOTON_KV_HEADS",
+    "PHOTON_GROUP",
+    "PHOTON_BLOCK_SIZE",
+    "PHOTON_BOX_KEYS",
+    "PHOTON_WARPGROUPS",
+    "PHOTON_KEY_TILE",
+    "PHOTON_STAGES",
+    "PHOTON_CTAS",
+    "PHOTON_REGISTERS",
+    "PHOTON_LOOKAHEAD",
+    "PHOTON_IN_TURN",
+    "PHOTON_SHARED_BYTES",
+)
+
+
+def _wgmma_macros(
+    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int
+) -> dict[str, int | str]:
+    tiling = WGMMA_TILINGS[head_dim]
+    values = (
+        storage,
+        head_dim,
+        num_kv_heads,
+        group,
+        block_size,
+        math.gcd(block_size, tiling.key_tile),
+        tiling.warpgroups,
+        tiling.key_tile,
+        tiling.stages,
+        tiling.ctas,
+        tiling.registers,
+        int(tiling.lookahead),
+        int(tiling.in_turn),
+        tiling.shared_bytes(head_dim),
+    )
+    return dict(zip(_WGMMA_MACROS, values, strict=True))
+
+
+PAGED_ATTENTION_PREFILL_WGMMA = KernelSpec(
+    name="paged_attention_prefill_wgmma",
+    source="paged_attention_prefill_wgmma",
+    parameters=(*(Pointer,) * 4, *(np.int32,) * 3, np.float32, TensorMap, TensorMap),
+    max_threads=_WARPGROUP * 4,
+    macros=_WGMMA_MACROS,
+    checked=tuple(
+        _wgmma_macros(storage, *shape)
+        for storage in ("bf16", "f16")
+        for shape in (
+            (8, 4, 64, 16),
+            (8, 4, 64, 32),
+            (8, 3, 128, 16),
+            (8, 4, 128, 32),
+            (2, 7, 64, 16),
+            (4, 7, 128, 16),
+            (32, 1, 128, 16),
+            (1, 8, 128, 32),
+            (1, 16, 64, 64),
+        )
+    ),
+    # At launch; warpgroups then change what they have.
+    max_registers=168,
+    # Of no use, and never launched, where there is less shared memory than on sm_90a.
+    chosen_by_room=True,
+)
+SPECS = (PAGED_ATTENTION_PREFILL, PAGED_ATTENTION_PREFILL_WGMMA)
 
 
 def paged_attention_prefill(
@@ -118,6 +231,41 @@ def paged_attention_prefill(
     require_index("block_tables", block_tables, torch.int32, rows, block_tables.shape[-1])
     require_index("context_lens", context_lens, torch.int32, rows)
     require_index("query_starts", query_starts, torch.int32, rows + 1)
+    scale_log2 = np.float32(scale * math.log2(math.e))
+    if not tokens:
+        return
+    by_wgmma = head_dim in WGMMA_TILINGS and group <= _MAX_WGMMA_GROUP
+    if by_wgmma and (device := launcher.require_cuda()).arch == _WGMMA_ARCH:
+        tiling = WGMMA_TILINGS[head_dim]
+        macros = _wgmma_macros(storage, num_kv_heads, group, head_dim, block_size)
+        kernel = launcher.load(PAGED_ATTENTION_PREFILL_WGMMA.variant(**macros), tiling.shared_bytes(head_dim))
+        tile_tokens = tiling.tile_tokens(group)
+        num_items = (tokens // tile_tokens + min(rows, tokens)) * num_kv_heads
+        kernel(
+            (min(num_items, tiling.ctas * device.num_multiprocessors), 1, 1),
+            tiling.threads,
+            out.data_ptr(),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
+            query_starts.data_ptr(),
+            np.int32(rows),
+            np.int32(block_tables.shape[1]),
+            np.int32(num_items),
+            scale_log2,
+            tensor_map(
+                q,
+                (head_dim, num_heads, tokens),
+                (head_dim, stride),
+                (ROW_ELEMENTS, group, tile_tokens),
+            ),
+            tensor_map(
+                kv_cache,
+                (head_dim, kv_cache.numel() // head_dim),
+                (head_dim,),
+                (ROW_ELEMENTS, math.gcd(block_size, tiling.key_tile)),
+            ),
+        )
+        return
     kernel = launcher.load(
         PAGED_ATTENTION_PREFILL.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size)),
         _shared_bytes(head_dim),
@@ -136,5 +284,5 @@ def paged_attention_prefill(
         np.int32(rows),
         np.int32(block_tables.shape[1]),
         np.int64(stride),
-        np.float32(scale * math.log2(math.e)),
+        scale_log2,
     )

@@ -19,6 +19,7 @@ from photon_grpc.kernels import (
     silu_and_mul,
     skinny_gemm,
     step_inputs,
+    swiglu_gemm,
 )
 from photon_grpc.kernels.launcher import KernelSpec, Variant
 
@@ -34,6 +35,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *silu_and_mul.SPECS,
     *skinny_gemm.SPECS,
     *step_inputs.SPECS,
+    *swiglu_gemm.SPECS,
 )
 
 

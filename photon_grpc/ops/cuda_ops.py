@@ -1,4 +1,4 @@
-"""Ops on an NVIDIA GPU: our kernels around torch's large matrix products.
+"""Ops on an NVIDIA GPU: our kernels around torch's large matrix products, and in place of one of them.
 
 Owns the results' memory (torch's allocator, so a graph capture places them in its pool) and the layout of
 the cache. Knows nothing of models. Engine thread, on torch's current stream, under
@@ -22,6 +22,7 @@ from photon_grpc.kernels import (
     rope_store_kv,
     silu_and_mul,
     skinny_gemm,
+    swiglu_gemm,
 )
 from photon_grpc.kernels.launcher import require_cuda
 from photon_grpc.kernels.linear_output import LinearOutput
@@ -141,9 +142,14 @@ class CudaOps(Ops):
         self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
     ) -> Tensor:
         weight, bias = projection
+        tokens, inner = residual.shape[0], weight.shape[0] // 2
         if update is not None or not _has_few(residual, weight):
-            return super().norm_gate_up_silu(update, residual, norm, eps, projection)
-        out = weight.new_empty(residual.shape[0], weight.shape[0] // 2)
+            if bias is not None or weight.dtype is torch.float32 or not swiglu_gemm.is_faster(tokens, inner):
+                return super().norm_gate_up_silu(update, residual, norm, eps, projection)
+            out = weight.new_empty(tokens, inner)
+            swiglu_gemm.swiglu_gemm(out, self.add_norm(update, residual, norm, eps), weight)
+            return out
+        out = weight.new_empty(tokens, inner)
         self._normed(linear_output.silu_and_mul(out, bias), residual, norm, eps, weight)
         return out
 

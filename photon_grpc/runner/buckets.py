@@ -16,6 +16,12 @@ _MIXED_ROWS = (0, 4, 16, 32, 64)
 _MIXED_STEP = 64
 _PREFILL_TOKENS = (16, 32, 64, 128, 256, 512)
 _PREFILL_ROWS = 16
+# The same of larger steps. Kernel by kernel the host takes 6 ms for one of a small model, as long as the
+# device for 2,048 tokens; beyond that the device sets the pace.
+_WIDE_ROWS = (0, 16, 64)
+_WIDE_STEP = 192
+_WIDE_TOKENS = (768, 1024, 1536, 2048)
+_WIDE_PREFILL_ROWS = 32
 # (greedy, logprobs) of the captured steps. A prefill step is long beside its sampling, so one kind serves
 # every row there is; log-probabilities cost nothing where nobody asked for them.
 _DECODE_KINDS = ((False, True), (False, False), (True, False))
@@ -53,26 +59,56 @@ class StepKind:
     """Some row may have asked for log-probabilities."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Mixed:
+    """Shapes of steps with prefills: every pair of decode rows and tokens."""
+
+    decodes: tuple[int, ...]
+    num_prefills: int
+    tokens: tuple[int, ...]
+
+    def fit(self, num_decodes: int, num_prefills: int, num_prefill_tokens: int) -> StepShape | None:
+        place = bisect_left(self.decodes, num_decodes)
+        tokens = bisect_left(self.tokens, num_prefill_tokens)
+        if num_prefills > self.num_prefills or place == len(self.decodes) or tokens == len(self.tokens):
+            return None
+        return StepShape(self.decodes[place], self.num_prefills, self.tokens[tokens])
+
+    def shapes(self) -> list[StepShape]:
+        return [StepShape(rows, self.num_prefills, tokens) for tokens in self.tokens for rows in self.decodes]
+
+
 class Buckets:
     """The shapes that are captured for steps of up to `max_num_seqs` rows."""
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self._decodes = _up_to(max_num_seqs, _DECODE_ROWS, _DECODE_STEP)
-        self._mixed = (0, *_up_to(max_num_seqs, _MIXED_ROWS[1:], _MIXED_STEP))
         largest = min(max_num_batched_tokens, _PREFILL_TOKENS[-1])
-        self._tokens = _up_to(largest, _PREFILL_TOKENS, largest)
-        self._num_prefills = min(_PREFILL_ROWS, max_num_seqs)
+        small = _Mixed(
+            (0, *_up_to(max_num_seqs, _MIXED_ROWS[1:], _MIXED_STEP)),
+            min(_PREFILL_ROWS, max_num_seqs),
+            _up_to(largest, _PREFILL_TOKENS, largest),
+        )
+        self._mixed = [small]
+        if max_num_batched_tokens > largest:
+            widest = min(max_num_batched_tokens, _WIDE_TOKENS[-1])
+            wide = _Mixed(
+                (0, *_up_to(max_num_seqs, _WIDE_ROWS[1:], _WIDE_STEP)),
+                min(_WIDE_PREFILL_ROWS, max_num_seqs),
+                _up_to(widest, _WIDE_TOKENS, widest),
+            )
+            self._mixed.append(wide)
 
     def fit(self, num_decodes: int, num_prefills: int, num_prefill_tokens: int) -> StepShape | None:
         """The smallest shape that holds such a step; None where none does."""
         if not num_prefills:
             place = bisect_left(self._decodes, num_decodes)
             return StepShape(self._decodes[place], 0, 0) if place < len(self._decodes) else None
-        place = bisect_left(self._mixed, num_decodes)
-        tokens = bisect_left(self._tokens, num_prefill_tokens)
-        if num_prefills > self._num_prefills or place == len(self._mixed) or tokens == len(self._tokens):
-            return None
-        return StepShape(self._mixed[place], self._num_prefills, self._tokens[tokens])
+        for mixed in self._mixed:
+            shape = mixed.fit(num_decodes, num_prefills, num_prefill_tokens)
+            if shape is not None:
+                return shape
+        return None
 
     def kind(self, shape: StepShape, *, greedy: bool, logprobs: bool) -> StepKind:
         """The captured step that serves such rows in this shape."""
@@ -85,9 +121,7 @@ class Buckets:
     def kinds(self) -> list[StepKind]:
         """Every captured step, the largest first."""
         decodes = [StepShape(rows, 0, 0) for rows in self._decodes]
-        mixed = [
-            StepShape(rows, self._num_prefills, tokens) for tokens in self._tokens for rows in self._mixed
-        ]
+        mixed = [shape for mixed in self._mixed for shape in mixed.shapes()]
         kinds = [StepKind(shape, *kind) for shape in decodes for kind in _DECODE_KINDS]
         kinds += [StepKind(shape, *kind) for shape in mixed for kind in _MIXED_KINDS]
         return sorted(kinds, key=lambda kind: -kind.shape.num_tokens)
@@ -95,7 +129,7 @@ class Buckets:
     @property
     def largest(self) -> StepShape:
         """The shape with most rows and most tokens."""
-        return StepShape(self._mixed[-1], self._num_prefills, self._tokens[-1])
+        return self._mixed[-1].shapes()[-1]
 
 
 def _up_to(limit: int, sizes: tuple[int, ...], step: int) -> tuple[int, ...]:

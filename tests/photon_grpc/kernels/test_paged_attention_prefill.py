@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from photon_grpc.kernels.paged_attention_prefill import PAGED_ATTENTION_PREFILL, paged_attention_prefill
+from photon_grpc.kernels import launcher
+from photon_grpc.kernels import paged_attention_prefill as module
+from photon_grpc.kernels.paged_attention_prefill import (
+    PAGED_ATTENTION_PREFILL,
+    PAGED_ATTENTION_PREFILL_WGMMA,
+    WGMMA_TILINGS,
+    paged_attention_prefill,
+)
 from tests.support.kernels import FakeLauncher, Fenced, randn
 from tests.support.paged_attention import Rows, Shape, assert_close, attend, make_rows
 
@@ -107,6 +116,18 @@ def test_prompts_prefixes_and_single_tokens(shape: Shape) -> None:
     assert first[-3:].isnan().all(), "tokens of no row keep their output"
     assert torch.equal(bits(first), bits(second))
     assert torch.equal(bits(rows.kv_cache), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [LLAMA_1B, LLAMA_8B, Shape(2, 7, 64, 16, F16)], ids=str)
+def test_the_kernel_of_every_architecture(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another one stands in for it on this GPU."""
+    monkeypatch.setattr(module, "WGMMA_TILINGS", {})
+    rows = make_rows(shape, (1, 64, 65, 300, 1000, 500), "cuda")
+    prefill = Prefill(rows, (1, 64, 65, 300, 200, 1), padding=3)
+    first, second = prefill.run(), prefill.run()
+    prefill.check(first)
+    assert torch.equal(bits(first), bits(second))
 
 
 @pytest.mark.gpu
@@ -238,10 +259,34 @@ def _launch(**changes: object) -> None:
     paged_attention_prefill(**{**_arguments(), **changes})  # type: ignore[arg-type]
 
 
+@dataclass
+class Maps:
+    """In the place of `tensor_map`, which needs a driver: keeps what was asked for."""
+
+    asked: list[tuple[object, ...]] = field(default_factory=list)
+
+    def tensor_map(self, *arguments: object) -> np.void:
+        self.asked.append(arguments)
+        return np.void(bytes(launcher.TENSOR_MAP_BYTES))
+
+
+@pytest.fixture
+def maps(monkeypatch: pytest.MonkeyPatch) -> Maps:
+    fake = Maps()
+    monkeypatch.setattr(module, "tensor_map", fake.tensor_map)
+    return fake
+
+
+def on_sm_80(fake: FakeLauncher) -> FakeLauncher:
+    fake.device = launcher.Device(0, "none", (8, 0), 108, 163 << 10)
+    return fake
+
+
 def test_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeLauncher().install(monkeypatch)
+    fake = on_sm_80(FakeLauncher().install(monkeypatch))
     _launch()
     launch = fake.launches[0]
+    assert launch.variant.spec is PAGED_ATTENTION_PREFILL
     # 280 queries of a kv head in tiles of 128, and one more tile for each row.
     assert launch.grid == (2 * (2 + 3), 1, 1)
     assert launch.num_threads == 256
@@ -250,25 +295,77 @@ def test_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.arguments[-1] == pytest.approx(0.125 * math.log2(math.e))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_launch_by_wgmma(monkeypatch: pytest.MonkeyPatch, maps: Maps, head_dim: int) -> None:
+    fake = FakeLauncher().install(monkeypatch)
+    arguments = _arguments(head_dim=head_dim)
+    paged_attention_prefill(**arguments)  # type: ignore[arg-type]
+    launch, tiling = fake.launches[0], WGMMA_TILINGS[head_dim]
+    assert launch.variant.spec is PAGED_ATTENTION_PREFILL_WGMMA
+    tile_tokens = 64 * tiling.warpgroups // 4
+    # 70 tokens in tiles of so many, and one more tile for each row.
+    num_items = 2 * (70 // tile_tokens + 3)
+    assert launch.grid == (num_items, 1, 1)
+    assert launch.num_threads == 128 * (tiling.warpgroups + 1)
+    assert launch.shared_bytes == launch.variant.macros["PHOTON_SHARED_BYTES"]
+    assert launch.arguments[4:7] == (3, 5, num_items)
+    assert launch.arguments[7] == pytest.approx(0.125 * math.log2(math.e))
+    q, kv_cache = arguments["q"], arguments["kv_cache"]
+    assert isinstance(q, Tensor)
+    assert isinstance(kv_cache, Tensor)
+    assert maps.asked == [
+        (q, (head_dim, 8, 70), (head_dim, 8 * head_dim), (64, 4, tile_tokens)),
+        (kv_cache, (head_dim, 9 * 2 * 2 * 16), (head_dim,), (64, 16)),
+    ]
+
+
+def test_a_cta_takes_tile_after_tile(monkeypatch: pytest.MonkeyPatch, maps: Maps) -> None:
+    fake = FakeLauncher().install(monkeypatch)
+    paged_attention_prefill(**_arguments(tokens=8000))  # type: ignore[arg-type]
+    launch = fake.launches[0]
+    assert launch.grid == (132 * WGMMA_TILINGS[64].ctas, 1, 1)
+    assert launch.arguments[6] > launch.grid[0]
+    assert len(maps.asked) == 2
+
+
+@pytest.mark.parametrize("head_dim", [48, 96])
+def test_other_heads_take_the_kernel_of_every_architecture(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int
+) -> None:
+    fake = FakeLauncher().install(monkeypatch)
+    paged_attention_prefill(**_arguments(head_dim=head_dim))  # type: ignore[arg-type]
+    assert fake.launches[0].variant.spec is PAGED_ATTENTION_PREFILL
+
+
 def test_no_tokens_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeLauncher().install(monkeypatch)
     paged_attention_prefill(**_arguments(tokens=0))  # type: ignore[arg-type]
-    assert fake.launches[0].grid == (0, 1, 1)
+    assert fake.launches == []
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
-def test_there_are_ctas_for_every_tile(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+def test_there_are_ctas_for_every_tile(monkeypatch: pytest.MonkeyPatch, maps: Maps, group: int) -> None:
     fake = FakeLauncher().install(monkeypatch)
-    for query_lens in ((70, 0, 0), (1, 1, 68), (32, 33, 5), (0, 0, 1)):
-        fake.launches.clear()
-        paged_attention_prefill(**_arguments(sum(query_lens), 2 * group, 2))  # type: ignore[arg-type]
-        tiles = sum(-(-length * group // 128) for length in query_lens)
-        assert fake.launches[0].grid[0] >= 2 * tiles
+    for arch_tile, set_device in ((None, lambda: fake), (128, lambda: on_sm_80(fake))):
+        set_device()
+        for query_lens in ((70, 0, 0), (1, 1, 68), (32, 33, 5), (0, 0, 1)):
+            fake.launches.clear()
+            paged_attention_prefill(**_arguments(sum(query_lens), 2 * group, 2))  # type: ignore[arg-type]
+            launch = fake.launches[0]
+            if arch_tile is None:
+                tile_tokens = WGMMA_TILINGS[64].tile_tokens(group)
+                tiles = sum(-(-length // tile_tokens) for length in query_lens)
+                assert launch.arguments[6] >= 2 * tiles
+            else:
+                tiles = sum(-(-length * group // arch_tile) for length in query_lens)
+                assert launch.grid[0] >= 2 * tiles
 
 
 def test_every_head_dim_here_is_compiled_without_a_gpu() -> None:
     checked = {macros["PHOTON_HEAD_DIM"] for macros in PAGED_ATTENTION_PREFILL.checked}
     assert checked >= {16, 64, 80, 96, 128}
+    checked = {macros["PHOTON_HEAD_DIM"] for macros in PAGED_ATTENTION_PREFILL_WGMMA.checked}
+    assert checked == set(WGMMA_TILINGS)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,17 @@ def test_mixed_steps_and_those_that_are_too_large() -> None:
     assert buckets.fit(0, 1, 1) == StepShape(0, 16, 16)
     assert buckets.fit(5, 2, 129) == StepShape(16, 16, 256)
     assert buckets.fit(255, 1, 512) == StepShape(256, 16, 512)
-    assert buckets.fit(1, 1, 513) is None
-    assert buckets.fit(1, 17, 100) is None
+    assert buckets.fit(1, 1, 513) == StepShape(16, 32, 768)
+    assert buckets.fit(65, 32, 1537) == StepShape(256, 32, 2048)
+    assert buckets.fit(1, 17, 100) == StepShape(16, 32, 768)
+    assert buckets.fit(1, 1, 2049) is None
+    assert buckets.fit(1, 33, 2048) is None
+    assert Buckets(256, 512).fit(1, 1, 513) is None
+    assert Buckets(256, 1000).fit(0, 2, 800) == StepShape(0, 32, 1000)
 
 
 @pytest.mark.parametrize(
-    ("max_num_seqs", "budget"), [(1, 1), (1, 64), (4, 64), (64, 512), (256, 8192), (300, 300)]
+    ("max_num_seqs", "budget"), [(1, 1), (1, 64), (4, 64), (64, 512), (64, 700), (256, 8192), (300, 300)]
 )
 def test_every_small_step_has_a_captured_kind(max_num_seqs: int, budget: int) -> None:
     buckets = Buckets(max_num_seqs, budget)
@@ -55,7 +60,7 @@ def test_every_small_step_has_a_captured_kind(max_num_seqs: int, budget: int) ->
     assert all(kind.shape.num_rows <= buckets.largest.num_rows for kind in kinds)
     assert max(sizes) == buckets.largest.num_tokens
     for decodes in range(max_num_seqs + 1):
-        for tokens in range(min(budget, 512) + 1):
+        for tokens in (*range(min(budget, 520) + 1), *range(520, min(budget, 2048) + 1, 61)):
             prefills = min(1, tokens)
             if not 0 < decodes + prefills <= max_num_seqs or decodes + tokens > budget:
                 continue
