@@ -21,9 +21,19 @@ from photon_grpc.kernels.compiler import Macros, architecture, cubin_file, nvrtc
 Pointer = int
 """The declared type of a device address, `tensor.data_ptr()`; 0 where the kernel allows none."""
 
-Argument = int | np.int32 | np.int64 | np.float32
+TensorMap = np.void
+"""The declared type of a tensor map by value, the bytes that `tensor_map.tensor_map` makes."""
+TENSOR_MAP_BYTES = 128
 
-_NUMPY_TYPES: dict[type, str] = {Pointer: "u8", np.int32: "i4", np.int64: "i8", np.float32: "f4"}
+Argument = int | np.int32 | np.int64 | np.float32 | TensorMap
+
+_NUMPY_TYPES: dict[type, str] = {
+    Pointer: "u8",
+    np.int32: "i4",
+    np.int64: "i8",
+    np.float32: "f4",
+    TensorMap: f"V{TENSOR_MAP_BYTES}",
+}
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)
 # A CTA gets more than this only after the function's limit is raised.
@@ -45,7 +55,7 @@ class KernelSpec:
     source: str
     """Stem of the file in `cuda_kernels`."""
     parameters: tuple[type, ...]
-    """`Pointer`, np.int32, np.int64 or np.float32, in order."""
+    """`Pointer`, np.int32, np.int64, np.float32 or `TensorMap`, in order."""
     max_threads: int
     """Of a CTA; what the source's __launch_bounds__ says."""
     macros: tuple[str, ...] = ()

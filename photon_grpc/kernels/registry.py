@@ -18,6 +18,7 @@ from photon_grpc.kernels import (
     sampling,
     silu_and_mul,
     skinny_gemm,
+    skinny_gemm_tma,
     step_inputs,
 )
 from photon_grpc.kernels.launcher import KernelSpec, Variant
@@ -33,6 +34,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *sampling.SPECS,
     *silu_and_mul.SPECS,
     *skinny_gemm.SPECS,
+    *skinny_gemm_tma.SPECS,
     *step_inputs.SPECS,
 )
 
