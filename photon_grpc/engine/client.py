@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ from photon_grpc.engine.messages import (
     FlushCache,
     LoadProgress,
     LoopMessage,
+    PlainTokens,
     SequenceOutput,
     Shutdown,
     StepOutputs,
@@ -93,9 +95,10 @@ class RequestStream:
         self._key = key
         self._num_open = num_completions
         self._pending: list[SequenceOutput] = []
-        # By index, the plain tokens that came behind what is pending.
-        self._plain: dict[int, list[int]] = {}
+        # Of `_pending` alone.
         self._num_pending_tokens = 0
+        # By index, the plain tokens that came behind what is pending. The lists stay: see `plain_tokens`.
+        self._plain: dict[int, list[int]] = {}
         self._last_pending = False
         # The reader must not be kept waiting: for the first outputs, and for an end.
         self.is_urgent = True
@@ -116,8 +119,8 @@ class RequestStream:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that have come and are not read yet."""
-        return self._num_pending_tokens
+        """Tokens that have come and are not read yet. May be read on any thread."""
+        return self._num_pending_tokens + sum(map(len, tuple(self._plain.values())))
 
     async def read(self) -> list[SequenceOutput]:
         """Everything new, in order; waits until there is something. One reader at a time.
@@ -135,7 +138,7 @@ class RequestStream:
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
         """Return once `num_tokens` are unread, some completion has ended, or `timeout_s` has passed."""
-        while self._num_pending_tokens < num_tokens and not self._last_pending:
+        while not self._last_pending and self.num_pending_tokens < num_tokens:
             loop = asyncio.get_running_loop()
             waiter = loop.create_future()
             self._waiter = waiter
@@ -173,24 +176,24 @@ class RequestStream:
         self._pending.append(output)
         self._num_pending_tokens += len(output.token_ids)
 
-    def push_token(self, index: int, token_id: int) -> None:
-        """As `push`, for an output that is one token and nothing else."""
-        waiting = self._plain.get(index)
-        if waiting is None:
-            self._plain[index] = [token_id]
-        else:
-            waiting.append(token_id)
-        self._num_pending_tokens += 1
+    def plain_tokens(self, index: int) -> list[int]:
+        """Where to append each output of a completion that is one token and nothing else.
+
+        It is the same list for as long as the stream lives, so whoever appends in every step has to look
+        for it once.
+        """
+        return self._plain.setdefault(index, [])
 
     def _merge_plain(self) -> None:
-        if self._plain:
-            for index, token_ids in self._plain.items():
+        for index, token_ids in self._plain.items():
+            if token_ids:
                 self._pending.append(SequenceOutput(self._key, index, tuple(token_ids)))
-            self._plain = {}
+                self._num_pending_tokens += len(token_ids)
+                token_ids.clear()
 
     def wake(self) -> None:
         """Let the reader go on if what it waits for is there."""
-        if self._waiter is not None and (self._num_pending_tokens >= self._wake_at or self._last_pending):
+        if self._waiter is not None and (self._last_pending or self.num_pending_tokens >= self._wake_at):
             _wake(self._waiter)
 
     def fail(self, failure: FailureKind) -> None:
@@ -248,6 +251,43 @@ class _Pace:
         return [key for key in keys if (turn + key) % interval == 0]
 
 
+_nowhere: deque[int] = deque(maxlen=0)
+
+
+class _Rows:
+    """The streams that the columns of a step go to, looked up once for as many steps as have the same rows.
+
+    `streams` are by key. It knows nothing of streams that begin or end.
+    """
+
+    def __init__(self, tokens: PlainTokens, streams: dict[int, RequestStream]) -> None:
+        self.keys, self.indices = tokens.keys, tokens.indices
+        self.streams: dict[int, RequestStream] = {}
+        # Bound methods: nothing else is as fast for each of hundreds of tokens a step.
+        self._appends: list[Callable[[int], None]] = []
+        self._by_turn: list[list[RequestStream]] = []
+        for key, index in zip(tokens.keys, tokens.indices, strict=True):
+            stream = streams.get(key)
+            if stream is None:
+                self._appends.append(_nowhere.append)
+            else:
+                self._appends.append(stream.plain_tokens(index).append)
+                self.streams[key] = stream
+
+    def push(self, token_ids: Iterable[int]) -> None:
+        """One token for each row."""
+        for append, token_id in zip(self._appends, token_ids, strict=True):
+            append(token_id)
+
+    def due(self, turn: int, interval: int) -> list[RequestStream]:
+        """Those whose readers are to be woken; the same that `_Pace.due` would name."""
+        if len(self._by_turn) != interval:
+            self._by_turn = [[] for _ in range(interval)]
+            for key, stream in self.streams.items():
+                self._by_turn[-key % interval].append(stream)
+        return self._by_turn[turn % interval]
+
+
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -290,6 +330,8 @@ class AsyncEngine:
         self._last_key = 0
         self._num_live = 0
         self._pace = _Pace(self._host.writing_share)
+        # Streams whose readers may have to be woken: those of the latest columns, and others.
+        self._rows: _Rows | None = None
         self._unwoken: dict[int, RequestStream] = {}
         self._stats = EngineStats()
         self._throughput = Throughput(time.monotonic())
@@ -499,6 +541,8 @@ class AsyncEngine:
     def forget(self, key: int, stream: RequestStream) -> None:
         """Drop a stream that has just been closed; late outputs of it are ignored."""
         del self._streams[key]
+        if self._rows is not None and key in self._rows.streams:
+            self._leave_rows(self._rows)
         self._unwoken.pop(key, None)
         del self._keys[stream.tenant, stream.request_id]
 
@@ -556,16 +600,8 @@ class AsyncEngine:
                 stream.wake()
             else:
                 unwoken[output.key] = stream
-        tokens = message.tokens
-        for key, index, token_id in zip(tokens.keys, tokens.indices, tokens.token_ids, strict=True):
-            stream = streams.get(key)
-            if stream is None:
-                continue
-            stream.push_token(index, token_id)
-            if stream.is_urgent:
-                stream.wake()
-            else:
-                unwoken[key] = stream
+        if message.tokens.keys:
+            self._rows_of(message.tokens).push(message.tokens.token_ids)
         self._num_live -= num_ended
         self._throughput.observe(message.time, message.stats.generation_tokens)
         if num_ended and not self._num_live:
@@ -573,6 +609,22 @@ class AsyncEngine:
         # Also those whose tokens came in an earlier step: a sequence may pause after any token.
         for key in pace.due(unwoken):
             unwoken.pop(key).wake()
+        if self._rows is not None:
+            for stream in self._rows.due(pace.turn, pace.interval):
+                stream.wake()
+
+    def _rows_of(self, tokens: PlainTokens) -> _Rows:
+        rows = self._rows
+        if rows is None or rows.keys != tokens.keys or rows.indices != tokens.indices:
+            if rows is not None:
+                self._leave_rows(rows)
+            rows = self._rows = _Rows(tokens, self._streams)
+        return rows
+
+    def _leave_rows(self, rows: _Rows) -> None:
+        """Their tokens may not have been told of yet, and perhaps none will follow for a while."""
+        self._unwoken.update(rows.streams)
+        self._rows = None
 
     def _wake_idle_waiters(self) -> None:
         waiters, self._idle_waiters = self._idle_waiters, []
