@@ -141,7 +141,7 @@ class SequenceOutput(NamedTuple):
     """
 
     key: int
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
