@@ -180,8 +180,8 @@ class CacheFlushed:
 
 
 def _pickle_by_fields(message_class: type[Any]) -> None:
-    """Pickle a dataclass as a call of it. What `slots=True` brings for it walks the fields in Python, both ways:
-    of a request that takes longer than everything else about sending it."""
+    """Pickle a dataclass as a call of it. What `slots=True` brings for it walks the fields in Python, both
+    ways, which takes longer than everything else about sending a request."""
     get: Callable[[Any], tuple[Any, ...]] = attrgetter(*(one.name for one in fields(message_class)))
     copyreg.pickle(message_class, lambda message: (message_class, get(message)))
 
