@@ -64,10 +64,8 @@ MOST_OVER = 2
 _MESSAGE_S = 60e-6
 # What it costs that a call begins, or ends, in messages.
 _CALL_MESSAGES = 8
-# Readers that are woken in one turn of the event loop, and while calls begin; see `_Waker`.
-_WAKES_PER_TURN, _FEW_WAKES = 8, 2
-# For so many turns after a call has begun others may be on their way.
-_TURNS_OF_A_CALL = 32
+# Readers that are woken in one turn of the event loop; see `_Waker`.
+_WAKES_PER_TURN = 8
 _MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
 _MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
@@ -321,7 +319,7 @@ class _Waker:
 
     A reader that is woken writes a message, so a turn takes as long as all of them. A call that comes goes
     through five or six turns inside grpc.aio before the next can be accepted, one after the other: with a
-    hundred messages to a turn that were 10 ms for each call. While calls begin there are fewer messages.
+    hundred messages to a turn that were 10 ms for each call.
     """
 
     def __init__(self) -> None:
@@ -329,11 +327,6 @@ class _Waker:
         self._urgent: OrderedDict[int, RequestStream] = OrderedDict()
         self._others: OrderedDict[int, RequestStream] = OrderedDict()
         self._is_scheduled = False
-        self._num_turns = _TURNS_OF_A_CALL
-
-    def call_begins(self) -> None:
-        """Leave the next turns to calls."""
-        self._num_turns = 0
 
     def add(self, key: int, stream: RequestStream) -> None:
         """Have the reader of `stream` woken, after those that wait already; an urgent one before the rest."""
@@ -350,8 +343,7 @@ class _Waker:
             self._wake_some()
 
     def _wake_some(self) -> None:
-        self._num_turns += 1
-        for _ in range(_WAKES_PER_TURN if self._num_turns > _TURNS_OF_A_CALL else _FEW_WAKES):
+        for _ in range(_WAKES_PER_TURN):
             waiting = self._urgent or self._others
             if not waiting:
                 break
@@ -525,7 +517,6 @@ class AsyncEngine:
         self._streams[key] = stream
         self._keys[request.tenant, request_id] = key
         self._pace.num_calls += 1
-        self._waker.call_begins()
         if not self._num_live:
             self._heartbeat = time.monotonic()
         self._num_live += request.sampling.n
