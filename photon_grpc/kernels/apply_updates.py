@@ -28,7 +28,7 @@ SPECS = (APPLY_UPDATES,)
 
 
 def apply_updates(message: Tensor, first_segment: int, num_segments: int) -> None:
-    """Write the words of `message` [words] int32, on the device or pinned, to where its segments name.
+    """Write the words of `message` [words] int32 to the places that its segments name.
 
     The segments, of SEGMENT_DTYPE, lie in the message themselves from word `first_segment` on, a multiple
     of 4. Their addresses are the caller's to answer for. Raises ValueError for segments that the message

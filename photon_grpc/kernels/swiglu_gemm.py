@@ -19,8 +19,7 @@ _STAGES, _STAGE_BYTES = 4, (_TILE_TOKENS + 2 * TILE_INNER) * 128
 _OUTPUT_BYTES, _BARRIER_BYTES = _TILE_TOKENS * TILE_INNER * 2, 64
 _SHARED_BYTES = _STAGES * _STAGE_BYTES + _OUTPUT_BYTES + _BARRIER_BYTES
 _ARCH = "sm_90a"
-# Of one tile. Its other CTA has nothing then, which the weight's bytes hide.
-_MIN_TOKENS = 112
+_MIN_TOKENS = 384
 _MIN_FILL = 0.88
 
 SWIGLU_GEMM = KernelSpec(
@@ -48,15 +47,13 @@ def can_multiply(inner: int) -> bool:
 def is_faster(tokens: int, inner: int) -> bool:
     """Whether this beats a product of cuBLASLt and the activation behind it, by the shape alone.
 
-    It does wherever the last round of its tiles is nearly full (by 3 to 10 % of an MLP on an H100, 512 to
-    8,192 tokens of Llama 3.2 1B and 3.1 8B), and where one round reads the weight. Else it does not.
+    It does wherever the last round of its tiles is nearly full: by 3 to 10 % of an MLP on an H100, 512 to
+    8,192 tokens of Llama 3.2 1B and 3.1 8B. With fewer tokens it does not.
     """
     if tokens < _MIN_TOKENS or not can_multiply(inner):
         return False
     tiles = _num_tiles(tokens, inner)
     clusters = launcher.require_cuda().num_multiprocessors // _CLUSTER
-    if tiles <= clusters:
-        return tiles >= _MIN_FILL * clusters
     places = -(-tiles // clusters) * clusters * _CLUSTER * _TILE_TOKENS * TILE_INNER
     return tokens * inner >= _MIN_FILL * places
 

@@ -1,6 +1,5 @@
-"""What a step changes of the state on the device: gathered on the host, put in place by one kernel.
-
-A long message is copied to the device first; the kernel reads a short one in pinned memory.
+"""What a step changes of the state on the device: gathered on the host, sent in one copy, put in place by
+one kernel.
 
 Owns a pinned buffer for each step that may be under way. Knows addresses and words, not what they mean.
 Engine thread.
@@ -21,11 +20,9 @@ from photon_grpc.runner.stream import Stream
 Words = npt.NDArray[np.int32]
 
 ApplyUpdates = Callable[[Tensor, int, int], None]
-"""`kernels.apply_updates.apply_updates`, or what stands in for it; the message may be in pinned memory."""
+"""`kernels.apply_updates.apply_updates`, or what stands in for it."""
 
 _ALIGNMENT = 4
-# A message as short as that is read where it lies, over the bus: the copy would cost more than it saves.
-_SHORT_WORDS = 1024
 _FIRST_CAPACITY = 1 << 16
 
 
@@ -70,7 +67,7 @@ class Updates:
         self._end = end
 
     def send(self) -> None:
-        """Enqueue what puts everything in place; nothing where nothing changed."""
+        """Enqueue the copy and the kernel that puts everything in place; nothing where nothing changed."""
         num_segments = len(self._segments)
         if not num_segments:
             return
@@ -79,13 +76,9 @@ class Updates:
         self._reserve(end)
         segments = np.array(self._segments, dtype=SEGMENT_DTYPE)
         self._words[self._turn][first:end] = segments.view(np.int32)
-        source = self._host[self._turn]
-        if end <= _SHORT_WORDS:
-            self._stream.run(lambda: self._apply(source, first, num_segments))
-            return
         if self._message.numel() < end:
             self._message = torch.empty(len(self._words[self._turn]), dtype=torch.int32, device=self._device)
-        message = self._message
+        source, message = self._host[self._turn], self._message
 
         def arrive() -> None:
             message[:end].copy_(source[:end], non_blocking=True)
