@@ -83,7 +83,8 @@ static_assert(kWarps % kSharers == 0, "whole teams");
 static_assert(kChunk % kStepTokens == 0, "a chunk is whole steps of a team");
 static_assert(kMaxSplits * 2 <= kSharers * kPartialStride, "the fold reuses the partials' room");
 
-struct Item {
+// Aligned, so that a load of 16 bytes from shared memory has none of its neighbour's, which another warp writes.
+struct alignas(16) Item {
     int index;
     int row;
     int start;

@@ -1,15 +1,22 @@
-"""The kernels' GPU tests under the tools of compute-sanitizer, one after the other, and a verdict.
+"""The kernels under the tools of compute-sanitizer, a process for each tool and kernel, and a verdict.
 
-- memcheck: accesses out of bounds or misaligned, by any kernel. PyTorch's caching allocator is switched off
-  for it: inside one large cached block nothing would be out of bounds.
+- memcheck: accesses out of bounds or misaligned. PyTorch's caching allocator is switched off for it: inside
+  one large cached block nothing would be out of bounds.
 - racecheck: hazards between threads in shared memory.
 - synccheck: barriers that not all threads reach, and the like.
-- initcheck: reads of device memory that nobody wrote; only when named, since the tests themselves compare
-  memory that they poisoned.
+- initcheck: reads of device memory that nobody wrote. What tests poisoned counts as written (a poison that
+  is read shows in the results instead), so this is about inputs, tables and workspaces.
 
-Of every test a few parametrisations run, and the long ones none: the tools slow a kernel down ten to a
-hundred times. Exit code 0 when every tool found nothing and every test passed, 1 otherwise, 2 where the
-GPU, a library or compute-sanitizer is missing.
+What runs are the small launches (`tests/photon_grpc/kernels/test_small_launches.py`), which take every path
+of every kernel in a few CTAs, and only the one kernel is instrumented: torch's own products and reductions,
+which tests judge by, would take a hundred times as long as well. initcheck has to see all that writes, and
+instruments everything. Under racecheck a kernel of clusters that it does not instrument ends with an illegal
+address (2025.3.1, compute capability 9.0), so no small launch may need another such kernel. With --tests it
+is a few parametrisations of every GPU test of kernels instead, the long ones left out, in one process a tool.
+Before that each tool has to find a planted error.
+
+Exit code 0 when every process found nothing and every test passed, 1 otherwise, 2 where the GPU, a library
+or compute-sanitizer is missing.
 """
 
 from __future__ import annotations
@@ -18,24 +25,38 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import run_gpu_tests  # noqa: E402 - needs the line above when run as a file
+from photon_grpc.kernels.registry import SPECS  # noqa: E402 - needs the line above when run as a file
+from tools import run_gpu_tests  # noqa: E402 - likewise
 
-__all__ = ["TOOLS", "Verdict", "command", "main", "read_log"]
+__all__ = [
+    "KERNELS",
+    "TOOLS",
+    "Verdict",
+    "canary_command",
+    "main",
+    "read_log",
+    "small_command",
+    "tests_command",
+]
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-DEFAULT_TOOLS = TOOLS[:3]
+KERNELS = tuple(spec.name for spec in SPECS)
 UNCACHED = ("memcheck", "initcheck")
+UNFILTERED = ("initcheck",)
+SMALL = "tests/photon_grpc/kernels/test_small_launches.py"
 
 # Tests of what a small launch shows as well: long contexts, tables of gigabytes, thousands of launches.
 LONG = (
@@ -56,12 +77,14 @@ _LINES_SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one tool and the tests under it came to. `num_found` is None where the tool never summed up."""
+    """What one process came to. `num_found` is None where the tool never summed up."""
 
     tool: str
+    kernel: str
     num_found: int | None
     tests_passed: bool
     seconds: float
+    log: str
 
     @property
     def passed(self) -> bool:
@@ -71,7 +94,8 @@ class Verdict:
     def __str__(self) -> str:
         found = "no summary" if self.num_found is None else f"{self.num_found} errors"
         tests = "tests passed" if self.tests_passed else "tests FAILED"
-        return f"{self.tool:10} {'pass' if self.passed else 'FAIL'}  {found}, {tests}, {self.seconds:.0f} s"
+        word = "pass" if self.passed else "FAIL"
+        return f"{self.tool:10} {self.kernel:24} {word}  {found}, {tests}, {self.seconds:.0f} s"
 
 
 def read_log(text: str) -> int | None:
@@ -87,43 +111,72 @@ def targets() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in files if run_gpu_tests.MARK in path.read_text())
 
 
-def command(tool: str, log: Path, most: int, arguments: Sequence[str]) -> list[str]:
-    """compute-sanitizer over pytest; `arguments` are pytest's, and name no file to have all of them."""
+def small_command(tool: str, kernel: str, log: Path) -> list[str]:
+    """compute-sanitizer over the small launches of one kernel."""
+    selection = ["-q", "-p", "tools.sanitizer_selection", f"--kernel={kernel}", "--line-info", SMALL]
+    return [*_program(tool, [kernel], log), *run_gpu_tests.pytest_command(selection)]
+
+
+def tests_command(tool: str, log: Path, most: int, arguments: Sequence[str]) -> list[str]:
+    """The same over a few of every test; `arguments` are pytest's, and name no file to have all of them."""
     words = [*LONG, *EXPECTED_ERRORS, *(NEED_CACHING if tool in UNCACHED else ())]
     named = [argument for argument in arguments if (ROOT / argument.split("::")[0]).exists()]
-    selection = ["-p", "tools.sanitizer_selection", f"--most-per-test={most}"]
+    selection = ["-p", "tools.sanitizer_selection", f"--most-per-test={most}", "--line-info"]
     selection += [f"--leave-out={word}" for word in words]
+    selection += [*arguments, *([] if named else targets())]
+    # All of ours: see above.
+    return [*_program(tool, KERNELS, log), *run_gpu_tests.pytest_command(selection)]
+
+
+def _program(tool: str, kernels: Sequence[str], log: Path) -> list[str]:
+    """What stands before a command line. Our kernels are extern "C": their names are not mangled."""
+    filters = [word for kernel in kernels for word in ("--kernel-name", f"kernel_name={kernel}")]
     return [
         *("compute-sanitizer", "--tool", tool, "--log-file", str(log), "--print-limit", "20"),
         # cuda-bindings asks the driver for symbols of newer versions, and is told that there are none.
         *("--report-api-errors", "no"),
-        *run_gpu_tests.pytest_command([*selection, *arguments, *([] if named else targets())]),
+        # What the tests copy back is theirs.
+        *(["--check-api-memory-access", "no"] if tool == "initcheck" else []),
+        *([] if tool in UNFILTERED else filters),
     ]
 
 
-def run(tool: str, most: int, timeout_s: float, arguments: Sequence[str]) -> Verdict:
-    """One tool over the selection; its log is shown when it found something."""
-    print(f"=== {tool}", flush=True)
+def canary_command(tool: str, log: Path) -> list[str]:
+    """The same over a launch in which the tool has to find an error."""
+    return [
+        *_program(tool, ["planted"], log),
+        sys.executable,
+        str(ROOT / "tools" / "sanitizer_canary.py"),
+        tool,
+    ]
+
+
+def run(tool: str, kernel: str, make: Sequence[str], log: Path, timeout_s: float) -> Verdict:
+    """One process, `make` its command line; what it printed stands in the log of a verdict that failed."""
     environment = run_gpu_tests.environment()
     if tool in UNCACHED:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / f"{tool}.log"
-        start = time.monotonic()
-        try:
-            done = subprocess.run(
-                command(tool, log, most, arguments), cwd=ROOT, env=environment, check=False, timeout=timeout_s
-            )
-            passed = done.returncode == 0
-        except subprocess.TimeoutExpired:
-            print(f"{tool}: not done after {timeout_s:g} s", flush=True)
-            passed = False
-        seconds = time.monotonic() - start
-        text = log.read_text(errors="replace") if log.exists() else ""
-    verdict = Verdict(tool, read_log(text), passed, seconds)
-    if not verdict.passed:
-        print("\n".join(text.splitlines()[:_LINES_SHOWN]), flush=True)
-    return verdict
+    start = time.monotonic()
+    # A session of its own, since the tests are a child of the tool, and both have to go in the end.
+    process = subprocess.Popen(
+        make,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed = f"{process.communicate()[0]}\nnot done after {timeout_s:g} s"
+    passed = process.returncode == 0
+    seconds = time.monotonic() - start
+    said = log.read_text(errors="replace") if log.exists() else ""
+    parts = [*said.splitlines()[:_LINES_SHOWN], *printed.splitlines()[-_LINES_SHOWN:]]
+    return Verdict(tool, kernel, read_log(said), passed, seconds, "\n".join(parts))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -134,26 +187,60 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
-        epilog="What follows -- goes to pytest: tools/sanitize memcheck -- -k rms_norm",
+        epilog="What follows -- goes to pytest: tools/sanitize memcheck --tests -- -k rms_norm",
     )
-    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}")
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}; default: all")
+    parser.add_argument("--kernel", action="append", choices=KERNELS, metavar="NAME", help="default: all")
+    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="processes at the same time")
+    parser.add_argument("--tests", action="store_true", help="a few of every test, not the small launches")
     parser.add_argument("--most-per-test", type=int, default=4, metavar="N", help="parametrisations; 0: all")
-    parser.add_argument("--timeout", type=float, default=540.0, metavar="SECONDS", help="for each tool")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where logs stay; default: nowhere")
+    parser.add_argument("--timeout", type=float, default=540.0, metavar="SECONDS", help="for each process")
     options = parser.parse_args(own)
     unknown = [name for name in options.tools if name not in TOOLS]
     if unknown:
         parser.error(f"{unknown[0]}: no such tool; there are {', '.join(TOOLS)}")
+    if pytests and not options.tests:
+        parser.error("-- is for --tests; --kernel picks small launches")
     problem = run_gpu_tests.missing()
     if shutil.which("compute-sanitizer") is None:
         problem = "compute-sanitizer is not on PATH; it comes with the CUDA toolkit"
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    verdicts = [
-        run(tool, options.most_per_test, options.timeout, pytests) for tool in options.tools or DEFAULT_TOOLS
-    ]
-    print("\n".join(["", *map(str, verdicts)]))
-    return int(not all(verdict.passed for verdict in verdicts))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        folder = options.logs or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        tools = options.tools or TOOLS
+        canaries = []
+        for tool in tools:
+            log = folder / f"{tool}-planted.log"
+            canaries.append(
+                pool.submit(run, tool, "planted", canary_command(tool, log), log, options.timeout)
+            )
+        runs = []
+        for tool in tools:
+            for kernel in ("all",) if options.tests else options.kernel or KERNELS:
+                log = folder / f"{tool}-{kernel}.log"
+                make = (
+                    tests_command(tool, log, options.most_per_test, pytests)
+                    if options.tests
+                    else small_command(tool, kernel, log)
+                )
+                runs.append(pool.submit(run, tool, kernel, make, log, options.timeout))
+        verdicts = []
+        for one in as_completed(runs):
+            verdicts.append(one.result())
+            print(verdicts[-1], flush=True)
+        blind = [verdict for verdict in (one.result() for one in canaries) if not verdict.num_found]
+    for verdict in verdicts:
+        if not verdict.passed:
+            print(f"\n=== {verdict}\n{verdict.log}")
+    for verdict in blind:
+        print(f"\n=== {verdict.tool} does not find a planted error: what it says of kernels means nothing")
+        print(verdict.log)
+    print(f"\n{sum(verdict.passed for verdict in verdicts)} of {len(verdicts)} processes passed")
+    return int(bool(blind) or not all(verdict.passed for verdict in verdicts))
 
 
 if __name__ == "__main__":

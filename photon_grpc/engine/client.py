@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ from photon_grpc.engine.messages import (
     FlushCache,
     LoadProgress,
     LoopMessage,
+    PlainTokens,
     SequenceOutput,
     Shutdown,
     StepOutputs,
@@ -60,6 +62,12 @@ MOST_OVER = 2
 
 # What a message is taken to cost the event loop until that is measured.
 _MESSAGE_S = 60e-6
+# What it costs that a call begins, or ends, in messages.
+_CALL_MESSAGES = 8
+# Readers that are woken in one turn of the event loop, and while calls begin; see `_Waker`.
+_WAKES_PER_TURN, _FEW_WAKES = 8, 2
+# For so many turns after a call has begun others may be on their way.
+_TURNS_OF_A_CALL = 32
 _MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
 _MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
@@ -93,12 +101,15 @@ class RequestStream:
         self._key = key
         self._num_open = num_completions
         self._pending: list[SequenceOutput] = []
-        # By index, the plain tokens that came behind what is pending.
-        self._plain: dict[int, list[int]] = {}
+        # Of `_pending` alone.
         self._num_pending_tokens = 0
+        # By index, the plain tokens that came behind what is pending. The lists stay: see `plain_tokens`.
+        self._plain: dict[int, list[int]] = {}
         self._last_pending = False
         # The reader must not be kept waiting: for the first outputs, and for an end.
         self.is_urgent = True
+        # Between its turns a reader sleeps whatever has come: see `wake`.
+        self._is_due = True
         self._waiter: asyncio.Future[None] | None = None
         self._wake_at = 1.0
         self._closed = False
@@ -116,26 +127,28 @@ class RequestStream:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that have come and are not read yet."""
-        return self._num_pending_tokens
+        """Tokens that have come and are not read yet. May be read on any thread."""
+        return self._num_pending_tokens + sum(map(len, tuple(self._plain.values())))
 
     async def read(self) -> list[SequenceOutput]:
-        """Everything new, in order; waits until there is something. One reader at a time.
+        """Everything new, in order; waits until there is something, and for its turn. One reader at a time.
 
         Plain tokens that wait together make one output of each completion.
         """
-        await self.wait(1)
+        if not self._has(1):
+            await self.wait(1)
         self._merge_plain()
         pending, self._pending = self._pending, []
         self._num_pending_tokens = 0
         self._last_pending = False
-        self.is_urgent = False
+        self.is_urgent = self._is_due = False
         self._engine.count_message()
         return pending
 
     async def wait(self, num_tokens: float, timeout_s: float | None = None) -> None:
-        """Return once `num_tokens` are unread, some completion has ended, or `timeout_s` has passed."""
-        while self._num_pending_tokens < num_tokens and not self._last_pending:
+        """Return once it is this reader's turn and `num_tokens` are unread, some completion has ended, or
+        `timeout_s` has passed."""
+        while not self._has(num_tokens):
             loop = asyncio.get_running_loop()
             waiter = loop.create_future()
             self._waiter = waiter
@@ -149,6 +162,14 @@ class RequestStream:
                     timer.cancel()
             if timer is not None:
                 return
+
+    def _has(self, num_tokens: float) -> bool:
+        """Whether a reader who wants so many tokens need not wait."""
+        if self._last_pending:
+            return True
+        if num_tokens <= 1 and any(self._plain.values()):
+            return self._is_due
+        return self._is_due and self.num_pending_tokens >= num_tokens
 
     def abort_index(self, index: int) -> None:
         """End one completion; its last output still comes."""
@@ -173,24 +194,29 @@ class RequestStream:
         self._pending.append(output)
         self._num_pending_tokens += len(output.token_ids)
 
-    def push_token(self, index: int, token_id: int) -> None:
-        """As `push`, for an output that is one token and nothing else."""
-        waiting = self._plain.get(index)
-        if waiting is None:
-            self._plain[index] = [token_id]
-        else:
-            waiting.append(token_id)
-        self._num_pending_tokens += 1
+    def plain_tokens(self, index: int) -> list[int]:
+        """Where to append each output of a completion that is one token and nothing else.
+
+        It is the same list for as long as the stream lives, so whoever appends in every step has to look
+        for it once.
+        """
+        return self._plain.setdefault(index, [])
 
     def _merge_plain(self) -> None:
-        if self._plain:
-            for index, token_ids in self._plain.items():
+        for index, token_ids in self._plain.items():
+            if token_ids:
                 self._pending.append(SequenceOutput(self._key, index, tuple(token_ids)))
-            self._plain = {}
+                self._num_pending_tokens += len(token_ids)
+                token_ids.clear()
 
     def wake(self) -> None:
-        """Let the reader go on if what it waits for is there."""
-        if self._waiter is not None and (self._num_pending_tokens >= self._wake_at or self._last_pending):
+        """It is the reader's turn: let it go on if what it waits for is there, or as soon as it asks.
+
+        Without turns a reader that has written would find new tokens whenever the loop is slower than the
+        engine, and write again at once: all of the loop's time would go to ever shorter messages.
+        """
+        self._is_due = True
+        if self._waiter is not None and self._has(self._wake_at):
             _wake(self._waiter)
 
     def fail(self, failure: FailureKind) -> None:
@@ -208,7 +234,8 @@ class _Pace:
     every token is a message of its own; when one message per stream and step would take more than
     `share` of the time between steps, readers are woken in turns, each every `interval` steps. What a
     message costs is measured: processor time of the loop's thread over messages, so it holds all that
-    the loop does for them on the machine it is on.
+    the loop does for them on the machine it is on. Calls that begin or end count as so many messages:
+    a burst of them says nothing of what a message costs, and its first streams would sleep to its end.
     """
 
     def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
@@ -216,6 +243,8 @@ class _Pace:
         self.turn = 0
         self.num_messages = 0
         """Counted by the readers, and taken back to zero by each step."""
+        self.num_calls = 0
+        """The same of calls that have begun or ended."""
         self._share = share
         self._cpu_clock = cpu_clock
         self._last_time: float | None = None
@@ -235,17 +264,102 @@ class _Pace:
             self._step_s = before + _SMOOTHING * (latest - before)
             step_s = max(self._step_s, _MIN_STEP_S)
             self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
-            self._messages += _SMOOTHING * (self.num_messages - self._messages)
+            num_messages = self.num_messages + _CALL_MESSAGES * self.num_calls
+            self._messages += _SMOOTHING * (num_messages - self._messages)
             # An engine that was idle for long leaves next to no messages to divide by.
             message_s = self._cpu_s / max(self._messages, _SMOOTHING)
             wanted = math.ceil(num_streams * message_s / (self._share * step_s))
             self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / step_s)))
-        self._last_time, self._last_cpu, self.num_messages = time, cpu, 0
+        self._last_time, self._last_cpu = time, cpu
+        self.num_messages = self.num_calls = 0
 
     def due(self, keys: Iterable[int]) -> list[int]:
         """Those of the streams `keys` whose readers are to be woken in this step."""
         turn, interval = self.turn, self.interval
         return [key for key in keys if (turn + key) % interval == 0]
+
+
+_nowhere: deque[int] = deque(maxlen=0)
+
+
+class _Rows:
+    """The streams that the columns of a step go to, looked up once for as many steps as have the same rows.
+
+    `streams` are by key. It knows nothing of streams that begin or end.
+    """
+
+    def __init__(self, tokens: PlainTokens, streams: dict[int, RequestStream]) -> None:
+        self.keys, self.indices = tokens.keys, tokens.indices
+        self.streams: dict[int, RequestStream] = {}
+        # Bound methods: nothing else is as fast for each of hundreds of tokens a step.
+        self._appends: list[Callable[[int], None]] = []
+        self._by_turn: list[list[tuple[int, RequestStream]]] = []
+        for key, index in zip(tokens.keys, tokens.indices, strict=True):
+            stream = streams.get(key)
+            if stream is None:
+                self._appends.append(_nowhere.append)
+            else:
+                self._appends.append(stream.plain_tokens(index).append)
+                self.streams[key] = stream
+
+    def push(self, token_ids: Iterable[int]) -> None:
+        """One token for each row."""
+        for append, token_id in zip(self._appends, token_ids, strict=True):
+            append(token_id)
+
+    def due(self, turn: int, interval: int) -> list[tuple[int, RequestStream]]:
+        """Those whose readers are to be woken; the same that `_Pace.due` would name."""
+        if len(self._by_turn) != interval:
+            self._by_turn = [[] for _ in range(interval)]
+            for key, stream in self.streams.items():
+                self._by_turn[-key % interval].append((key, stream))
+        return self._by_turn[turn % interval]
+
+
+class _Waker:
+    """Wakes readers a few in each turn of the event loop.
+
+    A reader that is woken writes a message, so a turn takes as long as all of them. A call that comes goes
+    through five or six turns inside grpc.aio before the next can be accepted, one after the other: with a
+    hundred messages to a turn that were 10 ms for each call. While calls begin there are fewer messages.
+    """
+
+    def __init__(self) -> None:
+        # By key, so that readers who are slower than the engine's steps wait here once.
+        self._urgent: OrderedDict[int, RequestStream] = OrderedDict()
+        self._others: OrderedDict[int, RequestStream] = OrderedDict()
+        self._is_scheduled = False
+        self._num_turns = _TURNS_OF_A_CALL
+
+    def call_begins(self) -> None:
+        """Leave the next turns to calls."""
+        self._num_turns = 0
+
+    def add(self, key: int, stream: RequestStream) -> None:
+        """Have the reader of `stream` woken, after those that wait already; an urgent one before the rest."""
+        (self._urgent if stream.is_urgent else self._others)[key] = stream
+
+    def forget(self, key: int) -> None:
+        """The stream has been closed."""
+        self._urgent.pop(key, None)
+        self._others.pop(key, None)
+
+    def start(self) -> None:
+        """Begin, unless it is under way."""
+        if not self._is_scheduled:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        self._num_turns += 1
+        for _ in range(_WAKES_PER_TURN if self._num_turns > _TURNS_OF_A_CALL else _FEW_WAKES):
+            waiting = self._urgent or self._others
+            if not waiting:
+                break
+            _, stream = waiting.popitem(last=False)
+            stream.wake()
+        self._is_scheduled = bool(self._urgent or self._others)
+        if self._is_scheduled:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -290,7 +404,10 @@ class AsyncEngine:
         self._last_key = 0
         self._num_live = 0
         self._pace = _Pace(self._host.writing_share)
+        # Streams whose readers may have to be woken: those of the latest columns, and others.
+        self._rows: _Rows | None = None
         self._unwoken: dict[int, RequestStream] = {}
+        self._waker = _Waker()
         self._stats = EngineStats()
         self._throughput = Throughput(time.monotonic())
         self._idle_waiters: list[asyncio.Future[None]] = []
@@ -407,6 +524,8 @@ class AsyncEngine:
         stream = RequestStream(self, key, request.tenant, request_id, request.sampling.n)
         self._streams[key] = stream
         self._keys[request.tenant, request_id] = key
+        self._pace.num_calls += 1
+        self._waker.call_begins()
         if not self._num_live:
             self._heartbeat = time.monotonic()
         self._num_live += request.sampling.n
@@ -499,7 +618,11 @@ class AsyncEngine:
     def forget(self, key: int, stream: RequestStream) -> None:
         """Drop a stream that has just been closed; late outputs of it are ignored."""
         del self._streams[key]
+        self._pace.num_calls += 1
+        if self._rows is not None and key in self._rows.streams:
+            self._leave_rows(self._rows)
         self._unwoken.pop(key, None)
+        self._waker.forget(key)
         del self._keys[stream.tenant, stream.request_id]
 
     # --- from the engine ------------------------------------------------------------------------
@@ -541,7 +664,7 @@ class AsyncEngine:
         self._on_step(message.stats)
         if message.num_tokens and self._on_iteration is not None:
             self._on_iteration(message.num_tokens, message.seconds)
-        pace, streams = self._pace, self._streams
+        pace, streams, waker = self._pace, self._streams, self._waker
         pace.step(message.time, len(streams))
         unwoken = self._unwoken
         num_ended = 0
@@ -553,26 +676,35 @@ class AsyncEngine:
                 continue
             stream.push(output)
             if stream.is_urgent:
-                stream.wake()
+                waker.add(output.key, stream)
             else:
                 unwoken[output.key] = stream
-        tokens = message.tokens
-        for key, index, token_id in zip(tokens.keys, tokens.indices, tokens.token_ids, strict=True):
-            stream = streams.get(key)
-            if stream is None:
-                continue
-            stream.push_token(index, token_id)
-            if stream.is_urgent:
-                stream.wake()
-            else:
-                unwoken[key] = stream
+        if message.tokens.keys:
+            self._rows_of(message.tokens).push(message.tokens.token_ids)
         self._num_live -= num_ended
         self._throughput.observe(message.time, message.stats.generation_tokens)
         if num_ended and not self._num_live:
             self._wake_idle_waiters()
         # Also those whose tokens came in an earlier step: a sequence may pause after any token.
         for key in pace.due(unwoken):
-            unwoken.pop(key).wake()
+            waker.add(key, unwoken.pop(key))
+        if self._rows is not None:
+            for key, stream in self._rows.due(pace.turn, pace.interval):
+                waker.add(key, stream)
+        waker.start()
+
+    def _rows_of(self, tokens: PlainTokens) -> _Rows:
+        rows = self._rows
+        if rows is None or rows.keys != tokens.keys or rows.indices != tokens.indices:
+            if rows is not None:
+                self._leave_rows(rows)
+            rows = self._rows = _Rows(tokens, self._streams)
+        return rows
+
+    def _leave_rows(self, rows: _Rows) -> None:
+        """Their tokens may not have been told of yet, and perhaps none will follow for a while."""
+        self._unwoken.update(rows.streams)
+        self._rows = None
 
     def _wake_idle_waiters(self) -> None:
         waiters, self._idle_waiters = self._idle_waiters, []

@@ -585,6 +585,8 @@ def _on_terms(checked: CheckedRequest, terms: TenantTerms) -> CheckedRequest:
     priority = request.priority
     if terms.max_priority is not None:
         priority = min(priority, terms.max_priority)
+    if (priority, terms.weight, terms.kv_share) == (request.priority, request.weight, request.kv_share):
+        return checked
     return replace(
         checked,
         engine_request=replace(request, priority=priority, weight=terms.weight, kv_share=terms.kv_share),

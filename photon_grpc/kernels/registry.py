@@ -18,6 +18,7 @@ from photon_grpc.kernels import (
     sampling,
     silu_and_mul,
     skinny_gemm,
+    skinny_gemm_tma,
     step_inputs,
     swiglu_gemm,
 )
@@ -34,6 +35,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *sampling.SPECS,
     *silu_and_mul.SPECS,
     *skinny_gemm.SPECS,
+    *skinny_gemm_tma.SPECS,
     *step_inputs.SPECS,
     *swiglu_gemm.SPECS,
 )

@@ -66,5 +66,5 @@ def _encode(
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if int(result) != 0:
-        raise RuntimeError(f"tensor map of {sizes}, strides {strides}, box {box}: {result}")
+        raise RuntimeError(f"tensor map of {sizes}, strides {strides}, box {box}: {result!r}")
     return np.void(np.array([int(word) for word in encoded.opaque], dtype=np.uint64).tobytes())

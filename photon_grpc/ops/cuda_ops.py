@@ -22,6 +22,7 @@ from photon_grpc.kernels import (
     rope_store_kv,
     silu_and_mul,
     skinny_gemm,
+    skinny_gemm_tma,
     swiglu_gemm,
 )
 from photon_grpc.kernels.launcher import require_cuda
@@ -37,8 +38,9 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond these, cuBLASLt is faster: of more tokens, and of weights so large that little is gained by fusing.
-# (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel of its own norms the residual.)
+# Beyond these, cuBLASLt is faster: of more tokens, and without the copy engine of weights so large that
+# little is gained by fusing. (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel of
+# its own norms the residual.)
 MAX_SKINNY_TOKENS = 64
 MAX_SKINNY_BYTES = 96 << 20
 
@@ -278,12 +280,16 @@ def _has_few(x: Tensor, weight: Tensor) -> bool:
     tokens = x.shape[0]
     if weight.dtype is torch.float32 or not 0 < tokens <= MAX_SKINNY_TOKENS:
         return False
-    return tokens <= gemv.MAX_TOKENS or weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
+    if tokens <= gemv.MAX_TOKENS or skinny_gemm_tma.is_available():
+        return True
+    return weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
 
 
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:
     if by_gemv and x.shape[0] <= gemv.MAX_TOKENS:
         gemv.gemv(output, x, weight)
+    elif skinny_gemm_tma.can_multiply(output, weight):
+        skinny_gemm_tma.skinny_gemm_tma(output, x, weight)
     else:
         # wgmma where there is one: 2 to 7 % faster, and the same bits for any number of tokens.
         skinny_gemm.skinny_gemm(output, x, weight, warpgroup=True)

@@ -131,17 +131,17 @@ class SequenceTimings:
     preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """What one step brought for completion `index` of the request `key`.
 
     `finish` or `failure` is set on the last one. `prompt_logprobs` comes once, with the first token,
     and has one entry per prompt token after the first. `timings` comes with the first token, after
-    each resumption and with the last output.
+    each resumption and with the last output. A tuple, since a frozen dataclass takes several times as long
+    to make, and every message to a client needs one.
     """
 
     key: int
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()

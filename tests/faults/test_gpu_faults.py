@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -225,6 +226,10 @@ def test_fault_48_a_device_assert_ends_the_process_and_the_next_one_works(folder
         assert process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.skipif(
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1,
+    reason="the GPU's free memory says nothing while tests beside this one take and give back some",
+)
 def test_fault_48_memory_comes_back_after_a_kill(folder: Path) -> None:
     torch.cuda.init()
     torch.cuda.synchronize()

@@ -55,6 +55,10 @@ class PagedModel:
 
     def step(self, rows: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
         """Logits [tokens, vocab] of each row: a sequence and its next tokens."""
+        return [logits for _, logits in self.states(rows)]
+
+    def states(self, rows: Sequence[tuple[str, Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+        """The same with the hidden states after the final norm before them, [tokens, hidden]; on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]) > 1)
         ids: list[int] = []
         positions: list[int] = []
@@ -93,10 +97,11 @@ class PagedModel:
                 self.cache,
                 metadata,
             )
-            logits = self.model.compute_logits(hidden).cpu()
-        result: list[Tensor] = [logits] * len(rows)
+            both = hidden.cpu(), self.model.compute_logits(hidden).cpu()
+        result: list[tuple[Tensor, Tensor]] = [both] * len(rows)
         for place, i in enumerate(order):
-            result[i] = logits[starts[place] : starts[place + 1]]
+            own = slice(starts[place], starts[place + 1])
+            result[i] = both[0][own], both[1][own]
         return result
 
     def release(self, name: str) -> None:
@@ -124,19 +129,36 @@ class PagedModel:
 class TransformersModel:
     """The independent judge."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.to(device).eval()
+        self._device = device
+
+    def states(self, sequences: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+        """Of each sequence the hidden states after the final norm and the logits, on the CPU as float32.
+
+        In one batch: what pads the shorter ones stands behind them, where no token of theirs looks.
+        """
+        width = max(map(len, sequences))
+        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], device=self._device)
+        with torch.inference_mode():
+            hidden = self._model.model(ids).last_hidden_state
+            logits = self._model.lm_head(hidden)
+        hidden, logits = hidden.float().cpu(), logits.float().cpu()
+        return [(hidden[i, : len(ids)], logits[i, : len(ids)]) for i, ids in enumerate(sequences)]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """[tokens, vocab]."""
         with torch.inference_mode():
-            result: Tensor = self._model(torch.tensor([list(token_ids)])).logits[0]
-        return result
+            result: Tensor = self._model(torch.tensor([list(token_ids)], device=self._device)).logits[0]
+        return result.cpu()
 
     def greedy(self, prompt: Sequence[int], num_tokens: int = GREEDY_TOKENS) -> list[int]:
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=self._device)
         with torch.inference_mode():
             output = self._model.generate(
                 ids,

@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from photon_grpc.errors import MaxDurationError, OverloadedError, PhotonError
+from photon_grpc.scheduler.output import ScheduledSequence, SchedulerOutput
 from photon_grpc.server.status import to_status
 from photon_grpc.v1 import inference_pb2
 from tests.support.tiny_model import tiny_model_folder
 from tools.bench import engine, host, overload
 from tools.bench.figures import CallRecord, Distribution, Objective, Refusal, summarize
 from tools.bench.load import Load, poisson_arrivals, read_refusal, request_bytes, split
+from tools.bench.scripted_factory import Pace
 from tools.bench.server_handle import CpuTimes
 from tools.bench.server_process import ServerSpec
 
@@ -276,3 +278,20 @@ def test_the_engine_benchmark_has_equal_tokens_on_both_sides(tmp_path: Path) -> 
     plan = engine.EnginePlan(model, "auto", batches=(1, 3), prompt_tokens=9, new_tokens=5, repeats=1)
     rows = engine.run(plan, lambda text: None)
     assert [(row.batch, row.same_rows) for row in rows] == [(1, (1, 1)), (3, (3, 3))]
+
+
+def test_a_paced_step_takes_what_its_rows_and_prompts_take() -> None:
+    pace = Pace(step_s=1.0, row_s=0.1, prefill_s=10.0, prompt_token_s=0.001)
+
+    def step(*num_tokens: int) -> SchedulerOutput:
+        rows = tuple(ScheduledSequence(seq_id, count, True) for seq_id, count in enumerate(num_tokens))
+        return SchedulerOutput(1, (), (), rows, sum(num_tokens))
+
+    assert pace.seconds(step(1, 1, 1)) == pytest.approx(1.3)
+    assert pace.seconds(step(1, 1, 100, 50)) == pytest.approx(1.0 + 0.4 + 10.0 + 0.150)
+    assert ServerSpec.from_json(ServerSpec(pace=(1.0, 0.1, 10.0, 0.001)).to_json()).pace == (
+        1.0,
+        0.1,
+        10.0,
+        0.001,
+    )

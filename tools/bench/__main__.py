@@ -31,6 +31,9 @@ from tools.bench.command_options import (
 from tools.bench.figures import Objective
 from tools.bench.server_process import ServerSpec
 
+# As the default on CUDA.
+_DEVICE_BATCHED_TOKENS = 8192
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command(name="overload")(stress_commands.overload_a_server)
 app.command(name="control")(stress_commands.control_a_server)
@@ -97,6 +100,15 @@ def serve(
     step_ms: Annotated[
         float, typer.Option("--step-ms", min=0, help="With --fake-engine: time asleep in each step.")
     ] = 20.0,
+    step_row_us: Annotated[
+        float, typer.Option("--step-row-us", min=0, help="The same: on top, for each sequence in it.")
+    ] = 0.0,
+    prefill_ms: Annotated[
+        float, typer.Option("--prefill-ms", min=0, help="The same: on top, with prompts in the step.")
+    ] = 0.0,
+    prompt_token_us: Annotated[
+        float, typer.Option("--prompt-token-us", min=0, help="The same: on top, for each prompt token.")
+    ] = 0.0,
     engine_process: Annotated[
         str, typer.Option("--engine-process", help="auto, own or shared, as the setting engine.process.")
     ] = "auto",
@@ -139,6 +151,12 @@ def serve(
         concurrency = [1, 16]
     most = max([*concurrency, compare_sequential, 64])
     spec = replace(server_spec(model, dtype, threads, step_ms, max_num_seqs or most), process=engine_process)
+    if step_row_us or prefill_ms or prompt_token_us:
+        spec = replace(
+            spec,
+            pace=(step_ms / 1e3, step_row_us / 1e6, prefill_ms / 1e3, prompt_token_us / 1e6),
+            max_num_batched_tokens=_DEVICE_BATCHED_TOKENS,
+        )
     plan = serving.ServingPlan(
         spec,
         tuple(concurrency),

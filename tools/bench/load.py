@@ -9,6 +9,7 @@ server, as little as possible.
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import time
 from collections.abc import Iterable, Sequence
@@ -223,6 +224,7 @@ async def _drive(
         async with asyncio.timeout(_CHANNEL_READY_S):
             await asyncio.gather(*(channel.channel_ready() for channel in channels))
         methods = [channel.unary_stream(_METHOD) for channel in channels]
+        _stop_collector()
         connection.send("ready")
         start = await asyncio.get_running_loop().run_in_executor(None, connection.recv)
         cpu_before = time.process_time()
@@ -233,6 +235,14 @@ async def _drive(
         return calls, time.process_time() - cpu_before
     finally:
         await asyncio.gather(*(channel.close() for channel in channels))
+
+
+def _stop_collector() -> None:
+    """A full round of the collector walks all that has been kept: with 50,000 messages it takes 0.1 to 0.3 s,
+    for which every stream of this process would seem to stand still."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 async def _open_loop(

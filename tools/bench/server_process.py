@@ -47,7 +47,7 @@ from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
 from tools.bench.fault_runner import FaultPlan, FaultyFactory
-from tools.bench.scripted_factory import ScriptedFactory
+from tools.bench.scripted_factory import Pace, ScriptedFactory
 from tools.bench.settings import with_assignments
 from tools.bench.soak_log import TASKS
 from tools.make_tiny_model import write_tokenizer
@@ -60,12 +60,14 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """`model` empty: the scripted runner, whose every step takes `step_s` asleep."""
+    """`model` empty: the scripted runner, whose every step takes `step_s` asleep, or as `pace` says."""
 
     model: str = ""
     dtype: str = "auto"
     num_threads: int = 0
     step_s: float = 0.0
+    pace: tuple[float, float, float, float] | None = None
+    """Without a model: the fields of `scripted_factory.Pace`, in place of `step_s`."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     process: str = "auto"
@@ -93,7 +95,8 @@ class ServerSpec:
     def from_json(cls, text: str) -> ServerSpec:
         """A spec that `to_json` wrote."""
         found = json.loads(text)
-        return cls(**{**found, "settings": tuple(found["settings"])})
+        pace = None if found["pace"] is None else tuple(found["pace"])
+        return cls(**{**found, "settings": tuple(found["settings"]), "pace": pace})
 
     def options(self) -> Options:
         """A loopback server on a free port that logs as in production and leaves at once."""
@@ -164,7 +167,9 @@ async def _serve_scripted(spec: ServerSpec) -> int:
     metrics = Metrics(photon_grpc.__version__)
     with ThreadPoolExecutor(options.server.text_threads) as text_pool:
         engine = AsyncEngine(
-            ScriptedFactory(model, spec.step_s, spec.log_removals),
+            ScriptedFactory(
+                model, spec.step_s, spec.log_removals, None if spec.pace is None else Pace(*spec.pace)
+            ),
             options.scheduler,
             options.cache,
             options.limits,

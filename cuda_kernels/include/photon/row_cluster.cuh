@@ -1,6 +1,6 @@
 // The CTAs that share one row: a thread block cluster, or one CTA alone where PHOTON_CLUSTER is 1.
 //
-// The cluster size comes from Python as -D PHOTON_CLUSTER=n, n in 1, 2, 4, 8. Before sm_90 there are no
+// The cluster size comes from Python as -D PHOTON_CLUSTER=n, up to 8. Before sm_90 there are no
 // clusters: it is 1 there, and a launch of any other variant would be wrong.
 // Grid: (PHOTON_CLUSTER, rows), so that blockIdx.x is the rank in the cluster and blockIdx.y the row.
 #pragma once
@@ -17,7 +17,7 @@
 namespace photon {
 
 constexpr int kCluster = PHOTON_CLUSTER;
-static_assert(kCluster == 1 || kCluster == 2 || kCluster == 4 || kCluster == 8, "portable cluster sizes");
+static_assert(1 <= kCluster && kCluster <= 8, "portable cluster sizes");
 
 #if PHOTON_CLUSTER > 1
 #define PHOTON_ROW_CLUSTER __cluster_dims__(PHOTON_CLUSTER, 1, 1)

@@ -720,7 +720,7 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in
             else:
                 outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
                 running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
-            for _ in range(3):
+            for _ in range(80):
                 await asyncio.sleep(0)
             if step == 0:
                 assert all(lengths == [1] for lengths in reads.values()), "the first token waited"
@@ -756,3 +756,118 @@ async def test_a_stream_that_pauses_is_not_forgotten() -> None:
         for _ in range(running._pace.interval):
             deliver(range(9, 301))
         assert [output.token_ids for output in await asyncio.wait_for(pending, 5)]
+
+
+def test_a_burst_of_calls_says_nothing_of_what_a_message_costs() -> None:
+    """Uncounted, a burst made messages seem dear, and its first streams slept to its end."""
+    loop = Loop(64, 0.0013, 20e-6)
+    loop.run(100)
+    interval = loop.pace.interval
+    for _ in range(60):
+        loop.pace.num_calls += 4
+        loop.cpu += 4 * 160e-6
+        loop.run(1)
+    assert loop.pace.interval <= interval + 1
+
+
+async def test_a_turn_of_the_loop_wakes_few_readers_and_fewer_while_calls_begin() -> None:
+    async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        keys = tuple(range(1, 101))
+        streams = [running.submit(f"r{key}", engine_request(PROMPT, 50)) for key in keys]
+        woken: list[int] = []
+
+        async def reader(key: int, stream: RequestStream) -> None:
+            while True:
+                if (await stream.read())[-1].is_last:
+                    return
+                woken.append(key)
+
+        tasks = [asyncio.ensure_future(reader(k, s)) for k, s in zip(keys, streams, strict=True)]
+        await asyncio.sleep(0)
+
+        async def count_turns() -> list[int]:
+            counts = []
+            while len(woken) < 100:
+                before = len(woken)
+                await asyncio.sleep(0)
+                counts.append(len(woken) - before)
+            woken.clear()
+            return counts
+
+        running._deliver(StepOutputs(tuple(SequenceOutput(k, 0, (5,)) for k in keys), EngineStats(), 0.01))
+        begins = await count_turns()
+        assert max(begins[:30]) == 2
+        running._pace = _Pace(0.85, lambda: 0.0)
+        running._deliver(StepOutputs((), EngineStats(), 0.02, PlainTokens(keys, (0,) * 100, (6,) * 100)))
+        assert max(await count_turns()) == 8
+        # Ends go ahead of tokens.
+        running._deliver(
+            StepOutputs(
+                (SequenceOutput(90, 0, (8,), finish=Finish(FinishReason.MAX_TOKENS)),),
+                EngineStats(),
+                0.03,
+                PlainTokens(keys[:89] + keys[90:], (0,) * 99, (7,) * 99),
+            )
+        )
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert tasks[89].done()
+        assert len(woken) < 99
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_reader_that_has_written_waits_for_its_turn() -> None:
+    async with engine(start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        stream = running.submit("a", engine_request(PROMPT, 50))
+        running._deliver(StepOutputs((SequenceOutput(1, 0, (5,)),), EngineStats(), 0.01))
+        await asyncio.wait_for(stream.read(), 1)
+        now = 0.01
+
+        def deliver(token_id: int) -> None:
+            nonlocal now
+            now += 0.01
+            running._pace.interval = 4
+            running._pace.step = lambda time, num_streams: setattr(  # type: ignore[method-assign]
+                running._pace, "turn", running._pace.turn + 1
+            )
+            running._deliver(StepOutputs((), EngineStats(), now, PlainTokens((1,), (0,), (token_id,))))
+
+        while running._pace.turn % 4 != 3:
+            deliver(0)
+        await asyncio.wait_for(stream.read(), 1)
+        for token_id in (1, 2, 3):
+            deliver(token_id)
+            reading = asyncio.ensure_future(stream.read())
+            await asyncio.sleep(0.01)
+            assert not reading.done()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        deliver(4)
+        assert await asyncio.wait_for(stream.read(), 1) == [SequenceOutput(1, 0, (1, 2, 3, 4))]
+
+
+async def test_rows_of_a_stream_that_was_closed_go_nowhere_and_the_others_go_on() -> None:
+    async with engine(start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        closing, staying = (running.submit(name, engine_request(PROMPT, 50)) for name in "ab")
+        step = 0
+
+        def deliver(*keys: int) -> None:
+            nonlocal step
+            step += 1
+            columns = PlainTokens(keys, (0,) * len(keys), (step,) * len(keys))
+            running._deliver(StepOutputs((), EngineStats(), step * 0.01, columns))
+
+        deliver(1, 2)
+        deliver(1, 2)
+        closing.close()
+        # The engine has not heard of it yet, then it has.
+        deliver(1, 2)
+        deliver(2)
+        assert closing.num_pending_tokens == 2
+        assert await asyncio.wait_for(staying.read(), 1) == [SequenceOutput(2, 0, (1, 2, 3, 4))]
+        assert running.num_unread_tokens() == 0

@@ -109,6 +109,13 @@ def test_inputs_are_the_oracles(
     memory.check()
 
 
+@pytest.mark.gpu
+def test_tables_of_32k_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "MAX_BLOCKS", 2048)
+    test_inputs_are_the_oracles(16, 7, 1, [2, 511], 6, 0)
+    test_inputs_are_the_oracles(16, 20, 12, [], 0, 0)
+
+
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeLauncher().install(monkeypatch)
     state, rows = state_of(16, seed=0), rows_of(2, 1, [5], 1, 2)

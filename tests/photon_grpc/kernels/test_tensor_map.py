@@ -1,12 +1,73 @@
-"""What is no tensor map; what one brings is seen by the kernels' tests."""
+"""What the driver is asked for a tensor map, by one that only records; users of maps try the real one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from cuda.bindings import driver
 
-from photon_grpc.kernels.launcher import TENSOR_MAP_BYTES
+from photon_grpc.kernels import tensor_map as module
+from photon_grpc.kernels.launcher import TENSOR_MAP_BYTES, _argument_slots
 from photon_grpc.kernels.tensor_map import tensor_map
+
+Asked = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    """Every request's arguments, plain; the maps have the number of the request in them."""
+    requests: Asked = []
+
+    def encode(kind: Any, rank: int, address: int, *rest: Any) -> tuple[Any, Any]:
+        lists = [[int(value) for value in one] for one in rest[:4]]
+        requests.append((kind, rank, address, *lists))
+        made = driver.CUtensorMap()
+        made.opaque = [driver.cuuint64_t(len(requests))] * 16
+        refused = lists[0][0] == 63
+        return driver.CUresult(int(refused)), made
+
+    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", encode)
+    module._encode.cache_clear()
+    yield requests
+    module._encode.cache_clear()
+
+
+def test_strides_are_bytes_and_equal_maps_are_made_once(asked: Asked) -> None:
+    tensor = torch.zeros(6, 72, dtype=torch.bfloat16)
+    first = tensor_map(tensor, (64, 6), (72,), (64, 2))
+    assert asked == [
+        (
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            tensor.data_ptr(),
+            [64, 6],
+            [144],
+            [64, 2],
+            [1, 1],
+        )
+    ]
+    assert first.tobytes() == (1).to_bytes(8, "little") * 16
+    assert tensor_map(tensor, (64, 6), (72,), (64, 2)) is first
+    assert tensor_map(tensor, (64, 5), (72,), (64, 2)) is not first
+    assert tensor_map(tensor.half(), (64, 6), (72,), (64, 2)).tobytes() == (3).to_bytes(8, "little") * 16
+    assert asked[2][0] == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+
+
+def test_it_is_passed_by_value(asked: Asked) -> None:
+    made = tensor_map(torch.zeros(2, 64, dtype=torch.float16), (64, 2), (64,), (64, 2))
+    slots, addresses = _argument_slots((int, type(made), int))
+    slots[()] = (7, made, 9)
+    raw = slots.tobytes()
+    assert (addresses - addresses[0]).tolist() == [0, 8, 8 + TENSOR_MAP_BYTES]
+    assert raw[8 : 8 + TENSOR_MAP_BYTES] == made.tobytes()
+
+
+def test_a_refusal_says_of_what(asked: Asked) -> None:
+    with pytest.raises(RuntimeError, match=r"tensor map of \(63, 6\).*CUDA_ERROR_INVALID_VALUE"):
+        tensor_map(torch.zeros(6, 72, dtype=torch.bfloat16), (63, 6), (72,), (64, 2))
 
 
 @pytest.mark.gpu
