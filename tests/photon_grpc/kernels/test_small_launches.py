@@ -21,19 +21,20 @@ from torch import Tensor
 from photon_grpc.kernels import gemv as gemv_module
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels import paged_attention_decode as decode_module
+from photon_grpc.kernels import paged_attention_prefill as prefill_module
 from photon_grpc.kernels import sampling as sampling_module
 from photon_grpc.kernels import skinny_gemm as skinny_module
 from photon_grpc.kernels.apply_updates import SEGMENT_DTYPE, apply_updates
 from photon_grpc.kernels.embedding import embedding
 from photon_grpc.kernels.launcher import Variant
 from photon_grpc.kernels.linear_output import OUTPUTS, LinearOutput
-from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.kernels.registry import SPECS
 from photon_grpc.kernels.rmsnorm import add_rms_norm, rms_norm
 from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope_store_kv, store_kv
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.silu_and_mul import silu_and_mul
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows, step_inputs
+from photon_grpc.kernels.swiglu_gemm import can_multiply, swiglu_gemm
 from photon_grpc.runner.cuda_sampler import CudaSampler, pack_sequence
 from photon_grpc.runner.sampler import Sampler
 from photon_grpc.scheduler.output import SamplerSpec
@@ -176,17 +177,21 @@ def decode_case(shape: Shape, lens: tuple[int, ...], sharers: int, reads_early: 
     return launch
 
 
-def prefill_case(shape: Shape, pairs: tuple[tuple[int, int], ...]) -> Launch:
+def prefill_case(shape: Shape, pairs: tuple[tuple[int, int], ...], *, by_wgmma: bool = False) -> Launch:
     """`pairs` are new tokens and context length of each row."""
 
     def launch(patch: pytest.MonkeyPatch) -> None:
+        if not by_wgmma:
+            patch.setattr(prefill_module, "WGMMA_TILINGS", {})
+        elif launcher.require_cuda().arch != "sm_90a":
+            pytest.skip("a kernel for sm_90a")
         query_lens, lens = zip(*pairs, strict=True)
         starts = (0, *accumulate(query_lens))
         rows = make_rows(shape, lens, "cuda")
         memory = Fenced()
         q = randn(starts[-1], shape.num_heads, shape.head_dim, dtype=shape.dtype, seed=7)
         out = memory.empty(*q.shape, dtype=shape.dtype)
-        paged_attention_prefill(
+        prefill_module.paged_attention_prefill(
             out,
             memory.copy(q),
             rows.kv_cache,
@@ -216,6 +221,13 @@ for shape in (Shape(2, 4, 64, 16), Shape(1, 7, 128, 32, F16), Shape(1, 1, 16, 16
         "paged_attention_prefill",
         str(shape),
         prefill_case(shape, ((17, 17), (0, 40), (33, 97), (1, 70), (64, 64), (0, 0), (130, 200))),
+    )
+# Several tiles to a CTA, and contexts of as many tiles of keys as the stages have room for, and more.
+for shape in (Shape(2, 4, 64, 16), Shape(1, 7, 128, 32, F16), Shape(1, 1, 128, 16), Shape(1, 16, 64, 64)):
+    case(
+        "paged_attention_prefill_wgmma",
+        str(shape),
+        prefill_case(shape, ((17, 17), (0, 40), (33, 97), (1, 400), (64, 128), (130, 300)), by_wgmma=True),
     )
 
 
@@ -289,6 +301,21 @@ def store_kv_case(dtype: torch.dtype) -> Launch:
     return launch
 
 
+def swiglu_case(dtype: torch.dtype, tokens: int, inner: int, k: int) -> Launch:
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        if not can_multiply(inner):
+            pytest.skip("a kernel for sm_90a")
+        memory = Fenced()
+        x, weight = randn(tokens, k, dtype=dtype), (randn(2 * inner, k, dtype=dtype) * k**-0.5).to(dtype)
+        out = memory.empty(tokens, inner, dtype=dtype)
+        swiglu_gemm(out, memory.copy(x), memory.copy(weight))
+        gate, up = (x.double() @ weight.double().t()).chunk(2, -1)
+        assert_ulps(out, torch.nn.functional.silu(gate) * up, floor=2.0**-15)
+        memory.check()
+
+    return launch
+
+
 def silu_case(dtype: torch.dtype, inner: int) -> Launch:
     def launch(patch: pytest.MonkeyPatch) -> None:
         memory = Fenced()
@@ -332,6 +359,9 @@ for dtype in ALL_TYPES:
         case("embedding", f"{word}-{index}", embedding_case(dtype, index))
 case("rms_norm", "all-threads", rms_norm_case(BF16, 16384))
 case("add_rms_norm", "all-threads", add_rms_norm_case(BF16, 16384))
+# Several tiles to the one cluster that there is room for, and k of more stages than there are, with a tail.
+case("swiglu_gemm", "bf16", swiglu_case(BF16, 300, 256, 328))
+case("swiglu_gemm", "f16-one-tile", swiglu_case(F16, 3, 128, 64))
 
 
 # --- the step's own ------------------------------------------------------------------------------
