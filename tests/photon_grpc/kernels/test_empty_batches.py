@@ -21,6 +21,7 @@ from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope, rope_store_kv,
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.silu_and_mul import silu_and_mul
 from photon_grpc.kernels.skinny_gemm import skinny_gemm
+from photon_grpc.kernels.skinny_gemm_tma import skinny_gemm_tma
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows, step_inputs
 from tests.support.kernels import FakeLauncher
 
@@ -62,6 +63,10 @@ def run_skinny_gemm(made: Memory) -> None:
     for warpgroup in (False, True):
         output = linear_output.store_rows(made(0, 32))
         skinny_gemm(output, made(0, 64), made(32, 64), warpgroup=warpgroup)
+
+
+def run_skinny_gemm_tma(made: Memory) -> None:
+    skinny_gemm_tma(linear_output.store_rows(made(0, 64)), made(0, 64), made(64, 64))
 
 
 def run_decode(made: Memory) -> None:
@@ -138,6 +143,7 @@ EMPTY: dict[str, Callable[[Memory], None]] = {
     "embedding": run_embedding,
     "gemv": run_gemv,
     "skinny_gemm": run_skinny_gemm,
+    "skinny_gemm_tma": run_skinny_gemm_tma,
     "paged_attention_decode": run_decode,
     "paged_attention_prefill": run_prefill,
     "rms_norm": run_rms_norm,

@@ -33,6 +33,7 @@ from photon_grpc.kernels.rmsnorm import add_rms_norm, rms_norm
 from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope_store_kv, store_kv
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.silu_and_mul import silu_and_mul
+from photon_grpc.kernels.skinny_gemm_tma import Cut, skinny_gemm_tma
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows, step_inputs
 from photon_grpc.runner.cuda_sampler import CudaSampler, pack_sequence
 from photon_grpc.runner.sampler import Sampler
@@ -116,6 +117,24 @@ def skinny_case(
     return launch
 
 
+def skinny_tma_case(kind: str, tokens: int, dtype: torch.dtype, by: Cut) -> Launch:
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        def multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
+            skinny_gemm_tma(output, x, weight, by=by)
+
+        n, k = 4 * by.rows * by.sharers + 32, 192 * by.splits + 8
+        run_product(kind, n, k, tokens, dtype, multiply, bias=tokens % 2 == 1)
+
+    return launch
+
+
+CUTS = (Cut(128, 1, 2), Cut(128, 8, 1), Cut(64, 4, 1, 2), Cut(64, 1, 2, 2), Cut(256, 1, 2), Cut(64, 2, 2))
+for i, kind in enumerate(OUTPUTS):
+    for j, by in enumerate(CUTS):
+        tokens = skinny_module.TOKEN_TILES[(i + j) % 6] - (i + j) % 2
+        dtype = F16 if (i + j) % 4 == 3 else BF16
+        name = f"{kind}-{tokens}-{by.rows}x{by.splits}x{by.sharers}x{by.residents}"
+        case("skinny_gemm_tma", name, skinny_tma_case(kind, tokens, dtype, by))
 for i, kind in enumerate(OUTPUTS):
     case("gemv", f"{kind}-3-direct", gemv_case(kind, 3, BF16, staged=False))
     case("gemv", f"{kind}-9-staged", gemv_case(kind, 9, BF16, staged=True))
