@@ -26,7 +26,7 @@
 // Arithmetic: products of 16-bit values, sums in float32.
 // Bound by reading the weight; below 20 MB by the way to the first x and back from the last sum. Predicted on an
 // H100 (3.05 TB/s), Llama 3.2 1B at 64 tokens, µs: qkv 6.6, o 5.1, gate_up 24, down 13.5.
-#include "photon/bulk_copy.cuh"
+#include "photon/tensor_copy.cuh"
 #include "photon/dependent_launch.cuh"
 #include "photon/linear_output.cuh"
 #include "photon/row_cluster.cuh"
@@ -135,13 +135,13 @@ __device__ __forceinline__ void copy_weights(const TensorMap& weight, const Outp
                                              Cursor at) {
     const u32 target = shared + stage * kStageBytes, barrier = full_barrier(shared, stage);
     if (kOutput == silu_and_mul) {
-        copy_box(target, barrier, weight, at.block * kDepth, 0, 0, at.tile * (kRows / 16), 0, kReadOnce);
+        copy_box(target, weight, at.block * kDepth, 0, 0, at.tile * (kRows / 16), 0, barrier, kReadOnce);
     } else if (kOutput == rope_and_store) {
         const int group = at.tile * (kRows / 16), groups_of_head = output.head_dim / 16;
-        copy_box(target, barrier, weight, at.block * kDepth, 0, 0, group % groups_of_head, group / groups_of_head,
+        copy_box(target, weight, at.block * kDepth, 0, 0, group % groups_of_head, group / groups_of_head, barrier,
                  kReadOnce);
     } else {
-        copy_box(target, barrier, weight, at.block * kDepth, at.tile * kRows, kReadOnce);
+        copy_box(target, weight, at.block * kDepth, at.tile * kRows, barrier, kReadOnce);
     }
 }
 
@@ -149,14 +149,14 @@ __device__ __forceinline__ void copy_tokens(const TensorMap& x, u32 shared, int 
     const int first = kSharers == 1 ? 0 : my_sharer() * kSharedTokens;
     const u32 target = shared + stage * kStageBytes + kWeightBytes + first * kRowBytes;
     if (kSharers == 1) {
-        copy_box(target, full_barrier(shared, stage), x, at.block * kDepth, first);
+        copy_box(target, x, at.block * kDepth, first, full_barrier(shared, stage));
         return;
     }
     u32 ranks = 0;
 #pragma unroll
     for (int sharer = 0; sharer < kSharers; ++sharer) ranks |= 1u << rank_of(my_split(), sharer);
-    copy_box_to_all(target, full_barrier(shared, stage), x, at.block * kDepth, first,
-                    static_cast<unsigned short>(ranks));
+    copy_box_to(static_cast<unsigned short>(ranks), target, x, at.block * kDepth, first,
+                full_barrier(shared, stage));
 }
 
 __device__ __forceinline__ void pin(Sums& sums) {
@@ -332,11 +332,11 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
         publish_barriers();
 #pragma unroll 1
         for (int i = 0; i < first_fill; ++i) {
-            expect_bytes(full_barrier(shared, i), kStageBytes);
+            arrive_expecting(full_barrier(shared, i), kStageBytes);
             copy_weights(weight, output, shared, i, weights);
             weights.advance(first_block, end_block);
         }
-        if (kSplits > 1) expect_bytes(sums_barrier(shared), Share::num_bytes());
+        if (kSplits > 1) arrive_expecting(sums_barrier(shared), Share::num_bytes());
     }
     __syncwarp();
     cluster_announce();
@@ -355,8 +355,8 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
         Turn turn;
 #pragma unroll 1
         for (int i = kStages; i < total; ++i) {
-            wait_for_copies(free_barrier(shared, turn.stage), turn.parity);
-            expect_bytes(full_barrier(shared, turn.stage), kStageBytes);
+            wait_at(free_barrier(shared, turn.stage), turn.parity);
+            arrive_expecting(full_barrier(shared, turn.stage), kStageBytes);
             copy_weights(weight, output, shared, turn.stage, weights);
             copy_tokens(x, shared, turn.stage, weights);
             weights.advance(first_block, end_block);
@@ -376,12 +376,12 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
     int tile = start.tile, done = 0;
 #pragma unroll 1
     for (int i = 0; i < total; ++i) {
-        wait_for_copies(full_barrier(shared, turn.stage), turn.parity);
+        wait_at(full_barrier(shared, turn.stage), turn.parity);
         const u32 offset = turn.stage * (kStageBytes / 16);
         multiply(sums, rows + offset, columns + offset);
         // Not where nobody waits for it: the CTA may be gone.
         if (i + kStages < total && threadIdx.x % 32 < kSharers) {
-            arrive_at(peer_address(free_barrier(shared, turn.stage), rank_of(my_split(), threadIdx.x % 32)));
+            arrive_at_peer(free_barrier(shared, turn.stage), rank_of(my_split(), threadIdx.x % 32));
         }
         turn.advance();
         if (kSplits == 1 && ++done == end_block - first_block) {

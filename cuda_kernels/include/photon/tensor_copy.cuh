@@ -18,6 +18,9 @@ struct alignas(64) TensorMap {
     u64 words[16];
 };
 
+// For a box that is read once, so that it does not push others' out of L2.
+constexpr u64 kReadOnce = 0x12F0000000000000;
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
@@ -45,15 +48,17 @@ __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
                  : "memory");
 }
 
-// Arrives at the barrier that lies at this address in the CTA of `rank` in the cluster, to say that boxes were
-// read. Orders no writes outside of the CTA: that would wait for memory.
+// The same place in shared memory of the CTA of `rank` in the cluster.
+__device__ __forceinline__ u32 peer_address(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// Arrives at the barrier that lies at this address in the CTA of `rank`, to say that boxes were read. Orders no
+// writes outside of the CTA: a release in the cluster is a fence of the whole GPU, half a microsecond each time.
 __device__ __forceinline__ void arrive_at_peer(u32 barrier, u32 rank) {
-    asm volatile(
-        "{ .reg .b32 remote;\n"
-        "  mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "  mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_address(barrier, rank)) : "memory");
 }
 
 __device__ __forceinline__ void wait_at(u32 barrier, u32 parity) {
@@ -67,6 +72,28 @@ __device__ __forceinline__ void wait_at(u32 barrier, u32 parity) {
             : "r"(barrier), "r"(parity)
             : "memory");
     } while (is_over == 0);
+}
+
+// What others in the cluster stored, counted by the barrier, is seen behind this.
+__device__ __forceinline__ void wait_for_stores(u32 barrier, u32 parity) {
+    u32 is_over;
+    do {
+        asm volatile(
+            "{ .reg .pred over;\n"
+            "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+            "  selp.u32 %0, 1, 0, over; }"
+            : "=r"(is_over)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (is_over == 0);
+}
+
+// Sixteen bytes to shared memory of any CTA of the cluster, counted by a barrier of the same CTA.
+__device__ __forceinline__ void store_counted(u32 target, u32 barrier, const float (&values)[4]) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
+                 :
+                 : "r"(target), "r"(barrier), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+                 : "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
@@ -90,7 +117,25 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int x
         : "memory");
 }
 
-// The same to this address in every CTA of the cluster whose bit is set in `ranks`, and to its barrier.
+// The same with what L2 is to make of it, of two and of five dimensions.
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int x, int y, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+        "l"(&map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c0, int c1, int c2, int c3, int c4,
+                                         u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(target),
+        "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// A box to this address in every CTA of the cluster whose bit is set in `ranks`, and to its barrier.
 __device__ __forceinline__ void copy_box_to(unsigned short ranks, u32 target, const TensorMap& map, int x, int y,
                                             u32 barrier) {
     asm volatile(
