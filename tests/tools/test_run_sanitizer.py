@@ -186,7 +186,7 @@ def place_of(statement: str) -> tuple[str, int]:
 def test_a_report_is_false_for_the_statement_that_is_named_and_for_no_other(
     sanitizer: Path,
 ) -> None:
-    known, other = place_of(run_sanitizer.FALSE_REPORTS[TILES][0]), (f"{TILES[1]}.cu", 1)
+    known, other = place_of(run_sanitizer.FALSE_REPORTS[TILES]), (f"{TILES[1]}.cu", 1)
     summary = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
     both_false = "\n".join([report(known, other), report(other, known, known), summary])
     one_true = "\n".join([report(known, other), report(other, known, other), summary])
