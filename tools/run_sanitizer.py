@@ -74,7 +74,7 @@ FILES = ("tests/photon_grpc/runner/test_cuda_sampler.py",)
 
 # Of a tool and a kernel the statement whose reports are false.
 FALSE_REPORTS = {
-    # A tile is stored before its warp arrives at an mbarrier (release) that the readers wait for (acquire), and
+    # A tile is stored before its warp arrives at an mbarrier (release) that readers wait for (acquire), and
     # again only when all of them have arrived at another. racecheck lets mbarriers order copies, not stores.
     ("racecheck", "paged_attention_prefill_wgmma"): "const Tile tile = shared.tiles[stage];",
 }
