@@ -75,9 +75,9 @@ FILES = ("tests/photon_grpc/runner/test_cuda_sampler.py",)
 # Of a tool and a kernel the statement whose reports are false.
 FALSE_REPORTS = {
     # By the memory model of PTX it is ordered both ways. Who stores a tile arrives itself (release) at the
-    # mbarrier that readers wait for (acquire). A reading warp meets (__syncwarp) before one of its lanes arrives
-    # for all at the mbarrier that the next store waits for. That meeting is probably what racecheck misses: ptxas
-    # makes no instruction of it where a warp has not diverged. Not established.
+    # mbarrier that readers wait for (acquire). A reading warp meets (__syncwarp) before one of its lanes
+    # arrives for all at the mbarrier that the next store waits for. That meeting is probably what racecheck
+    # misses: ptxas makes no instruction of it where a warp has not diverged. Not established.
     ("racecheck", "paged_attention_prefill_wgmma"): "const Tile tile = shared.tiles[stage];",
 }
 
