@@ -67,7 +67,7 @@ def run_skinny_gemm(made: Memory) -> None:
 
 
 def run_skinny_gemm_tma(made: Memory) -> None:
-    skinny_gemm_tma(linear_output.store_rows(made(0, 32)), made(0, 64), made(32, 64))
+    skinny_gemm_tma(linear_output.store_rows(made(0, 64)), made(0, 64), made(64, 64))
 
 
 def run_decode(made: Memory) -> None:
@@ -152,13 +152,13 @@ EMPTY: dict[str, Callable[[Memory], None]] = {
     "paged_attention_decode": run_decode,
     "paged_attention_prefill": run_prefill,
     "paged_attention_prefill_wgmma": run_prefill,
+    "swiglu_gemm": run_swiglu_gemm,
     "rms_norm": run_rms_norm,
     "add_rms_norm": run_add_rms_norm,
     "rope_store_kv": run_rope_store_kv,
     "store_kv": run_store_kv,
     "silu_and_mul": run_silu_and_mul,
     "step_inputs": run_step_inputs,
-    "swiglu_gemm": run_swiglu_gemm,
     "sample": sampled(sampling_kernels.sample),
     "sample_greedy": sampled(sampling_kernels.sample_greedy),
     "logprobs": run_logprobs,
