@@ -38,11 +38,13 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Beyond these, cuBLASLt is faster: of more tokens, and without the copy engine of weights so large that
-# little is gained by fusing. (Beyond gemv.MAX_TOKENS, CTAs are better off sharing weights, and a kernel of
-# its own norms the residual.)
+# Tokens and bytes of a weight beyond which cuBLASLt is faster than our own products. With the copy engine (sm_90a) it
+# is beyond more tokens, and for every weight.
 MAX_SKINNY_TOKENS = 64
+MAX_COPIED_TOKENS = 128
 MAX_SKINNY_BYTES = 96 << 20
+# With the copy engine to bring x, CTAs are better off sharing it beyond so many tokens; without, beyond gemv's most.
+MAX_UNSHARED_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class CudaOps(Ops):
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if hidden.dtype is torch.float32:
             return F.linear(hidden, weight)
-        if 0 < hidden.shape[0] <= MAX_SKINNY_TOKENS:
+        if 0 < hidden.shape[0] <= _max_skinny_tokens():
             out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
             # So many rows that every CTA has tens of tiles: sharing x pays as soon as it is two mma wide.
             few = hidden.shape[0] <= gemv.TOKEN_TILES[0]
@@ -251,7 +253,7 @@ class CudaOps(Ops):
                 plan.context_lens[:decodes],
                 scale,
                 # Behind a product of many tokens there is little to gain, and memory is busy.
-                reads_early=metadata.context_is_old and decodes <= MAX_SKINNY_TOKENS,
+                reads_early=metadata.context_is_old and decodes <= _max_skinny_tokens(),
             )
         if plan.query_starts is not None:
             paged_attention_prefill(
@@ -279,16 +281,19 @@ class CudaOps(Ops):
 def _has_few(x: Tensor, weight: Tensor) -> bool:
     """Whether so few tokens are best multiplied by our own kernels. float32 has none."""
     tokens = x.shape[0]
-    if weight.dtype is torch.float32 or not 0 < tokens <= MAX_SKINNY_TOKENS:
+    if weight.dtype is torch.float32 or not 0 < tokens <= _max_skinny_tokens():
         return False
     if tokens <= gemv.MAX_TOKENS or skinny_gemm_tma.is_available():
         return True
     return weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
 
 
+def _max_skinny_tokens() -> int:
+    return MAX_COPIED_TOKENS if skinny_gemm_tma.is_available() else MAX_SKINNY_TOKENS
+
+
 def _max_gemv_tokens() -> int:
-    """Beyond two mma tiles, CTAs are better off sharing x; with the copy engine to bring it, beyond one."""
-    return gemv.TOKEN_TILES[0] if skinny_gemm_tma.is_available() else gemv.MAX_TOKENS
+    return MAX_UNSHARED_TOKENS if skinny_gemm_tma.is_available() else gemv.MAX_TOKENS
 
 
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:
