@@ -3,6 +3,8 @@
 //     out[i, h] = softmax(scale * q[i, h] . K[row, 0..pos(i)]) V[row, 0..pos(i)],  kv head = h / PHOTON_GROUP
 //     pos(i) = context_lens[row] - query_len(row) + (i - query_starts[row])
 //
+// For every head_dim and architecture; on sm_90a paged_attention_prefill_wgmma.cu has head_dim 64 and 128.
+//
 // Layouts: q [tokens][heads][head_dim] with q_token_stride elements between tokens, out
 // [tokens][heads][head_dim]; kv_cache [blocks][kv_heads][K, V][block_size][head_dim]; block_tables
 // [rows][block_table_stride]; query_starts [rows + 1].

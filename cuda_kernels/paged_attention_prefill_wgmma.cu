@@ -512,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, PHOTON_CTAS)
         for (int i = 0; i * static_cast<int>(gridDim.x) < num_items; ++i) {
             const int item = item_of(i);
             const Tile tile = finder.find(query_starts, context_lens, rows, item / kKvHeads, item % kKvHeads);
-            // In the way back the first CTAs may find nothing where others do; nobody finds anything after that.
+            // Items grow from round to round: nothing comes after one that is beyond the last.
             if (tile.row < 0) break;
             bring_tile(q_map, kv_map, tile, block_tables + static_cast<i64>(tile.row) * block_table_stride, shared,
                        query_round, round);

@@ -71,8 +71,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
              int hidden, i64 x_row_stride, float eps) {
     Raw<Storage> weights[kChunks];
     load_weight_row(weights, weight, hidden);
-    wait_for_previous();
+    // Before the wait: the product behind this then requests its weights as soon as there is room.
     let_next_start();
+    wait_for_previous();
     const Residual* row = x + blockIdx.x * x_row_stride;
     Raw<Residual> raw[kChunks];
 #pragma unroll
@@ -93,8 +94,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
                  const Storage* __restrict__ weight, int hidden, float eps) {
     Raw<Storage> weights[kChunks];
     load_weight_row(weights, weight, hidden);
-    wait_for_previous();
+    // Before the wait: the product behind this then requests its weights as soon as there is room.
     let_next_start();
+    wait_for_previous();
     const i64 row = static_cast<i64>(blockIdx.x) * hidden;
     Raw<Storage> updates[kChunks];
     Raw<Residual> sums[kChunks];

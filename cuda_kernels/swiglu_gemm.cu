@@ -80,7 +80,7 @@ __device__ __forceinline__ float silu(float x) {
     return x * reciprocal_approx(1.0f + exp2_approx(-kLog2E * x));
 }
 
-// A stage's barriers, in turn: `filled` counts the stages since the start.
+// The stage that comes next, and the parity to wait for there.
 struct Turn {
     int stage;
     u32 parity;

@@ -45,7 +45,7 @@ class KVCacheOptions:
 class SchedulerOptions:
     max_num_seqs: int = _opt(0, "sequences that run at the same time; 0: 64 on the CPU, 256 on CUDA")
     max_num_batched_tokens: int = _opt(
-        0, "tokens computed in one step, prefill and decode together; 0: 512 on the CPU, 8192 on CUDA"
+        0, "tokens computed in one step, prefill and decode together; 0: 512 on the CPU, 2048 on CUDA"
     )
     priority_boost_s: float = _opt(30.0, "one priority step counts as having arrived this much earlier")
 

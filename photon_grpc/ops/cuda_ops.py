@@ -166,7 +166,8 @@ class CudaOps(Ops):
         self, output: LinearOutput, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
     ) -> None:
         """`output` of the normed residual, in one kernel where every CTA can afford to norm it again."""
-        if gemv.can_norm(residual.shape[0], weight.shape[1]):
+        tokens, k = residual.shape[0], weight.shape[1]
+        if tokens <= _max_gemv_tokens() and gemv.can_norm(tokens, k):
             gemv.normed_gemv(output, residual, norm, eps, weight)
         else:
             _multiply(output, self.rms_norm(residual, norm, eps), weight)
@@ -285,8 +286,13 @@ def _has_few(x: Tensor, weight: Tensor) -> bool:
     return weight.numel() * weight.element_size() <= MAX_SKINNY_BYTES
 
 
+def _max_gemv_tokens() -> int:
+    """Beyond two mma tiles, CTAs are better off sharing x; with the copy engine to bring it, beyond one."""
+    return gemv.TOKEN_TILES[0] if skinny_gemm_tma.is_available() else gemv.MAX_TOKENS
+
+
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:
-    if by_gemv and x.shape[0] <= gemv.MAX_TOKENS:
+    if by_gemv and x.shape[0] <= _max_gemv_tokens():
         gemv.gemv(output, x, weight)
     elif skinny_gemm_tma.can_multiply(output, weight):
         skinny_gemm_tma.skinny_gemm_tma(output, x, weight)

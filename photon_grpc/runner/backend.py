@@ -28,7 +28,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 # Rows and tokens of the largest step, where the settings leave it open.
 _CPU_LIMITS = (64, 512)
-_CUDA_LIMITS = (256, 8192)
+_CUDA_LIMITS = (256, 2048)
 
 ForwardPass = Callable[[int, int], None]
 """Runs a step of so many decode rows and so many tokens of prefill, and lets go of everything."""

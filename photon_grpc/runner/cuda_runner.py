@@ -344,11 +344,12 @@ class CudaRunner:
             self._updates.write(self._sampler.row_slots, 0, self._sampled_slots(rows))
             self._rows = rows
         score = self._scorer(step, rows) if rows.scored else None
-        self._advance(rows)
         self._updates.send()
         if graph is not None:
             self._stream.run(graph)
+            self._advance(rows)
         else:
+            self._advance(rows)
             lengths = self._lengths(rows)
             self._stream.run(lambda: self._compute(kind, lengths, bool(rows.sampled_ids), score))
         if rows.sampled_ids:

@@ -163,6 +163,41 @@ def test_a_process_that_does_not_end_is_ended(sanitizer: Path, tmp_path: Path) -
     assert "not done after 0.5 s" in verdict.log
 
 
+TILES = ("racecheck", "paged_attention_prefill_wgmma")
+
+
+def report(*places: tuple[str, int]) -> str:
+    first, *others = [f"access at f(int, int)+0x560 in {file}:{line}" for file, line in places]
+    return "\n".join(
+        [
+            f"========= Error: Race reported between Read {first}",
+            *(f"=========     and Write {other} [8 hazards]" for other in others),
+            "========= ",
+        ]
+    )
+
+
+def place_of(statement: str) -> tuple[str, int]:
+    name = f"{TILES[1]}.cu"
+    lines = (run_sanitizer.KERNEL_SOURCES / name).read_text().splitlines()
+    return name, 1 + [line.strip() for line in lines].index(statement)
+
+
+def test_a_report_is_false_for_the_statement_that_is_named_and_for_no_other(
+    sanitizer: Path,
+) -> None:
+    known, other = place_of(run_sanitizer.FALSE_REPORTS[TILES]), (f"{TILES[1]}.cu", 1)
+    summary = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    both_false = "\n".join([report(known, other), report(other, known, known), summary])
+    one_true = "\n".join([report(known, other), report(other, known, other), summary])
+    arguments = [TILES[0], "--kernel", TILES[1]]
+    (sanitizer / "said").write_text(both_false)
+    assert run_sanitizer.main(arguments) == 0
+    assert run_sanitizer.main([TILES[0], "--kernel", "gemv"]) == 1, "another kernel's are not"
+    (sanitizer / "said").write_text(one_true)
+    assert run_sanitizer.main(arguments) == 1
+
+
 def test_an_unknown_tool_is_refused(sanitizer: Path) -> None:
     with pytest.raises(SystemExit):
         run_sanitizer.main(["helgrind"])

@@ -275,7 +275,7 @@ def table_of_the_gpu(
     backend: Annotated[str, typer.Option("--backend", help="cuda; or cpu, to try the command.")] = "cuda",
     dtype: Dtype = "auto",
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1)] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option("--max-num-batched-tokens", min=1)] = 8192,
+    max_num_batched_tokens: Annotated[int, typer.Option("--max-num-batched-tokens", min=1)] = 2048,
     settings: Annotated[
         list[str], typer.Option("--set", help="section.key=value of engine and server; may be repeated.")
     ] = [],  # noqa: B006

@@ -272,7 +272,7 @@ def _server(plan: SoakPlan, stack: ExitStack) -> ServerSpec:
         backend=plan.backend,
         load_format=load_format,
         max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=max(8192 if on_gpu else 512, plan.max_num_seqs),
+        max_num_batched_tokens=max(2048 if on_gpu else 512, plan.max_num_seqs),
         kv_cache_memory_bytes=pool,
         admin=True,
         num_threads=plan.num_threads,

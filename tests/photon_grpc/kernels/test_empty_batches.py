@@ -21,7 +21,9 @@ from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope, rope_store_kv,
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.silu_and_mul import silu_and_mul
 from photon_grpc.kernels.skinny_gemm import skinny_gemm
+from photon_grpc.kernels.skinny_gemm_tma import skinny_gemm_tma
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows, step_inputs
+from photon_grpc.kernels.swiglu_gemm import swiglu_gemm
 from tests.support.kernels import FakeLauncher
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -62,6 +64,10 @@ def run_skinny_gemm(made: Memory) -> None:
     for warpgroup in (False, True):
         output = linear_output.store_rows(made(0, 32))
         skinny_gemm(output, made(0, 64), made(32, 64), warpgroup=warpgroup)
+
+
+def run_skinny_gemm_tma(made: Memory) -> None:
+    skinny_gemm_tma(linear_output.store_rows(made(0, 64)), made(0, 64), made(64, 64))
 
 
 def run_decode(made: Memory) -> None:
@@ -106,6 +112,10 @@ def run_silu_and_mul(made: Memory) -> None:
     silu_and_mul(made(0, 64), made(0, 128))
 
 
+def run_swiglu_gemm(made: Memory) -> None:
+    swiglu_gemm(made(0, 128), made(0, 64), made(256, 64))
+
+
 def run_step_inputs(made: Memory) -> None:
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return made(*shape, dtype=dtype)
@@ -138,8 +148,11 @@ EMPTY: dict[str, Callable[[Memory], None]] = {
     "embedding": run_embedding,
     "gemv": run_gemv,
     "skinny_gemm": run_skinny_gemm,
+    "skinny_gemm_tma": run_skinny_gemm_tma,
     "paged_attention_decode": run_decode,
     "paged_attention_prefill": run_prefill,
+    "paged_attention_prefill_wgmma": run_prefill,
+    "swiglu_gemm": run_swiglu_gemm,
     "rms_norm": run_rms_norm,
     "add_rms_norm": run_add_rms_norm,
     "rope_store_kv": run_rope_store_kv,

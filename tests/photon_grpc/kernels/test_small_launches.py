@@ -21,19 +21,21 @@ from torch import Tensor
 from photon_grpc.kernels import gemv as gemv_module
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels import paged_attention_decode as decode_module
+from photon_grpc.kernels import paged_attention_prefill as prefill_module
 from photon_grpc.kernels import sampling as sampling_module
 from photon_grpc.kernels import skinny_gemm as skinny_module
 from photon_grpc.kernels.apply_updates import SEGMENT_DTYPE, apply_updates
 from photon_grpc.kernels.embedding import embedding
 from photon_grpc.kernels.launcher import Variant
 from photon_grpc.kernels.linear_output import OUTPUTS, LinearOutput
-from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.kernels.registry import SPECS
 from photon_grpc.kernels.rmsnorm import add_rms_norm, rms_norm
 from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope_store_kv, store_kv
 from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.kernels.silu_and_mul import silu_and_mul
+from photon_grpc.kernels.skinny_gemm_tma import Cut, skinny_gemm_tma
 from photon_grpc.kernels.step_inputs import SequenceState, StepInputs, StepRows, step_inputs
+from photon_grpc.kernels.swiglu_gemm import swiglu_gemm
 from photon_grpc.runner.cuda_sampler import CudaSampler, pack_sequence
 from photon_grpc.runner.sampler import Sampler
 from photon_grpc.scheduler.output import SamplerSpec
@@ -101,6 +103,18 @@ def normed_gemv_case(kind: str, tokens: int) -> Launch:
     return launch
 
 
+def swiglu_case(dtype: torch.dtype, tokens: int, inner: int, k: int) -> Launch:
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        weight = make_weight(2 * inner, k, dtype)
+        product = linear.Case("silu_and_mul", randn(tokens, k, dtype=dtype, seed=2), weight, None)
+        memory = Fenced()
+        x, on_device = memory.copy(product.x), memory.copy(weight)
+        linear.check(product, lambda output: swiglu_gemm(output.out, x, on_device))
+        memory.check()
+
+    return launch
+
+
 def skinny_case(
     kind: str, tokens: int, dtype: torch.dtype, rows: int, cluster: int, warpgroup: bool
 ) -> Launch:
@@ -116,6 +130,27 @@ def skinny_case(
     return launch
 
 
+def skinny_tma_case(kind: str, tokens: int, dtype: torch.dtype, by: Cut) -> Launch:
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        def multiply(output: LinearOutput, x: Tensor, weight: Tensor) -> None:
+            skinny_gemm_tma(output, x, weight, by=by)
+
+        n, k = 4 * by.rows * by.sharers + 32, 192 * by.splits + 8
+        run_product(kind, n, k, tokens, dtype, multiply, bias=tokens % 2 == 1)
+
+    return launch
+
+
+CUTS = (Cut(128, 1, 2), Cut(128, 8, 1), Cut(64, 4, 1, 2), Cut(64, 1, 2, 2), Cut(256, 1, 2), Cut(64, 2, 2))
+for i, kind in enumerate(OUTPUTS):
+    for j, by in enumerate(CUTS):
+        tokens = skinny_module.TOKEN_TILES[(i + j) % 6] - (i + j) % 2
+        dtype = F16 if (i + j) % 4 == 3 else BF16
+        name = f"{kind}-{tokens}-{by.rows}x{by.splits}x{by.sharers}x{by.residents}"
+        case("skinny_gemm_tma", name, skinny_tma_case(kind, tokens, dtype, by))
+# Of two CTAs that share tiles: both full and one empty, several rounds, k with a tail and less than a stage.
+case("swiglu_gemm", "one-cta", swiglu_case(F16, 3, 128, 72))
+case("swiglu_gemm", "rounds", swiglu_case(BF16, 300, 256, 1032))
 for i, kind in enumerate(OUTPUTS):
     case("gemv", f"{kind}-3-direct", gemv_case(kind, 3, BF16, staged=False))
     case("gemv", f"{kind}-9-staged", gemv_case(kind, 9, BF16, staged=True))
@@ -176,17 +211,19 @@ def decode_case(shape: Shape, lens: tuple[int, ...], sharers: int, reads_early: 
     return launch
 
 
-def prefill_case(shape: Shape, pairs: tuple[tuple[int, int], ...]) -> Launch:
+def prefill_case(shape: Shape, pairs: tuple[tuple[int, int], ...], *, wgmma: bool) -> Launch:
     """`pairs` are new tokens and context length of each row."""
 
     def launch(patch: pytest.MonkeyPatch) -> None:
+        if not wgmma:
+            patch.setattr(prefill_module, "WGMMA_TILINGS", {})
         query_lens, lens = zip(*pairs, strict=True)
         starts = (0, *accumulate(query_lens))
         rows = make_rows(shape, lens, "cuda")
         memory = Fenced()
         q = randn(starts[-1], shape.num_heads, shape.head_dim, dtype=shape.dtype, seed=7)
         out = memory.empty(*q.shape, dtype=shape.dtype)
-        paged_attention_prefill(
+        prefill_module.paged_attention_prefill(
             out,
             memory.copy(q),
             rows.kv_cache,
@@ -211,12 +248,11 @@ for sharers in (8, 4, 2, 1):
 for shape in (Shape(1, 7, 64, 16, F16), Shape(1, 8, 128, 32), Shape(1, 1, 16, 16), Shape(1, 5, 80, 64)):
     case("paged_attention_decode", str(shape), decode_case(shape, (2, 300), 8, False))
 case("paged_attention_decode", "long-splits", decode_case(Shape(32, 1, 16, 16), (4200, 3), 8, False))
+PAIRS = ((17, 17), (0, 40), (33, 97), (1, 70), (64, 64), (0, 0), (130, 300))
 for shape in (Shape(2, 4, 64, 16), Shape(1, 7, 128, 32, F16), Shape(1, 1, 16, 16), Shape(1, 16, 80, 64)):
-    case(
-        "paged_attention_prefill",
-        str(shape),
-        prefill_case(shape, ((17, 17), (0, 40), (33, 97), (1, 70), (64, 64), (0, 0), (130, 200))),
-    )
+    case("paged_attention_prefill", str(shape), prefill_case(shape, PAIRS, wgmma=False))
+for shape in (Shape(2, 4, 64, 16), Shape(1, 7, 128, 32, F16), Shape(1, 1, 64, 64), Shape(1, 16, 128, 16)):
+    case("paged_attention_prefill_wgmma", str(shape), prefill_case(shape, PAIRS, wgmma=True))
 
 
 # --- norms, rotation, elementwise ---------------------------------------------------------------

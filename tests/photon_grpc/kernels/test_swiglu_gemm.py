@@ -178,6 +178,7 @@ def test_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("tokens", "inner", "expected"),
     [
+        (128, 8192, False),
         (256, 8192, False),
         (512, 8192, True),
         (520, 8192, False),

@@ -70,7 +70,7 @@ class Plan:
     backend: str = "cuda"
     dtype: str = "auto"
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = 2048
     settings: tuple[str, ...] = ()
     seed: int = 0
 

@@ -20,14 +20,14 @@ from tools.bench.products import BF16
 
 FLOP_PER_US = 750e6
 
-NUM_KV_HEADS, GROUP, BLOCK_SIZE = 8, 4, 32
+NUM_KV_HEADS, GROUP, BLOCK_SIZE = 8, 4, 16
 # (rows, new tokens of each, its context).
 CONTEXTS = ((64, 128, 128), (4, 2048, 2048), (1, 8192, 8192), (1, 2048, 32768))
 # By head_dim: what was expected of long contexts.
 _ATTENTION_FLOP_PER_US = {64: 400e6, 128: 550e6}
 
 MLPS = (("llama32-1b", 8192, 2048), ("llama31-8b", 14336, 4096))
-TOKENS = (512, 1024, 2048, 8192)
+TOKENS = (512, 2048)
 # The activation stands behind each tile, and nothing multiplies meanwhile.
 _ACTIVATION_SHARE = 1.08
 
