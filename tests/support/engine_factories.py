@@ -34,7 +34,7 @@ class Scripted:
     def __call__(self, progress: Progress) -> Runner:
         progress(0, 100)
         if self.load_s:
-            print("loading", flush=True)
+            os.write(1, b"loading\n")
         time.sleep(self.load_s)
         progress(100, 100)
         return ScriptedRunner(
