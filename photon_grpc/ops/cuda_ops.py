@@ -38,12 +38,13 @@ from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZE_STEP = 16
-# Tokens and bytes of a weight beyond which cuBLASLt is faster than our own products. With the copy engine (sm_90a) it
-# is beyond more tokens, and for every weight.
+# Tokens and bytes of a weight beyond which cuBLASLt is faster than our own products. With the copy engine
+# (sm_90a) it takes more tokens, and any weight.
 MAX_SKINNY_TOKENS = 64
 MAX_COPIED_TOKENS = 128
 MAX_SKINNY_BYTES = 96 << 20
-# With the copy engine to bring x, CTAs are better off sharing it beyond so many tokens; without, beyond gemv's most.
+# With the copy engine to bring x, CTAs are better off sharing it beyond so many tokens; without, beyond
+# gemv's most.
 MAX_UNSHARED_TOKENS = 4
 
 
