@@ -65,7 +65,7 @@ _MESSAGE_S = 60e-6
 # What it costs that a call begins, or ends, in messages.
 _CALL_MESSAGES = 8
 # Readers that are woken in one turn of the event loop; see `_Waker`.
-_WAKES_PER_TURN = 8
+_WAKES_PER_TURN = 16
 _MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
 _MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1

@@ -720,7 +720,7 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in
             else:
                 outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
                 running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
-            for _ in range(2 + 300 // 8):
+            for _ in range(2 + 300 // 16):
                 await asyncio.sleep(0)
             if step == 0:
                 assert all(lengths == [1] for lengths in reads.values()), "the first token waited"
@@ -796,10 +796,10 @@ async def test_a_turn_of_the_loop_wakes_few_readers_and_ends_go_ahead() -> None:
             return counts
 
         running._deliver(StepOutputs(tuple(SequenceOutput(k, 0, (5,)) for k in keys), EngineStats(), 0.01))
-        assert max(await count_turns()) == 8
+        assert max(await count_turns()) == 16
         running._pace = _Pace(0.85, lambda: 0.0)
         running._deliver(StepOutputs((), EngineStats(), 0.02, PlainTokens(keys, (0,) * 100, (6,) * 100)))
-        assert max(await count_turns()) == 8
+        assert max(await count_turns()) == 16
         # Ends go ahead of tokens.
         running._deliver(
             StepOutputs(
