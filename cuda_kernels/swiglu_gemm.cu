@@ -19,6 +19,7 @@
 // Preconditions: inner a multiple of 128, k of 8; all rows 16-byte aligned; out overlaps neither x nor weight.
 // Arithmetic: products of 16-bit values, sums and all that follows in float32, rounded once.
 // Bound by the tensor cores.
+#include "photon/approximate.cuh"
 #include "photon/tensor_copy.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -62,18 +63,6 @@ constexpr int kBarriers = kStages * kStageBytes + kOutputBytes;
 static_assert(kBarriers + 64 == PHOTON_SHARED_BYTES && 16 * kStages <= 64, "Python and the kernel disagree");
 
 typedef float Sums[2 * kTileInner / 8][4];
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 __device__ __forceinline__ float silu(float x) {
     constexpr float kLog2E = 1.4426950408889634f;

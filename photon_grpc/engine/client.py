@@ -7,10 +7,8 @@ per step. A stream never blocks the engine: what arrives while its reader is bus
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -36,6 +34,7 @@ from photon_grpc.engine.messages import (
     StepOutputs,
     Submit,
 )
+from photon_grpc.engine.pacing import Pace, Rows, Waker
 from photon_grpc.engine.thread import EngineThread
 from photon_grpc.errors import (
     DuplicateRequestError,
@@ -59,16 +58,6 @@ _log = structlog.get_logger(__name__)
 
 # A full queue may be so many times as long as its bound, so that each tenant still gets its share of it.
 MOST_OVER = 2
-
-# What a message is taken to cost the event loop until that is measured.
-_MESSAGE_S = 60e-6
-# What it costs that a call begins, or ends, in messages.
-_CALL_MESSAGES = 8
-# Readers that are woken in one turn of the event loop; see `_Waker`.
-_WAKES_PER_TURN = 16
-_MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
-_MAX_PAUSE_S = 0.1
-_SMOOTHING = 0.1
 
 _ERROR_OF_FAILURE: dict[FailureKind, Callable[[], PhotonError]] = {
     FailureKind.QUEUE_TIMEOUT: QueueTimeoutError,
@@ -225,135 +214,6 @@ class RequestStream:
             self.wake()
 
 
-class _Pace:
-    """How many steps a stream's reader sleeps through, so that the loop keeps up with the engine.
-
-    A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
-    every token is a message of its own; when one message per stream and step would take more than
-    `share` of the time between steps, readers are woken in turns, each every `interval` steps. What a
-    message costs is measured: processor time of the loop's thread over messages, so it holds all that
-    the loop does for them on the machine it is on. Calls that begin or end count as so many messages:
-    a burst of them says nothing of what a message costs, and its first streams would sleep to its end.
-    """
-
-    def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
-        self.interval = 1
-        self.turn = 0
-        self.num_messages = 0
-        """Counted by the readers, and taken back to zero by each step."""
-        self.num_calls = 0
-        """The same of calls that have begun or ended."""
-        self._share = share
-        self._cpu_clock = cpu_clock
-        self._last_time: float | None = None
-        self._last_cpu = 0.0
-        self._step_s: float | None = None
-        # Both per step and smoothed; their quotient is the cost of a message.
-        self._cpu_s = _MESSAGE_S
-        self._messages = 1.0
-
-    def step(self, time: float, num_streams: int) -> None:
-        """Count a step that ended at `time` (monotonic seconds)."""
-        self.turn += 1
-        cpu = self._cpu_clock()
-        if self._last_time is not None:
-            latest = min(time - self._last_time, _MAX_STEP_S)
-            before = latest if self._step_s is None else self._step_s
-            self._step_s = before + _SMOOTHING * (latest - before)
-            step_s = max(self._step_s, _MIN_STEP_S)
-            self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
-            num_messages = self.num_messages + _CALL_MESSAGES * self.num_calls
-            self._messages += _SMOOTHING * (num_messages - self._messages)
-            # An engine that was idle for long leaves next to no messages to divide by.
-            message_s = self._cpu_s / max(self._messages, _SMOOTHING)
-            wanted = math.ceil(num_streams * message_s / (self._share * step_s))
-            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / step_s)))
-        self._last_time, self._last_cpu = time, cpu
-        self.num_messages = self.num_calls = 0
-
-    def due(self, keys: Iterable[int]) -> list[int]:
-        """Those of the streams `keys` whose readers are to be woken in this step."""
-        turn, interval = self.turn, self.interval
-        return [key for key in keys if (turn + key) % interval == 0]
-
-
-_nowhere: deque[int] = deque(maxlen=0)
-
-
-class _Rows:
-    """The streams that the columns of a step go to, looked up once for as many steps as have the same rows.
-
-    `streams` are by key. It knows nothing of streams that begin or end.
-    """
-
-    def __init__(self, tokens: PlainTokens, streams: dict[int, RequestStream]) -> None:
-        self.keys, self.indices = tokens.keys, tokens.indices
-        self.streams: dict[int, RequestStream] = {}
-        # Bound methods: nothing else is as fast for each of hundreds of tokens a step.
-        self._appends: list[Callable[[int], None]] = []
-        self._by_turn: list[list[tuple[int, RequestStream]]] = []
-        for key, index in zip(tokens.keys, tokens.indices, strict=True):
-            stream = streams.get(key)
-            if stream is None:
-                self._appends.append(_nowhere.append)
-            else:
-                self._appends.append(stream.plain_tokens(index).append)
-                self.streams[key] = stream
-
-    def push(self, token_ids: Iterable[int]) -> None:
-        """One token for each row."""
-        for append, token_id in zip(self._appends, token_ids, strict=True):
-            append(token_id)
-
-    def due(self, turn: int, interval: int) -> list[tuple[int, RequestStream]]:
-        """Those whose readers are to be woken; the same that `_Pace.due` would name."""
-        if len(self._by_turn) != interval:
-            self._by_turn = [[] for _ in range(interval)]
-            for key, stream in self.streams.items():
-                self._by_turn[-key % interval].append((key, stream))
-        return self._by_turn[turn % interval]
-
-
-class _Waker:
-    """Wakes readers a few in each turn of the event loop.
-
-    A reader that is woken writes a message, so a turn takes as long as all of them. A call that comes goes
-    through five or six turns inside grpc.aio before the next can be accepted, one after the other: with a
-    hundred messages to a turn that were 10 ms for each call.
-    """
-
-    def __init__(self) -> None:
-        # By key, so that readers who are slower than the engine's steps wait here once.
-        self._urgent: OrderedDict[int, RequestStream] = OrderedDict()
-        self._others: OrderedDict[int, RequestStream] = OrderedDict()
-        self._is_scheduled = False
-
-    def add(self, key: int, stream: RequestStream) -> None:
-        """Have the reader of `stream` woken, after those that wait already; an urgent one before the rest."""
-        (self._urgent if stream.is_urgent else self._others)[key] = stream
-
-    def forget(self, key: int) -> None:
-        """The stream has been closed."""
-        self._urgent.pop(key, None)
-        self._others.pop(key, None)
-
-    def start(self) -> None:
-        """Begin, unless it is under way."""
-        if not self._is_scheduled:
-            self._wake_some()
-
-    def _wake_some(self) -> None:
-        for _ in range(_WAKES_PER_TURN):
-            waiting = self._urgent or self._others
-            if not waiting:
-                break
-            _, stream = waiting.popitem(last=False)
-            stream.wake()
-        self._is_scheduled = bool(self._urgent or self._others)
-        if self._is_scheduled:
-            asyncio.get_running_loop().call_soon(self._wake_some)
-
-
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -395,11 +255,11 @@ class AsyncEngine:
         self._keys: dict[tuple[str, str], int] = {}
         self._last_key = 0
         self._num_live = 0
-        self._pace = _Pace(self._host.writing_share)
+        self._pace = Pace(self._host.writing_share)
         # Streams whose readers may have to be woken: those of the latest columns, and others.
-        self._rows: _Rows | None = None
+        self._rows: Rows[RequestStream] | None = None
         self._unwoken: dict[int, RequestStream] = {}
-        self._waker = _Waker()
+        self._waker: Waker[RequestStream] = Waker()
         self._stats = EngineStats()
         self._throughput = Throughput(time.monotonic())
         self._idle_waiters: list[asyncio.Future[None]] = []
@@ -684,15 +544,15 @@ class AsyncEngine:
                 waker.add(key, stream)
         waker.start()
 
-    def _rows_of(self, tokens: PlainTokens) -> _Rows:
+    def _rows_of(self, tokens: PlainTokens) -> Rows[RequestStream]:
         rows = self._rows
         if rows is None or rows.keys != tokens.keys or rows.indices != tokens.indices:
             if rows is not None:
                 self._leave_rows(rows)
-            rows = self._rows = _Rows(tokens, self._streams)
+            rows = self._rows = Rows(tokens, self._streams)
         return rows
 
-    def _leave_rows(self, rows: _Rows) -> None:
+    def _leave_rows(self, rows: Rows[RequestStream]) -> None:
         """Their tokens may not have been told of yet, and perhaps none will follow for a while."""
         self._unwoken.update(rows.streams)
         self._rows = None

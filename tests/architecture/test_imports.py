@@ -92,7 +92,7 @@ GUARDED: dict[str, frozenset[str]] = {
     "threading": frozenset({"engine.thread", "engine.watchdog", "frontend.text_pool", "telemetry", "llm"}),
     "asyncio": frozenset(
         {
-            *("engine.client", "engine.process", "frontend", "server", "telemetry.loop_lag"),
+            *("engine.client", "engine.pacing", "engine.process", "frontend", "server", "telemetry.loop_lag"),
             *("app", "cli", "client", "bench", "llm"),
         }
     ),

@@ -5,6 +5,7 @@
 // 2t+8, 2t+9; B words hold column g at the same k; C holds (row g, columns 2t, 2t+1), then row g+8.
 #pragma once
 
+#include "photon/approximate.cuh"
 #include "photon/types.cuh"
 
 namespace photon {
@@ -16,19 +17,6 @@ constexpr float kLowest = -3.402823466e+38f;
 
 __device__ __forceinline__ float minus_infinity() {
     return __int_as_float(static_cast<int>(0xff800000u));
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Within an ulp; infinity at zero.
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from photon_grpc.engine.client import AsyncEngine, RequestStream, _Pace, error_of
+from photon_grpc.engine.client import AsyncEngine, RequestStream, error_of
 from photon_grpc.engine.messages import (
     Abort,
     EngineReady,
@@ -23,6 +23,7 @@ from photon_grpc.engine.messages import (
     SequenceOutput,
     StepOutputs,
 )
+from photon_grpc.engine.pacing import Pace
 from photon_grpc.errors import (
     DuplicateRequestError,
     EngineDeadError,
@@ -620,79 +621,6 @@ async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) 
 # --- the pace of writing --------------------------------------------------------------------------
 
 
-class Loop:
-    """A simulated event loop, for which a step costs `step_cost_s` and a message `message_s`."""
-
-    def __init__(self, num_streams: int, step_s: float, message_s: float, step_cost_s: float = 0.0) -> None:
-        self.cpu = 0.0
-        self.pace = _Pace(0.85, lambda: self.cpu)
-        self._num_streams = num_streams
-        self._step_s = step_s
-        self._message_s = message_s
-        self._step_cost_s = step_cost_s
-
-    def run(self, num_steps: int) -> list[list[int]]:
-        """The streams that were woken after each step."""
-        turns = []
-        for _ in range(num_steps):
-            self.pace.step(self.pace.turn * self._step_s, self._num_streams)
-            turns.append(self.pace.due(range(self._num_streams)))
-            self.pace.num_messages += len(turns[-1])
-            self.cpu += self._step_cost_s + self._message_s * len(turns[-1])
-        return turns
-
-
-@pytest.mark.parametrize(
-    ("num_streams", "step_s", "message_s", "interval"),
-    [
-        (1, 0.0007, 60e-6, 1),
-        (16, 0.005, 60e-6, 1),
-        (64, 0.020, 60e-6, 1),
-        (256, 0.020, 60e-6, 1),
-        (256, 0.0023, 25e-6, 4),
-        (256, 0.0023, 60e-6, 8),
-        (256, 0.0023, 10e-6, 2),
-    ],
-)
-def test_readers_sleep_only_when_writing_would_fill_the_loop(
-    num_streams: int, step_s: float, message_s: float, interval: int
-) -> None:
-    loop = Loop(num_streams, step_s, message_s)
-    loop.run(300)
-    assert loop.pace.interval == interval
-
-
-def test_what_a_step_costs_besides_its_messages_is_counted_too() -> None:
-    loop = Loop(256, 0.0023, 25e-6, step_cost_s=0.0005)
-    loop.run(1000)
-    interval = loop.pace.interval
-    assert 0.0005 + 256 / interval * 25e-6 <= 0.85 * 0.0023
-    assert interval <= 6
-
-
-def test_a_loop_that_never_keeps_up_still_wakes_its_readers() -> None:
-    loop = Loop(256, 0.0005, 25e-6, step_cost_s=0.01)
-    loop.run(1000)
-    assert loop.pace.interval * 0.0005 <= 0.1
-
-
-def test_an_idle_engine_teaches_nothing_wrong() -> None:
-    """While nothing is generated the loop's time goes to other things, and no message divides it."""
-    loop = Loop(16, 0.001, 25e-6)
-    loop.run(100)
-    loop.cpu += 30.0
-    loop.run(200)
-    assert loop.pace.interval == 1
-
-
-def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> None:
-    loop = Loop(256, 0.0023, 25e-6)
-    loop.run(300)
-    turns = loop.run(12)
-    assert [len(keys) for keys in turns] == [64] * 12
-    assert all(len({key for turn in turns[n : n + 4] for key in turn}) == 256 for n in range(9))
-
-
 @pytest.mark.parametrize("in_columns", [False, True])
 async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in_columns: bool) -> None:
     """Steps are handed over by hand, so what each reader has after each of them is exact."""
@@ -701,7 +629,7 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in
         streams = [running.submit(f"r{n}", engine_request(PROMPT, 50)) for n in range(300)]
         keys = list(range(1, 301))
         reads: dict[int, list[int]] = {key: [] for key in keys}
-        running._pace = _Pace(0.5, lambda: 60e-6 * sum(len(lengths) for lengths in reads.values()))
+        running._pace = Pace(0.5, lambda: 60e-6 * sum(len(lengths) for lengths in reads.values()))
 
         async def reader(key: int, stream: RequestStream) -> None:
             while True:
@@ -737,7 +665,7 @@ async def test_a_stream_that_pauses_is_not_forgotten() -> None:
         streams = [running.submit(f"r{n}", engine_request(PROMPT, 50)) for n in range(300)]
         paused = streams[7]
         step = 0
-        running._pace = _Pace(0.5, lambda: step * 0.02)
+        running._pace = Pace(0.5, lambda: step * 0.02)
 
         def deliver(keys: range) -> None:
             nonlocal step
@@ -797,7 +725,7 @@ async def test_a_turn_of_the_loop_wakes_few_readers_and_ends_go_ahead() -> None:
 
         running._deliver(StepOutputs(tuple(SequenceOutput(k, 0, (5,)) for k in keys), EngineStats(), 0.01))
         assert max(await count_turns()) == 16
-        running._pace = _Pace(0.85, lambda: 0.0)
+        running._pace = Pace(0.85, lambda: 0.0)
         running._deliver(StepOutputs((), EngineStats(), 0.02, PlainTokens(keys, (0,) * 100, (6,) * 100)))
         assert max(await count_turns()) == 16
         # Ends go ahead of tokens.

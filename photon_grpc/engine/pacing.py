@@ -1,0 +1,167 @@
+"""Which readers of streams are woken when, so that one event loop keeps up with the engine.
+
+Nothing here reads a stream or waits: `engine.client` asks after every step. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar
+
+from photon_grpc.engine.messages import PlainTokens
+
+# What a message is taken to cost the event loop until that is measured.
+_MESSAGE_S = 60e-6
+# What it costs that a call begins, or ends, in messages.
+_CALL_MESSAGES = 8
+# Readers that are woken in one turn of the event loop; see `_Waker`.
+_WAKES_PER_TURN = 16
+_MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
+_MAX_PAUSE_S = 0.1
+_SMOOTHING = 0.1
+
+
+class Reader(Protocol):
+    """What `engine.client.RequestStream` is to those who hand it tokens and wake its reader."""
+
+    is_urgent: bool
+
+    def plain_tokens(self, index: int) -> list[int]: ...
+
+    def wake(self) -> None: ...
+
+
+_Reader = TypeVar("_Reader", bound=Reader)
+
+
+class Pace:
+    """How many steps a stream's reader sleeps through, so that the loop keeps up with the engine.
+
+    A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
+    every token is a message of its own; when one message per stream and step would take more than
+    `share` of the time between steps, readers are woken in turns, each every `interval` steps. What a
+    message costs is measured: processor time of the loop's thread over messages, so it holds all that
+    the loop does for them on the machine it is on. Calls that begin or end count as so many messages:
+    a burst of them says nothing of what a message costs, and its first streams would sleep to its end.
+    """
+
+    def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
+        self.interval = 1
+        self.turn = 0
+        self.num_messages = 0
+        """Counted by the readers, and taken back to zero by each step."""
+        self.num_calls = 0
+        """The same of calls that have begun or ended."""
+        self._share = share
+        self._cpu_clock = cpu_clock
+        self._last_time: float | None = None
+        self._last_cpu = 0.0
+        self._step_s: float | None = None
+        # Both per step and smoothed; their quotient is the cost of a message.
+        self._cpu_s = _MESSAGE_S
+        self._messages = 1.0
+
+    def step(self, time: float, num_streams: int) -> None:
+        """Count a step that ended at `time` (monotonic seconds)."""
+        self.turn += 1
+        cpu = self._cpu_clock()
+        if self._last_time is not None:
+            latest = min(time - self._last_time, _MAX_STEP_S)
+            before = latest if self._step_s is None else self._step_s
+            self._step_s = before + _SMOOTHING * (latest - before)
+            step_s = max(self._step_s, _MIN_STEP_S)
+            self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
+            num_messages = self.num_messages + _CALL_MESSAGES * self.num_calls
+            self._messages += _SMOOTHING * (num_messages - self._messages)
+            # An engine that was idle for long leaves next to no messages to divide by.
+            message_s = self._cpu_s / max(self._messages, _SMOOTHING)
+            wanted = math.ceil(num_streams * message_s / (self._share * step_s))
+            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / step_s)))
+        self._last_time, self._last_cpu = time, cpu
+        self.num_messages = self.num_calls = 0
+
+    def due(self, keys: Iterable[int]) -> list[int]:
+        """Those of the streams `keys` whose readers are to be woken in this step."""
+        turn, interval = self.turn, self.interval
+        return [key for key in keys if (turn + key) % interval == 0]
+
+
+_nowhere: deque[int] = deque(maxlen=0)
+
+
+class Rows(Generic[_Reader]):
+    """The streams that the columns of a step go to, looked up once for as many steps as have the same rows.
+
+    `streams` are by key. It knows nothing of streams that begin or end.
+    """
+
+    def __init__(self, tokens: PlainTokens, streams: dict[int, _Reader]) -> None:
+        self.keys, self.indices = tokens.keys, tokens.indices
+        self.streams: dict[int, _Reader] = {}
+        # Bound methods: nothing else is as fast for each of hundreds of tokens a step.
+        self._appends: list[Callable[[int], None]] = []
+        self._by_turn: list[list[tuple[int, _Reader]]] = []
+        for key, index in zip(tokens.keys, tokens.indices, strict=True):
+            stream = streams.get(key)
+            if stream is None:
+                self._appends.append(_nowhere.append)
+            else:
+                self._appends.append(stream.plain_tokens(index).append)
+                self.streams[key] = stream
+
+    def push(self, token_ids: Iterable[int]) -> None:
+        """One token for each row."""
+        for append, token_id in zip(self._appends, token_ids, strict=True):
+            append(token_id)
+
+    def due(self, turn: int, interval: int) -> list[tuple[int, _Reader]]:
+        """Those whose readers are to be woken; the same that `Pace.due` would name."""
+        if len(self._by_turn) != interval:
+            self._by_turn = [[] for _ in range(interval)]
+            for key, stream in self.streams.items():
+                self._by_turn[-key % interval].append((key, stream))
+        return self._by_turn[turn % interval]
+
+
+class Waker(Generic[_Reader]):
+    """Wakes readers a few in each turn of the event loop.
+
+    A reader that is woken writes a message, so a turn takes as long as all of them. A call that comes goes
+    through five or six turns inside grpc.aio before the next can be accepted, one after the other: with a
+    hundred messages to a turn that were 10 ms for each call.
+    """
+
+    def __init__(self) -> None:
+        # By key, so that readers who are slower than the engine's steps wait here once.
+        self._urgent: OrderedDict[int, _Reader] = OrderedDict()
+        self._others: OrderedDict[int, _Reader] = OrderedDict()
+        self._is_scheduled = False
+
+    def add(self, key: int, stream: _Reader) -> None:
+        """Have the reader of `stream` woken, after those that wait already; an urgent one before the rest."""
+        (self._urgent if stream.is_urgent else self._others)[key] = stream
+
+    def forget(self, key: int) -> None:
+        """The stream has been closed."""
+        self._urgent.pop(key, None)
+        self._others.pop(key, None)
+
+    def start(self) -> None:
+        """Begin, unless it is under way."""
+        if not self._is_scheduled:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        for _ in range(_WAKES_PER_TURN):
+            waiting = self._urgent or self._others
+            if not waiting:
+                break
+            _, stream = waiting.popitem(last=False)
+            stream.wake()
+        self._is_scheduled = bool(self._urgent or self._others)
+        if self._is_scheduled:
+            asyncio.get_running_loop().call_soon(self._wake_some)
