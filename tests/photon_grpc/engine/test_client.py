@@ -686,18 +686,6 @@ async def test_a_stream_that_pauses_is_not_forgotten() -> None:
         assert [output.token_ids for output in await asyncio.wait_for(pending, 5)]
 
 
-def test_a_burst_of_calls_says_nothing_of_what_a_message_costs() -> None:
-    """Uncounted, a burst made messages seem dear, and its first streams slept to its end."""
-    loop = Loop(64, 0.0013, 20e-6)
-    loop.run(100)
-    interval = loop.pace.interval
-    for _ in range(60):
-        loop.pace.num_calls += 4
-        loop.cpu += 4 * 160e-6
-        loop.run(1)
-    assert loop.pace.interval <= interval + 1
-
-
 async def test_a_turn_of_the_loop_wakes_few_readers_and_ends_go_ahead() -> None:
     async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
         running._info = EngineReady(model_info(), 1024, 16)

@@ -78,3 +78,15 @@ def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> No
     turns = loop.run(12)
     assert [len(keys) for keys in turns] == [64] * 12
     assert all(len({key for turn in turns[n : n + 4] for key in turn}) == 256 for n in range(9))
+
+
+def test_a_burst_of_calls_says_nothing_of_what_a_message_costs() -> None:
+    """Uncounted, a burst made messages seem dear, and its first streams slept to its end."""
+    loop = Loop(64, 0.0013, 20e-6)
+    loop.run(100)
+    interval = loop.pace.interval
+    for _ in range(60):
+        loop.pace.num_calls += 4
+        loop.cpu += 4 * 160e-6
+        loop.run(1)
+    assert loop.pace.interval <= interval + 1
