@@ -296,7 +296,7 @@ def test_the_command_measures_and_writes_every_section(tmp_path: Path) -> None:
     output = io.StringIO()
     console = Console(file=output, width=300)
     plan = replace(TINY, sections=("ttft", "serving", "start"), batches=(2,))
-    assert command.run(plan, tmp_path, "gpu", console) == 0
+    assert command.run(plan, tmp_path, "gpu", console) == 0, output.getvalue()
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["case"]["section"] for row in found["rows"]} == {"ttft", "serving", "start"}
     assert all(row["result"] for row in found["rows"])
@@ -316,6 +316,26 @@ def test_a_failed_row_makes_the_command_fail(tmp_path: Path, monkeypatch: pytest
     assert command.run(replace(TINY, sections=("start",)), tmp_path, "gpu", Console(file=output)) == 1
     assert "boom [at] 7" in output.getvalue()
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"][0]["error"] == "boom [at] 7"
+
+
+def test_streams_of_one_message_have_no_pauses(tmp_path: Path) -> None:
+    """A server that is held up may send all tokens of a short answer together."""
+    spread = {"p50": 0.5, "p99": 0.75}
+    served = {
+        "tokens_per_second": {"median": 10.0, "min": 10.0, "max": 10.0},
+        "tokens_per_message": 4.0,
+        "first_token_s": spread,
+        "token_gap_s": spread,
+        "pause_s": {},
+        "server_cores": 1.0,
+        "client_processes": 1,
+    }
+    results = ResultFile(tmp_path, "gpu", {})
+    results.add(Outcome(Case("serving", "tiny", 2, 8, 4), served))
+    output = io.StringIO()
+    print_tables(Console(file=output, width=300), results, SECTIONS)
+    line = next(line for line in output.getvalue().splitlines() if "tiny" in line)
+    assert [cell.strip() for cell in line.split("│")[8:11]] == ["500.00 / 750.00", "500.00 / 750.00", "-"]
 
 
 def test_tables_have_a_line_for_every_row(tmp_path: Path) -> None:

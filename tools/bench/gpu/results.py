@@ -241,14 +241,16 @@ def _print_serving(console: Console, rows: Sequence[tuple[Case, dict[str, Any]]]
             f"{speed['median']:,.0f}",
             f"{speed['min']:,.0f} - {speed['max']:,.0f}",
             f"{result['tokens_per_message']:.2f}",
-            *(
-                f"{_ms(result[name]['p50'])} / {_ms(result[name]['p99'])}"
-                for name in ("first_token_s", "token_gap_s", "pause_s")
-            ),
+            *(_percentiles(result[name]) for name in ("first_token_s", "token_gap_s", "pause_s")),
             f"{result['server_cores']:.2f}",
             str(result["client_processes"]),
         )
     console.print(table)
+
+
+def _percentiles(figures: dict[str, Any]) -> str:
+    """Of streams that had one message each there are no pauses."""
+    return f"{_ms(figures['p50'])} / {_ms(figures['p99'])}" if "p50" in figures else "-"
 
 
 def _print_start(console: Console, rows: Sequence[tuple[Case, dict[str, Any]]]) -> None:
