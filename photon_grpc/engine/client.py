@@ -540,7 +540,7 @@ class AsyncEngine:
         for key in pace.due(unwoken):
             waker.add(key, unwoken.pop(key))
         if self._rows is not None:
-            for key, stream in self._rows.due(pace.turn, pace.interval):
+            for key, stream in self._rows.due(pace):
                 waker.add(key, stream)
         waker.start()
 

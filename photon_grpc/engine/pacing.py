@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
@@ -23,6 +24,7 @@ _WAKES_PER_TURN = 16
 _MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
 _MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
+_GOLDEN_RATIO = 0.6180339887498949
 
 
 class Reader(Protocol):
@@ -43,15 +45,18 @@ class Pace:
 
     A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
     every token is a message of its own; when one message per stream and step would take more than
-    `share` of the time between steps, readers are woken in turns, each every `interval` steps. What a
+    `share` of the time between steps, readers are woken in turns, each every `interval` steps, which need
+    not be a whole number: a clock goes round once in so many steps, and each reader has its place on it,
+    spread so that any stretch of it has its share of them (multiples of the golden ratio). What a
     message costs is measured: processor time of the loop's thread over messages, so it holds all that
     the loop does for them on the machine it is on. Calls that begin or end count as so many messages:
     a burst of them says nothing of what a message costs, and its first streams would sleep to its end.
     """
 
     def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
-        self.interval = 1
-        self.turn = 0
+        self.interval = 1.0
+        # Of the clock: rounds, from a step to the next.
+        self._from = self._to = 0.0
         self.num_messages = 0
         """Counted by the readers, and taken back to zero by each step."""
         self.num_calls = 0
@@ -67,7 +72,6 @@ class Pace:
 
     def step(self, time: float, num_streams: int) -> None:
         """Count a step that ended at `time` (monotonic seconds)."""
-        self.turn += 1
         cpu = self._cpu_clock()
         if self._last_time is not None:
             latest = min(time - self._last_time, _MAX_STEP_S)
@@ -79,15 +83,35 @@ class Pace:
             self._messages += _SMOOTHING * (num_messages - self._messages)
             # An engine that was idle for long leaves next to no messages to divide by.
             message_s = self._cpu_s / max(self._messages, _SMOOTHING)
-            wanted = math.ceil(num_streams * message_s / (self._share * step_s))
-            self.interval = max(1, min(wanted, int(_MAX_PAUSE_S / step_s)))
+            wanted = num_streams * message_s / (self._share * step_s)
+            self.interval = max(1.0, min(wanted, _MAX_PAUSE_S / step_s))
         self._last_time, self._last_cpu = time, cpu
         self.num_messages = self.num_calls = 0
+        self.advance()
+
+    def advance(self) -> None:
+        """Turn the clock by a step."""
+        whole = math.floor(self._to)
+        self._from = self._to - whole
+        self._to = self._from + 1.0 / self.interval
 
     def due(self, keys: Iterable[int]) -> list[int]:
         """Those of the streams `keys` whose readers are to be woken in this step."""
-        turn, interval = self.turn, self.interval
-        return [key for key in keys if (turn + key) % interval == 0]
+        stretches = self.stretches()
+        return [key for key in keys if any(start <= place_of(key) < stop for start, stop in stretches)]
+
+    def stretches(self) -> tuple[tuple[float, float], ...]:
+        """What of the clock's face, from 0 to 1, the step has passed."""
+        if self.interval <= 1.0:
+            return ((0.0, 1.0),)
+        if self._to <= 1.0:
+            return ((self._from, self._to),)
+        return ((self._from, 1.0), (0.0, self._to - 1.0))
+
+
+def place_of(key: int) -> float:
+    """Where a reader's turn is on the clock."""
+    return key * _GOLDEN_RATIO % 1.0
 
 
 _nowhere: deque[int] = deque(maxlen=0)
@@ -104,7 +128,6 @@ class Rows(Generic[_Reader]):
         self.streams: dict[int, _Reader] = {}
         # Bound methods: nothing else is as fast for each of hundreds of tokens a step.
         self._appends: list[Callable[[int], None]] = []
-        self._by_turn: list[list[tuple[int, _Reader]]] = []
         for key, index in zip(tokens.keys, tokens.indices, strict=True):
             stream = streams.get(key)
             if stream is None:
@@ -112,19 +135,20 @@ class Rows(Generic[_Reader]):
             else:
                 self._appends.append(stream.plain_tokens(index).append)
                 self.streams[key] = stream
+        self._in_order = sorted(self.streams.items(), key=lambda row: place_of(row[0]))
+        self._places = [place_of(key) for key, _ in self._in_order]
 
     def push(self, token_ids: Iterable[int]) -> None:
         """One token for each row."""
         for append, token_id in zip(self._appends, token_ids, strict=True):
             append(token_id)
 
-    def due(self, turn: int, interval: int) -> list[tuple[int, _Reader]]:
+    def due(self, pace: Pace) -> list[tuple[int, _Reader]]:
         """Those whose readers are to be woken; the same that `Pace.due` would name."""
-        if len(self._by_turn) != interval:
-            self._by_turn = [[] for _ in range(interval)]
-            for key, stream in self.streams.items():
-                self._by_turn[-key % interval].append((key, stream))
-        return self._by_turn[turn % interval]
+        due: list[tuple[int, _Reader]] = []
+        for start, stop in pace.stretches():
+            due += self._in_order[bisect_left(self._places, start) : bisect_left(self._places, stop)]
+        return due
 
 
 class Waker(Generic[_Reader]):

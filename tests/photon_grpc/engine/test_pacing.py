@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
+from itertools import pairwise
+
 import pytest
 
-from photon_grpc.engine.pacing import Pace
+from photon_grpc.engine.messages import PlainTokens
+from photon_grpc.engine.pacing import Pace, Rows
 
 
 class Loop:
@@ -12,6 +17,7 @@ class Loop:
 
     def __init__(self, num_streams: int, step_s: float, message_s: float, step_cost_s: float = 0.0) -> None:
         self.cpu = 0.0
+        self.num_steps = 0
         self.pace = Pace(0.85, lambda: self.cpu)
         self._num_streams = num_streams
         self._step_s = step_s
@@ -22,7 +28,8 @@ class Loop:
         """The streams that were woken after each step."""
         turns = []
         for _ in range(num_steps):
-            self.pace.step(self.pace.turn * self._step_s, self._num_streams)
+            self.num_steps += 1
+            self.pace.step(self.num_steps * self._step_s, self._num_streams)
             turns.append(self.pace.due(range(self._num_streams)))
             self.pace.num_messages += len(turns[-1])
             self.cpu += self._step_cost_s + self._message_s * len(turns[-1])
@@ -36,17 +43,18 @@ class Loop:
         (16, 0.005, 60e-6, 1),
         (64, 0.020, 60e-6, 1),
         (256, 0.020, 60e-6, 1),
-        (256, 0.0023, 25e-6, 4),
-        (256, 0.0023, 60e-6, 8),
-        (256, 0.0023, 10e-6, 2),
+        (64, 0.0013, 25e-6, 1.45),
+        (256, 0.0023, 25e-6, 3.27),
+        (256, 0.0023, 60e-6, 7.86),
+        (256, 0.0023, 10e-6, 1.31),
     ],
 )
 def test_readers_sleep_only_when_writing_would_fill_the_loop(
-    num_streams: int, step_s: float, message_s: float, interval: int
+    num_streams: int, step_s: float, message_s: float, interval: float
 ) -> None:
     loop = Loop(num_streams, step_s, message_s)
     loop.run(300)
-    assert loop.pace.interval == interval
+    assert loop.pace.interval == pytest.approx(interval, rel=0.02)
 
 
 def test_what_a_step_costs_besides_its_messages_is_counted_too() -> None:
@@ -72,12 +80,60 @@ def test_an_idle_engine_teaches_nothing_wrong() -> None:
     assert loop.pace.interval == 1
 
 
-def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once() -> None:
-    loop = Loop(256, 0.0023, 25e-6)
-    loop.run(300)
-    turns = loop.run(12)
-    assert [len(keys) for keys in turns] == [64] * 12
-    assert all(len({key for turn in turns[n : n + 4] for key in turn}) == 256 for n in range(9))
+@pytest.mark.parametrize("interval", [1.0, 1.3, 2.0, 3.4, 17.9])
+@pytest.mark.parametrize("first_key", [0, 10**9])
+def test_every_reader_has_its_turn_once_per_interval_and_not_all_at_once(
+    interval: float, first_key: int
+) -> None:
+    pace = Pace(0.85, lambda: 0.0)
+    pace.interval = interval
+    keys = range(first_key, first_key + 256)
+    turns: list[set[int]] = []
+    for _ in range(200):
+        pace.advance()
+        due = pace.due(keys)
+        assert len(due) == len(set(due))
+        turns.append(set(due))
+    for key in keys:
+        steps = [step for step, due in enumerate(turns) if key in due]
+        gaps = {after - before for before, after in pairwise(steps)}
+        assert gaps <= {math.floor(interval), math.ceil(interval)}
+        assert len(steps) == pytest.approx(200 / interval, abs=1)
+    # A few more or fewer: the places are spread evenly, not exactly.
+    assert all(abs(len(due) - 256 / interval) < 8 for due in turns)
+
+
+def test_turns_go_on_evenly_while_the_interval_changes() -> None:
+    pace = Pace(0.85, lambda: 0.0)
+    draw = random.Random(7)
+    last: dict[int, int] = {}
+    for step in range(2000):
+        pace.interval = draw.uniform(3.0, 4.0)
+        pace.advance()
+        for key in pace.due(range(64)):
+            assert 3 <= step - last.get(key, step - 3) <= 4
+            last[key] = step
+    assert len(last) == 64
+
+
+def test_columns_name_the_readers_that_the_pace_does() -> None:
+    class Stream:
+        is_urgent = False
+
+        def plain_tokens(self, index: int) -> list[int]:
+            return []
+
+        def wake(self) -> None:
+            raise AssertionError("nobody wakes it here")
+
+    keys = tuple(range(5, 105))
+    rows = Rows(PlainTokens(keys, (0,) * 100, (1,) * 100), {key: Stream() for key in keys if key % 7})
+    pace = Pace(0.85, lambda: 0.0)
+    for interval in (1.0, 1.5, 3.0, 5.7):
+        pace.interval = interval
+        for _ in range(20):
+            pace.advance()
+            assert sorted(key for key, _ in rows.due(pace)) == pace.due(key for key in keys if key % 7)
 
 
 def test_a_burst_of_calls_says_nothing_of_what_a_message_costs() -> None:
