@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     embedding(Residual* __restrict__ out, const Index* __restrict__ token_ids,
               const Storage* __restrict__ weight, int hidden, i64 vocab_size) {
     wait_for_previous();
-    // Behind the wait, and it has to be: kernels further on let the next one start ahead of their own wait, so
+    // Behind the wait, and it has to be: kernels further on let the next one start ahead of theirs, so
     // that attention may read the step's tables (reads_early) as soon as every CTA is here. What made them is
     // over then.
     let_next_start();
