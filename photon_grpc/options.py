@@ -83,6 +83,11 @@ class ServerOptions:
     drain_propagation_s: float = _opt(10.0, "time between NOT_SERVING and refusing new requests")
     drain_max_s: float = _opt(120.0, "time in-flight requests have to finish at shutdown")
     text_threads: int = _opt(2, "threads that tokenise and render chat templates")
+    acceptors: int = _opt(
+        0,
+        "processes that take the public listener's connections; -1: none, the event loop does; 0: a quarter "
+        "of the cores, at most 4, where the engine has a process of its own and there are 8 cores, else none",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,12 @@ async def running_server(
     front_door: FrontDoor, options: Options | None = None, call_observers: Sequence[CallObserver] = ()
 ) -> AsyncIterator[Harness]:
     """A serving server, stopped at the end."""
-    server = Server(front_door, options or quick_options(), call_observers=call_observers)
+    server = Server(
+        front_door,
+        options or quick_options(),
+        call_observers=call_observers,
+        num_acceptors=int(__import__("os").environ.get("ACC", "0")),
+    )
     ports = await server.start()
     server.set_serving()
     public = open_channel(ports.public)
