@@ -107,7 +107,7 @@ def num_acceptors(options: Options) -> int:
     if server.acceptors:
         return max(0, server.acceptors)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores < _MIN_CORES or not has_own_process(options) or server.reflection == "public":
+    if cores < _MIN_CORES or not has_own_process(options):
         return 0
     return min(cores // _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS, server.max_connections)
 

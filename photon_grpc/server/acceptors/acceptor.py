@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import structlog
@@ -31,7 +31,9 @@ from photon_grpc.server.acceptors.messages import (
     Headers,
     Left,
     Metadata,
+    Next,
     Opened,
+    Request,
     Setup,
     Stop,
     Write,
@@ -43,14 +45,20 @@ from photon_grpc.turns import Waker
 
 # How long a handler waits for its client to take a status.
 _STATUS_S = 2.0
+# How long a call that is ended by an error goes on with what was written before.
+_LAST_WORDS_S = 0.1
 # How much later than a write that the transport gave back grpc may cancel a call.
 _CLOSE_S = 2.0
+# How long what was written may wait for more of it to be told of together. Nobody waits for it but a call
+# that writes faster than that.
+_TOLD_AFTER_S = 0.001
 _OK = grpc.StatusCode.OK.value[0]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _log = structlog.get_logger(__name__)
 
-_Item = Headers | Write | End
+_Result = TypeVar("_Result")
+_Item = Headers | Write | Next | End
 
 
 def main(fd: int, parent: int) -> None:
@@ -88,20 +96,19 @@ class _Status(NamedTuple):
 class _Call:
     """What the event loop has said of one call and its handler has not done yet."""
 
-    __slots__ = ("_is_writing", "_items", "_task", "_waiter", "_was_interrupted", "has_ended", "number")
+    __slots__ = ("_is_busy", "_items", "_task", "_waiter", "_was_interrupted", "number")
 
     # Of a `turns.Reader`: whether it goes before others.
     is_urgent = False
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.has_ended = False
         self._items: deque[_Item] = deque()
         self._waiter: asyncio.Future[None] | None = None
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._is_writing = self._was_interrupted = False
+        self._is_busy = self._was_interrupted = False
 
     @property
     def waits(self) -> bool:
@@ -112,11 +119,8 @@ class _Call:
         """Add something to do; `wake` has it done."""
         self._items.append(item)
         if isinstance(item, End) and item.code != _OK:
-            self.has_ended = True
-            if self._is_writing:
-                # The client does not read. Its status goes behind what the transport has already.
-                self._was_interrupted = True
-                self._task.cancel()
+            # What was written before is sent to a client that reads; nobody waits for one that does not.
+            asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._interrupt)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -134,25 +138,33 @@ class _Call:
 
     async def write(self, context: Any, response: bytes) -> None:
         """Send a response; returns early where the call is ended meanwhile, with the response on its way."""
+        if not self._was_interrupted:
+            await self._until_interrupted(context.write(response))
+
+    async def read(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        """The next request; None where none is left, or the call is ended meanwhile."""
+        return await self._until_interrupted(anext(requests, None))
+
+    async def _until_interrupted(self, work: Awaitable[_Result]) -> _Result | None:
         try:
-            if self.has_ended:
-                # Nobody watches any more whether the client reads.
-                async with asyncio.timeout(_STATUS_S):
-                    await context.write(response)
-                return
-            self._is_writing = True
-            await context.write(response)
+            self._is_busy = True
+            return await work
         except asyncio.CancelledError:
             if not self._was_interrupted or self._task.uncancel():
                 raise
-        except TimeoutError:
-            raise asyncio.CancelledError from None
+            return None
         except grpc.aio.InternalError:
-            # The client has left with the response pending; grpc cancels this task in a moment.
+            # The client has left meanwhile; grpc cancels this task in a moment.
             await asyncio.sleep(_CLOSE_S)
             raise
         finally:
-            self._is_writing = False
+            self._is_busy = False
+
+    def _interrupt(self) -> None:
+        """The client does not do its part: the status goes behind what the transport has already."""
+        self._was_interrupted = True
+        if self._is_busy:
+            self._task.cancel()
 
 
 class Acceptor:
@@ -214,7 +226,9 @@ class Acceptor:
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         handlers = {}
         for index, method in enumerate(self._setup.methods):
-            if method.response_streaming:
+            if method.request_streaming:
+                handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._both_ways(index))
+            elif method.response_streaming:
                 handlers[method.name] = grpc.unary_stream_rpc_method_handler(self._streaming(index))
             else:
                 handlers[method.name] = grpc.unary_unary_rpc_method_handler(self._single(index))
@@ -226,13 +240,21 @@ class Acceptor:
 
         return stream
 
+    def _both_ways(self, method: int) -> Callable[[AsyncIterator[bytes], Any], Awaitable[None]]:
+        async def both_ways(requests: AsyncIterator[bytes], context: Any) -> None:
+            await self._relay(method, b"", context, requests)
+
+        return both_ways
+
     def _single(self, method: int) -> Callable[[bytes, Any], Awaitable[bytes | None]]:
         async def single(request: bytes, context: Any) -> bytes | None:
             return await self._relay(method, request, context)
 
         return single
 
-    async def _relay(self, method: int, request: bytes, context: Any) -> bytes | None:
+    async def _relay(
+        self, method: int, request: bytes, context: Any, requests: AsyncIterator[bytes] | None = None
+    ) -> bytes | None:
         """Hand a call on and do what is said of it until it is ended; the response that it ends with."""
         self._last_call += 1
         number = self._last_call
@@ -247,6 +269,9 @@ class Acceptor:
                         self._count_written(number)
                     case Headers(_, metadata):
                         await context.send_initial_metadata(metadata)
+                    case Next():
+                        assert requests is not None
+                        self._channel.post(Request(number, await call.read(requests)))
                     case End() as end:
                         is_over = True
                         await _end(context, end)
@@ -259,7 +284,7 @@ class Acceptor:
 
     def _count_written(self, number: int) -> None:
         if not self._written:
-            self._loop.call_soon(self._tell_written)
+            self._loop.call_later(_TOLD_AFTER_S, self._tell_written)
         self._written.append(number)
 
     def _tell_written(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -16,11 +16,14 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from photon_grpc.errors import ConfigError
-from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Opened, Write
+from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened, Write
 from photon_grpc.server.status import RpcStatus
 
 _log = structlog.get_logger(__name__)
+
+# Responses of a call that an acceptor may have before the next one waits. One that does not wait saves the
+# event loop a turn of the call's task; a client that does not read is noticed all the same.
+_MOST_ON_THE_WAY = 2
 
 Post = Callable[[Any], None]
 """Sends a message to the acceptor of a call; harmless when it has gone."""
@@ -29,7 +32,17 @@ Post = Callable[[Any], None]
 class CallContext:
     """What servicers and interceptors use of `grpc.aio.ServicerContext`, of a call that an acceptor has."""
 
-    __slots__ = ("_code", "_details", "_opened", "_post", "_serialize", "_trailing_metadata", "_written")
+    __slots__ = (
+        "_code",
+        "_details",
+        "_num_unwritten",
+        "_opened",
+        "_post",
+        "_request",
+        "_serialize",
+        "_trailing_metadata",
+        "_written",
+    )
 
     def __init__(self, opened: Opened, post: Post, serialize: Callable[[Any], bytes]) -> None:
         self._opened = opened
@@ -38,7 +51,9 @@ class CallContext:
         self._trailing_metadata: Metadata = ()
         self._code: grpc.StatusCode | int = 0
         self._details = ""
-        # While a response is on its way.
+        self._request: asyncio.Future[bytes | None] | None = None
+        self._num_unwritten = 0
+        # Of whoever waits for the transport.
         self._written: asyncio.Future[None] | None = None
 
     def invocation_metadata(self) -> Metadata:
@@ -71,19 +86,44 @@ class CallContext:
         self._post(Headers(self._opened.call, tuple(metadata)))
 
     async def write(self, response: Any) -> None:
-        """Send a response and wait until the transport has taken it. One at a time."""
-        assert self._written is None
-        self._written = asyncio.get_running_loop().create_future()
+        """Send a response; waits while too many of the call are on their way."""
+        self._num_unwritten += 1
         self._post(Write(self._opened.call, self._serialize(response)))
-        try:
-            await self._written
-        finally:
-            self._written = None
+        if self._num_unwritten > _MOST_ON_THE_WAY:
+            await self._until_at_most(_MOST_ON_THE_WAY)
+
+    async def flush(self) -> None:
+        """Wait until the transport has taken every response."""
+        await self._until_at_most(0)
+
+    async def _until_at_most(self, num_unwritten: int) -> None:
+        while self._num_unwritten > num_unwritten:
+            self._written = asyncio.get_running_loop().create_future()
+            try:
+                await self._written
+            finally:
+                self._written = None
 
     def written(self) -> None:
-        """The transport has taken the response."""
+        """The transport has taken a response."""
+        self._num_unwritten -= 1
         if self._written is not None and not self._written.done():
             self._written.set_result(None)
+
+    async def requests(self) -> AsyncIterator[bytes]:
+        """Those of a call that streams them, read as they are asked for."""
+        while True:
+            self._request = asyncio.get_running_loop().create_future()
+            self._post(Next(self._opened.call))
+            request = await self._request
+            if request is None:
+                return
+            yield request
+
+    def took(self, request: bytes | None) -> None:
+        """The next request has come, or the client has none left."""
+        if self._request is not None and not self._request.done():
+            self._request.set_result(request)
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()
@@ -127,11 +167,10 @@ class Dispatcher:
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
     ) -> None:
-        """As `grpc.aio.Server.add_registered_method_handlers`. Raises ConfigError for a method that takes a
-        stream of requests."""
+        """As `grpc.aio.Server.add_registered_method_handlers`. A method that streams requests streams its
+        responses too, by an async generator."""
         for method, handler in handlers.items():
-            if handler.request_streaming:
-                raise ConfigError(f"{service} takes streams of requests, which acceptors do not hand on")
+            assert handler.response_streaming or not handler.request_streaming
             self._handlers[f"/{service}/{method}"] = handler
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
@@ -139,7 +178,10 @@ class Dispatcher:
 
     def methods(self) -> tuple[Method, ...]:
         """What acceptors have to know of the methods, in the order of their numbers."""
-        return tuple(Method(name, handler.response_streaming) for name, handler in self._handlers.items())
+        return tuple(
+            Method(name, handler.request_streaming, handler.response_streaming)
+            for name, handler in self._handlers.items()
+        )
 
     async def start(self) -> None:
         """Have the interceptors intercept what has been added."""
@@ -171,7 +213,11 @@ class DispatchedCall:
         handler, context, request = self._handler, self.context, self._request
         self._request = b""
         try:
-            if handler.response_streaming:
+            if handler.request_streaming:
+                async for response in handler.stream_stream(context.requests(), context):
+                    await context.write(response)
+                context.end(grpc.StatusCode.OK)
+            elif handler.response_streaming:
                 await handler.unary_stream(request, context)
                 context.end(grpc.StatusCode.OK)
             else:

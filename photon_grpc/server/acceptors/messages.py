@@ -15,9 +15,10 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 class Method(NamedTuple):
-    """`/service/method`, and whether it streams its responses. Requests come one to a call."""
+    """`/service/method`, and what it streams: its responses, or both ways."""
 
     name: str
+    request_streaming: bool
     response_streaming: bool
 
 
@@ -55,6 +56,14 @@ class Opened(NamedTuple):
     auth_context: dict[str, tuple[bytes, ...]]
     deadline: float | None
     request: bytes
+    """Empty where requests are streamed."""
+
+
+class Request(NamedTuple):
+    """The answer to Next; None where there is none left."""
+
+    call: int
+    request: bytes | None
 
 
 class Written(NamedTuple):
@@ -94,6 +103,12 @@ class Write(NamedTuple):
 
     call: int
     response: bytes
+
+
+class Next(NamedTuple):
+    """Read the next request of a call that streams them. Answered by Request or Left."""
+
+    call: int
 
 
 class End(NamedTuple):

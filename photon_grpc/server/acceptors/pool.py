@@ -27,6 +27,7 @@ from photon_grpc.server.acceptors.messages import (
     CertificateRefused,
     Left,
     Opened,
+    Request,
     Setup,
     Stop,
     Written,
@@ -91,6 +92,10 @@ class Acceptor:
                             call.context.written()
                 case Opened():
                     self._open(message)
+                case Request(number, request):
+                    call = self._calls.get(number)
+                    if call is not None:
+                        call.context.took(request)
                 case Left(number):
                     call = self._calls.get(number)
                     if call is not None:
