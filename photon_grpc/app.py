@@ -226,7 +226,10 @@ async def serve(
         call_observers=observers,
         certificate_observer=metrics,
         num_acceptors=num_acceptors(options),
+        on_acceptor_death=metrics.observe_acceptor_died,
     )
+    if num_acceptors(options):
+        metrics.watch_acceptors(lambda: server.acceptor_process_ids)
     lag = LoopLag()
     metrics.watch_loop(lag.seconds)
     metrics.watch_log(num_dropped_records)

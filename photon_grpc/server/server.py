@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,12 +165,14 @@ class Server:
         call_observers: Sequence[CallObserver] = (),
         certificate_observer: CertificateObserver | None = None,
         num_acceptors: int = 0,
+        on_acceptor_death: Callable[[], None] | None = None,
     ) -> None:
         """Raises ConfigError for an unprotected listener, for certificate files that cannot be served, and
         where protobuf is not the compiled one.
 
         `call_observers` hear of every call that has ended, before its log line is written. The public
         listener's connections are taken by `num_acceptors` processes; by this one where that is 0.
+        `on_acceptor_death` hears of each of them that has died.
         """
         require_compiled_protobuf()
         check_options(options.server, options.tls, options.auth)
@@ -190,6 +192,7 @@ class Server:
         self._control = ControlServicer(front_door, self._lifecycle, self._calls, options.limits)
         self._certificate_observer = certificate_observer
         self._num_acceptors = num_acceptors
+        self._on_acceptor_death = on_acceptor_death
         self._listeners: list[grpc.aio.Server | AcceptorPool] = []
         self._hurried = asyncio.Event()
 
@@ -197,6 +200,12 @@ class Server:
     def num_live_calls(self) -> int:
         """Calls of InferenceService that are being handled."""
         return len(self._calls)
+
+    @property
+    def acceptor_process_ids(self) -> list[int]:
+        """Of the processes that take connections at the moment. May be read on any thread."""
+        pools = [listener for listener in tuple(self._listeners) if isinstance(listener, AcceptorPool)]
+        return [number for pool in pools for number in pool.process_ids]
 
     async def start(self) -> BoundPorts:
         """Bind and serve. Raises ListenError, with nothing left listening."""
@@ -335,6 +344,7 @@ class Server:
             telemetry=options.telemetry,
             channel_options=self._channel_options(num_acceptors=self._num_acceptors),
             certificate_observer=self._certificate_observer,
+            on_death=self._on_acceptor_death,
         )
         bound = await pool.start(host, port)
         self._listeners.append(pool)

@@ -144,7 +144,10 @@ class AcceptorPool:
         telemetry: TelemetryOptions,
         channel_options: Sequence[tuple[str, int]],
         certificate_observer: CertificateObserver | None = None,
+        on_death: Callable[[], None] | None = None,
     ) -> None:
+        """`on_death` hears of each acceptor that has died."""
+        self._on_death = on_death
         self._dispatcher = dispatcher
         self._size = size
         self._tls = tls
@@ -159,8 +162,8 @@ class AcceptorPool:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the acceptors that there are at the moment."""
-        return [number for acceptor in self._acceptors if (number := acceptor.process_id) is not None]
+        """Of the acceptors that there are at the moment. May be read on any thread."""
+        return [number for acceptor in tuple(self._acceptors) if (number := acceptor.process_id) is not None]
 
     async def start(self, host: str, port: int) -> int:
         """Listen; the port, which is a free one for 0. Raises ListenError, with nothing left listening."""
@@ -205,6 +208,8 @@ class AcceptorPool:
 
     def _replace(self, acceptor: Acceptor) -> None:
         self._acceptors.remove(acceptor)
+        if self._on_death is not None:
+            self._on_death()
         restart = asyncio.get_running_loop().create_task(self._restart(acceptor))
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
