@@ -117,9 +117,11 @@ class Acceptor:
                     if call is not None:
                         call.task.cancel()
                 case Bound(port):
-                    self._port.set_result(port)
+                    if not self._port.done():  # or whoever waited for it has been cancelled
+                        self._port.set_result(port)
                 case BindFailed():
-                    self._port.set_exception(OSError("the acceptor cannot listen"))
+                    if not self._port.done():
+                        self._port.set_exception(OSError("the acceptor cannot listen"))
                 case CertificateAccepted(expires_at):
                     if self._certificate_observer is not None:
                         self._certificate_observer.observe_certificate(expires_at)
@@ -143,7 +145,7 @@ class Acceptor:
         self._gone.set()
         if not self._port.done():
             self._port.set_exception(OSError("the acceptor died before it listened"))
-        elif not self._is_leaving and self._port.exception() is None:
+        elif not self._is_leaving and not self._port.cancelled() and self._port.exception() is None:
             _log.error("acceptor_process_died", pid=self.process_id)
             self._ended(self)
 
