@@ -80,7 +80,9 @@ class Acceptor:
         self._child.post(Stop(grace_s))
         with suppress(TimeoutError):
             await asyncio.wait_for(self._gone.wait(), grace_s + _LEAVE_S)
-        await asyncio.get_running_loop().run_in_executor(None, self._child.join, _LEAVE_S)
+        # One that has not even closed its channel has had its time, and is killed.
+        rest_s = _LEAVE_S if self._gone.is_set() else 0.0
+        await asyncio.get_running_loop().run_in_executor(None, self._child.join, rest_s)
 
     def _receive(self, messages: list[Any]) -> None:
         for message in messages:
@@ -158,7 +160,7 @@ class AcceptorPool:
         self._port = 0
         self._acceptors: list[Acceptor] = []
         self._restarts: set[asyncio.Task[None]] = set()
-        self._is_leaving = False
+        self._leaving = asyncio.Event()
 
     @property
     def process_ids(self) -> list[int]:
@@ -182,11 +184,9 @@ class AcceptorPool:
 
     async def stop(self, grace_s: float) -> None:
         """Close the listener, give calls `grace_s` to end, and wait for every process to leave."""
-        self._is_leaving = True
-        for restart in self._restarts:
-            restart.cancel()
+        self._leaving.set()
         acceptors, self._acceptors = self._acceptors, []
-        await asyncio.gather(*(acceptor.stop(grace_s) for acceptor in acceptors))
+        await asyncio.gather(*(acceptor.stop(grace_s) for acceptor in acceptors), *self._restarts)
 
     async def _start_one(self) -> int:
         """Raises OSError for one that does not come to listen."""
@@ -202,11 +202,14 @@ class AcceptorPool:
         try:
             return await acceptor.start(setup)
         except OSError:
-            self._acceptors.remove(acceptor)
+            if acceptor in self._acceptors:
+                self._acceptors.remove(acceptor)
             await acceptor.stop(0)
             raise
 
     def _replace(self, acceptor: Acceptor) -> None:
+        if self._leaving.is_set():
+            return
         self._acceptors.remove(acceptor)
         if self._on_death is not None:
             self._on_death()
@@ -217,7 +220,10 @@ class AcceptorPool:
     async def _restart(self, dead: Acceptor) -> None:
         await dead.stop(0)
         while True:
-            await asyncio.sleep(_RESTART_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), _RESTART_S)
+            if self._leaving.is_set():
+                return
             try:
                 await self._start_one()
             except OSError:
