@@ -100,7 +100,7 @@ async def error_of(call: Any) -> grpc.aio.AioRpcError:
 
 def live_dispatched() -> int:
     gc.collect()
-    return sum(isinstance(item, DispatchedCall) for item in gc.get_objects())
+    return sum(type(item) is DispatchedCall for item in gc.get_objects())
 
 
 # --- listening ------------------------------------------------------------------------------------
