@@ -135,20 +135,19 @@ class SoakResult:
         return [] if self.log is None else [(moment - self.start, n) for moment, n in self.log.tasks]
 
     @property
-    def cut_writes(self) -> list[tuple[float, int]]:
-        """`(seconds from the start, writes cut short so far)`."""
-        return [] if self.log is None else [(moment - self.start, n) for moment, n in self.log.cut_writes]
+    def cut_writes(self) -> int | None:
+        """Writes of the whole run that were cut short; None without the server's log."""
+        return None if self.log is None else self.log.cut_here + self.log.cut_in_acceptors
 
     @property
     def grpc_mib_per_hour(self) -> float:
-        """What grpc lost over the second half of the samples; 0 where that was not seen."""
-        end = self.samples[-1].time if self.samples else 0.0
-        later = [(moment, n) for moment, n in self.cut_writes if end / 2 <= moment <= end]
-        if self.loss is None or len(later) < 2:
+        """What grpc lost at the rate of calls of the second half of the samples; 0 where it was not seen."""
+        later = [sample for sample in self.samples if sample.time >= self.samples[-1].time / 2]
+        if self.loss is None or not self.cut_writes or not self.tally.ended or len(later) < 2:
             return 0.0
-        (since, before), (until, after) = later[0], later[-1]
-        lost = max(0.0, self.loss.bytes_per_write) * (after - before)
-        return lost / (1 << 20) / (until - since) * 3600
+        calls_per_s = (later[-1].calls_ended - later[0].calls_ended) / (later[-1].time - later[0].time)
+        bytes_per_call = max(0.0, self.loss.bytes_per_write) * self.cut_writes / self.tally.ended
+        return bytes_per_call * calls_per_s * 3600 / (1 << 20)
 
     def to_dict(self, plan: SoakPlan) -> dict[str, Any]:
         """For JSON."""
@@ -164,7 +163,7 @@ class SoakResult:
             "resident_mib_per_hour": mib_per_hour(self.samples),
             "grpc_mib_per_hour": self.grpc_mib_per_hour,
             "grpc_loss": None if self.loss is None else asdict(self.loss),
-            "cut_writes": self.cut_writes[-1][1] if self.cut_writes else None,
+            "cut_writes": self.cut_writes,
             "disturbances": dict(self.disturbances),
             "injected": None if self.log is None else dict(self.log.injected),
             "ends_in_the_log": None if self.log is None else self.log.counted_ends(),
