@@ -33,6 +33,8 @@ from photon_grpc.server.acceptors.messages import (
     Metadata,
     Next,
     Opened,
+    Ping,
+    Pong,
     Request,
     Setup,
     Stop,
@@ -64,22 +66,18 @@ _Item = Headers | Write | Next | End
 def main(fd: int, parent: int) -> None:
     """Accept calls as the first message on the socket `fd` says, for the process `parent`."""
     channel = begin(fd, parent)
-    uvloop.run(_accept(channel, _first_message(channel)))
-
-
-def _first_message(channel: Channel) -> Setup:
-    """Nothing else is sent before it is answered."""
-    messages: list[Setup] = []
+    messages: list[Any] = []
     while not messages:
         channel.wait()
         messages = channel.receive()
-    (setup,) = messages
-    return setup
+    setup, *early = messages
+    uvloop.run(_accept(channel, setup, early))
 
 
-async def _accept(channel: Channel, setup: Setup) -> None:
+async def _accept(channel: Channel, setup: Setup, early: list[Any]) -> None:
     configure_logging(setup.telemetry)
     acceptor = Acceptor(channel, setup)
+    acceptor.receive(early)
     if await acceptor.start():
         quiet_collector()
         await acceptor.run()
@@ -173,7 +171,7 @@ class Acceptor:
     def __init__(self, channel: Channel, setup: Setup) -> None:
         self._setup = setup
         self._loop = asyncio.get_running_loop()
-        self._channel = LoopChannel(channel, self._receive, self._on_end)
+        self._channel = LoopChannel(channel, self.receive, self._on_end)
         self._calls: dict[int, _Call] = {}
         self._last_call = 0
         self._written: list[int] = []
@@ -300,8 +298,12 @@ class Acceptor:
 
     # --- the channel ----------------------------------------------------------------------------
 
-    def _receive(self, messages: list[_Item | Stop]) -> None:
+    def receive(self, messages: list[_Item | Ping | Stop]) -> None:
+        """Do, or give on to their calls, what the event loop has sent."""
         for message in messages:
+            if isinstance(message, Ping):
+                self._channel.post(Pong())
+                continue
             if isinstance(message, Stop):
                 if not self._grace_s.done():
                     self._grace_s.set_result(message.grace_s)

@@ -78,6 +78,10 @@ class Left(NamedTuple):
     call: int
 
 
+class Pong(NamedTuple):
+    """The answer to Ping."""
+
+
 class CertificateAccepted(NamedTuple):
     """The certificate files were read, at the start or again; seconds since 1970."""
 
@@ -120,6 +124,10 @@ class End(NamedTuple):
     details: str
     trailing_metadata: Metadata
     response: bytes | None
+
+
+class Ping(NamedTuple):
+    """Say that the loop goes round. Answered by Pong."""
 
 
 class Stop(NamedTuple):

@@ -27,6 +27,7 @@ from photon_grpc.server.acceptors.messages import (
     CertificateRefused,
     Left,
     Opened,
+    Ping,
     Request,
     Setup,
     Stop,
@@ -39,6 +40,10 @@ _log = structlog.get_logger(__name__)
 _CHILD = "photon_grpc.server.acceptors.acceptor"
 # Between the end of an acceptor and the beginning of the next in its place.
 _RESTART_S = 1.0
+# One that has not answered so many pings in a row is frozen or hangs. Counted, since time also passes while
+# it is this loop that is held up.
+_PING_S = 5.0
+_MOST_UNANSWERED = 6
 # Beyond the grace that calls are given.
 _LEAVE_S = 5.0
 
@@ -61,6 +66,7 @@ class Acceptor:
         self._port: asyncio.Future[int] = loop.create_future()
         self._gone = asyncio.Event()
         self._is_leaving = False
+        self._num_unanswered = 0
 
     @property
     def process_id(self) -> int | None:
@@ -71,6 +77,15 @@ class Acceptor:
         """The port that it listens on. Raises OSError for one that does not come to that."""
         self._child.start((setup,))
         return await self._port
+
+    def ping(self) -> None:
+        """Kill the process if it has said nothing for too long."""
+        if self._num_unanswered >= _MOST_UNANSWERED:
+            _log.error("acceptor_process_silent", pid=self.process_id)
+            self._child.kill()
+            return
+        self._num_unanswered += 1
+        self._child.post(Ping())
 
     async def stop(self, grace_s: float) -> None:
         """Close the listener, give calls `grace_s` to end, and wait for the process to leave."""
@@ -83,6 +98,7 @@ class Acceptor:
         await asyncio.get_running_loop().run_in_executor(None, self._child.join, _LEAVE_S)
 
     def _receive(self, messages: list[Any]) -> None:
+        self._num_unanswered = 0
         for message in messages:
             match message:
                 case Written(numbers):
@@ -158,6 +174,7 @@ class AcceptorPool:
         self._port = 0
         self._acceptors: list[Acceptor] = []
         self._restarts: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
         self._is_leaving = False
 
     @property
@@ -168,6 +185,7 @@ class AcceptorPool:
     async def start(self, host: str, port: int) -> int:
         """Listen; the port, which is a free one for 0. Raises ListenError, with nothing left listening."""
         self._host, self._port = host, port
+        self._watch = asyncio.get_running_loop().create_task(self._ping_all())
         try:
             if port:
                 # Among those who share a port the kernel would take another server for one of ours.
@@ -183,10 +201,17 @@ class AcceptorPool:
     async def stop(self, grace_s: float) -> None:
         """Close the listener, give calls `grace_s` to end, and wait for every process to leave."""
         self._is_leaving = True
-        for restart in self._restarts:
-            restart.cancel()
+        for task in (self._watch, *self._restarts):
+            if task is not None:
+                task.cancel()
         acceptors, self._acceptors = self._acceptors, []
         await asyncio.gather(*(acceptor.stop(grace_s) for acceptor in acceptors))
+
+    async def _ping_all(self) -> None:
+        while True:
+            await asyncio.sleep(_PING_S)
+            for acceptor in tuple(self._acceptors):
+                acceptor.ping()
 
     async def _start_one(self) -> int:
         """Raises OSError for one that does not come to listen."""
