@@ -149,7 +149,7 @@ def test_logprobs_are_those_that_were_asked_for() -> None:
 
 
 def sample(time: float, resident: int | None = 100 << 20, used: int = 3) -> Sample:
-    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, None, 20, 8)
+    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, 0, None, 20, 8)
 
 
 def result(residents: list[int], **after: int) -> SoakResult:
@@ -373,6 +373,7 @@ def test_a_few_seconds_against_a_server_on_random_weights(acceptors: int) -> Non
     assert found.log is not None
     assert found.log.num_acceptors == max(0, acceptors)
     assert found.cut_writes is not None
+    assert all(bool(one.acceptors_resident_bytes) == (acceptors > 0) for one in found.samples)
     assert found.tally.codes["OK"] > 0
     assert found.after is not None
     assert found.after.total_blocks > 0

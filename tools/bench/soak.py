@@ -107,7 +107,9 @@ class Sample:
     total_blocks: int
     resident_bytes: int | None = None
     engine_resident_bytes: int | None = None
-    """Of the server's children: its engine, where that has a process of its own."""
+    """Of the engine, where that has a process of its own."""
+    acceptors_resident_bytes: int | None = None
+    """Of the server's other children."""
     gpu_bytes: int | None = None
     descriptors: int | None = None
     threads: int | None = None
@@ -376,13 +378,15 @@ async def _idle(look: Callable[[], Any]) -> Sample:
 
 async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
     load = await control.GetLoad(control_pb2.GetLoadRequest(), timeout=30)
-    resident = of_engine = descriptors = threads = None
+    resident = of_engine = of_acceptors = descriptors = threads = None
     if pid:
         main = psutil.Process(pid)
         children = main.children(recursive=True)
         family = [main, *children]
-        of_engine = sum(process.memory_info().rss for process in children)
-        resident = main.memory_info().rss + of_engine
+        used = [(_is_engine(process), process.memory_info().rss) for process in children]
+        of_engine = sum(rss for is_engine, rss in used if is_engine)
+        of_acceptors = sum(rss for is_engine, rss in used if not is_engine)
+        resident = main.memory_info().rss + of_engine + of_acceptors
         descriptors = sum(process.num_fds() for process in family)
         threads = sum(process.num_threads() for process in family)
     # nvidia-smi takes a moment, which the load must not lose.
@@ -397,10 +401,15 @@ async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
         total_blocks=load.total_kv_blocks,
         resident_bytes=resident,
         engine_resident_bytes=of_engine,
+        acceptors_resident_bytes=of_acceptors,
         gpu_bytes=gpu,
         descriptors=descriptors,
         threads=threads,
     )
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    return any("photon_grpc.engine.child" in word for word in process.cmdline())
 
 
 def draw(figure: Figure, result: SoakResult) -> None:
