@@ -149,7 +149,7 @@ def test_logprobs_are_those_that_were_asked_for() -> None:
 
 
 def sample(time: float, resident: int | None = 100 << 20, used: int = 3) -> Sample:
-    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, None, 20, 8)
+    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, 0, None, 20, 8)
 
 
 def result(residents: list[int], **after: int) -> SoakResult:
@@ -211,15 +211,23 @@ def test_a_slope_counts_in_a_run_that_is_long_enough() -> None:
 
 def test_what_grpc_loses_is_not_the_server_s_growth() -> None:
     residents = [100 + moment / 10 for moment in range(100)]
-    samples = [sample(10.0 * i, round(mib * (1 << 20))) for i, mib in enumerate(residents)]
-    # From the middle on 5 a second: at 290 bytes 5 MiB/h.
-    lines = [
-        line("tasks", moment=7.0 + 10 * i, tasks=8, cut_writes=20 * i + 30 * max(0, i - 50))
-        for i in range(100)
+    samples = [
+        replace(sample(10.0 * i, round(mib * (1 << 20))), calls_ended=1000 * i)
+        for i, mib in enumerate(residents)
     ]
-    loss = GrpcLoss(290.0, 4000, 60)
-    found = replace(result([]), samples=samples, start=7.0, log=soak_log.read(lines), loss=loss, exit_code=0)
-    assert found.grpc_mib_per_hour == pytest.approx(4.98, abs=0.05)
+    # A cut write in twenty calls, 100 of these a second: at 290 bytes 5 MiB/h.
+    lines = [line("tasks", moment=10.0 * i, tasks=8, cut_writes=10 * i) for i in range(101)]
+    lines += [line("acceptor_stopped", calls=50_000, cut_writes=2000)] * 2
+    found = replace(
+        result([]),
+        samples=samples,
+        tally=Tally(codes=Counter(OK=100_000)),
+        log=soak_log.read(lines),
+        loss=GrpcLoss(290.0, 4000, 60),
+        exit_code=0,
+    )
+    assert found.cut_writes == 5000
+    assert found.grpc_mib_per_hour == pytest.approx(4.98, abs=0.01)
     plan = replace(PLAN, max_growth_bytes=1 << 40)
     (said,) = judge(replace(plan, max_mib_per_hour=30), found)
     assert "36.0 MiB/h" in said
@@ -227,7 +235,7 @@ def test_what_grpc_loses_is_not_the_server_s_growth() -> None:
     assert judge(plan, found) == []
     assert judge(plan, replace(found, loss=None)) != []
     # A heap that shrank excuses nothing, and takes nothing from what is allowed.
-    assert replace(found, loss=replace(loss, bytes_per_write=-50.0)).grpc_mib_per_hour == 0.0
+    assert replace(found, loss=GrpcLoss(-50.0, 4000, 60)).grpc_mib_per_hour == 0.0
 
 
 def line(event: str, **fields: object) -> str:
@@ -259,7 +267,7 @@ QUIET_LOG = [
 def test_a_log_that_agrees_with_the_clients_has_nothing_wrong() -> None:
     log = soak_log.read(QUIET_LOG)
     assert log.tasks == [(1.0, 8), (2.0, 9)]
-    assert log.cut_writes == [(1.0, 0), (2.0, 3)]
+    assert (log.cut_here, log.cut_in_acceptors) == (3, 0)
     assert log.injected == {"row": 1}
     assert log.counted_ends() == {"OK": 2, "INTERNAL REQUEST_FAULT": 1}
     # The third client left while its answer was on the way, the fourth before the server knew of it.
@@ -348,13 +356,24 @@ def test_a_faulty_runner_fails_the_rows_that_its_plan_says_and_changes_nothing_e
 
 
 @pytest.mark.slow
-def test_a_few_seconds_against_a_server_on_random_weights() -> None:
+@pytest.mark.parametrize("acceptors", [-1, 2])
+def test_a_few_seconds_against_a_server_on_random_weights(acceptors: int) -> None:
     """Growth says nothing in so short a time; all else has to hold."""
     plan = SoakPlan(
-        model="tiny", minutes=0.15, concurrency=8, backend="cpu", max_new_tokens=40, max_growth_bytes=1 << 40
+        model="tiny",
+        minutes=0.15,
+        concurrency=8,
+        backend="cpu",
+        max_new_tokens=40,
+        max_growth_bytes=1 << 40,
+        settings=(f"server.acceptors={acceptors}",),
     )
     found = soak.run(plan, lambda text: None)
     assert found.problems == []
+    assert found.log is not None
+    assert found.log.num_acceptors == max(0, acceptors)
+    assert found.cut_writes is not None
+    assert all(bool(one.acceptors_resident_bytes) == (acceptors > 0) for one in found.samples)
     assert found.tally.codes["OK"] > 0
     assert found.after is not None
     assert found.after.total_blocks > 0

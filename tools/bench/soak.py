@@ -107,7 +107,9 @@ class Sample:
     total_blocks: int
     resident_bytes: int | None = None
     engine_resident_bytes: int | None = None
-    """Of the server's children: its engine, where that has a process of its own."""
+    """Of the engine, where that has a process of its own."""
+    acceptors_resident_bytes: int | None = None
+    """Of the server's other children."""
     gpu_bytes: int | None = None
     descriptors: int | None = None
     threads: int | None = None
@@ -135,20 +137,19 @@ class SoakResult:
         return [] if self.log is None else [(moment - self.start, n) for moment, n in self.log.tasks]
 
     @property
-    def cut_writes(self) -> list[tuple[float, int]]:
-        """`(seconds from the start, writes cut short so far)`."""
-        return [] if self.log is None else [(moment - self.start, n) for moment, n in self.log.cut_writes]
+    def cut_writes(self) -> int | None:
+        """Writes of the whole run that were cut short; None without the server's log."""
+        return None if self.log is None else self.log.cut_here + self.log.cut_in_acceptors
 
     @property
     def grpc_mib_per_hour(self) -> float:
-        """What grpc lost over the second half of the samples; 0 where that was not seen."""
-        end = self.samples[-1].time if self.samples else 0.0
-        later = [(moment, n) for moment, n in self.cut_writes if end / 2 <= moment <= end]
-        if self.loss is None or len(later) < 2:
+        """What grpc lost at the rate of calls of the second half of the samples; 0 where it was not seen."""
+        later = [sample for sample in self.samples if sample.time >= self.samples[-1].time / 2]
+        if self.loss is None or not self.cut_writes or not self.tally.ended or len(later) < 2:
             return 0.0
-        (since, before), (until, after) = later[0], later[-1]
-        lost = max(0.0, self.loss.bytes_per_write) * (after - before)
-        return lost / (1 << 20) / (until - since) * 3600
+        calls_per_s = (later[-1].calls_ended - later[0].calls_ended) / (later[-1].time - later[0].time)
+        bytes_per_call = max(0.0, self.loss.bytes_per_write) * self.cut_writes / self.tally.ended
+        return bytes_per_call * calls_per_s * 3600 / (1 << 20)
 
     def to_dict(self, plan: SoakPlan) -> dict[str, Any]:
         """For JSON."""
@@ -164,7 +165,7 @@ class SoakResult:
             "resident_mib_per_hour": mib_per_hour(self.samples),
             "grpc_mib_per_hour": self.grpc_mib_per_hour,
             "grpc_loss": None if self.loss is None else asdict(self.loss),
-            "cut_writes": self.cut_writes[-1][1] if self.cut_writes else None,
+            "cut_writes": self.cut_writes,
             "disturbances": dict(self.disturbances),
             "injected": None if self.log is None else dict(self.log.injected),
             "ends_in_the_log": None if self.log is None else self.log.counted_ends(),
@@ -377,13 +378,15 @@ async def _idle(look: Callable[[], Any]) -> Sample:
 
 async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
     load = await control.GetLoad(control_pb2.GetLoadRequest(), timeout=30)
-    resident = of_engine = descriptors = threads = None
+    resident = of_engine = of_acceptors = descriptors = threads = None
     if pid:
         main = psutil.Process(pid)
         children = main.children(recursive=True)
         family = [main, *children]
-        of_engine = sum(process.memory_info().rss for process in children)
-        resident = main.memory_info().rss + of_engine
+        used = [(_is_engine(process), process.memory_info().rss) for process in children]
+        of_engine = sum(rss for is_engine, rss in used if is_engine)
+        of_acceptors = sum(rss for is_engine, rss in used if not is_engine)
+        resident = main.memory_info().rss + of_engine + of_acceptors
         descriptors = sum(process.num_fds() for process in family)
         threads = sum(process.num_threads() for process in family)
     # nvidia-smi takes a moment, which the load must not lose.
@@ -398,10 +401,15 @@ async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
         total_blocks=load.total_kv_blocks,
         resident_bytes=resident,
         engine_resident_bytes=of_engine,
+        acceptors_resident_bytes=of_acceptors,
         gpu_bytes=gpu,
         descriptors=descriptors,
         threads=threads,
     )
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    return any("photon_grpc.engine.child" in word for word in process.cmdline())
 
 
 def draw(figure: Figure, result: SoakResult) -> None:
