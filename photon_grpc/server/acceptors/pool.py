@@ -95,7 +95,9 @@ class Acceptor:
         self._child.post(Stop(grace_s))
         with suppress(TimeoutError):
             await asyncio.wait_for(self._gone.wait(), grace_s + _LEAVE_S)
-        await asyncio.get_running_loop().run_in_executor(None, self._child.join, _LEAVE_S)
+        # One that has not even closed its channel has had its time, and is killed.
+        rest_s = _LEAVE_S if self._gone.is_set() else 0.0
+        await asyncio.get_running_loop().run_in_executor(None, self._child.join, rest_s)
 
     def _receive(self, messages: list[Any]) -> None:
         self._num_unanswered = 0
@@ -117,9 +119,11 @@ class Acceptor:
                     if call is not None:
                         call.task.cancel()
                 case Bound(port):
-                    self._port.set_result(port)
+                    if not self._port.done():  # or whoever waited for it has been cancelled
+                        self._port.set_result(port)
                 case BindFailed():
-                    self._port.set_exception(OSError("the acceptor cannot listen"))
+                    if not self._port.done():
+                        self._port.set_exception(OSError("the acceptor cannot listen"))
                 case CertificateAccepted(expires_at):
                     if self._certificate_observer is not None:
                         self._certificate_observer.observe_certificate(expires_at)
@@ -143,7 +147,7 @@ class Acceptor:
         self._gone.set()
         if not self._port.done():
             self._port.set_exception(OSError("the acceptor died before it listened"))
-        elif not self._is_leaving and self._port.exception() is None:
+        elif not self._is_leaving and not self._port.cancelled() and self._port.exception() is None:
             _log.error("acceptor_process_died", pid=self.process_id)
             self._ended(self)
 
@@ -175,7 +179,7 @@ class AcceptorPool:
         self._acceptors: list[Acceptor] = []
         self._restarts: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
-        self._is_leaving = False
+        self._leaving = asyncio.Event()
 
     @property
     def process_ids(self) -> list[int]:
@@ -200,12 +204,11 @@ class AcceptorPool:
 
     async def stop(self, grace_s: float) -> None:
         """Close the listener, give calls `grace_s` to end, and wait for every process to leave."""
-        self._is_leaving = True
-        for task in (self._watch, *self._restarts):
-            if task is not None:
-                task.cancel()
+        self._leaving.set()
+        if self._watch is not None:
+            self._watch.cancel()
         acceptors, self._acceptors = self._acceptors, []
-        await asyncio.gather(*(acceptor.stop(grace_s) for acceptor in acceptors))
+        await asyncio.gather(*(acceptor.stop(grace_s) for acceptor in acceptors), *self._restarts)
 
     async def _ping_all(self) -> None:
         while True:
@@ -227,11 +230,14 @@ class AcceptorPool:
         try:
             return await acceptor.start(setup)
         except OSError:
-            self._acceptors.remove(acceptor)
+            if acceptor in self._acceptors:
+                self._acceptors.remove(acceptor)
             await acceptor.stop(0)
             raise
 
     def _replace(self, acceptor: Acceptor) -> None:
+        if self._leaving.is_set():
+            return
         self._acceptors.remove(acceptor)
         if self._on_death is not None:
             self._on_death()
@@ -242,7 +248,10 @@ class AcceptorPool:
     async def _restart(self, dead: Acceptor) -> None:
         await dead.stop(0)
         while True:
-            await asyncio.sleep(_RESTART_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), _RESTART_S)
+            if self._leaving.is_set():
+                return
             try:
                 await self._start_one()
             except OSError:
