@@ -17,7 +17,9 @@
 //
 // With reads_early, all that a row sees but its newest token, and the tables, were written before the kernel that
 // writes that token began: they are read while it runs. That needs more than the order of the launches: a row
-// that begins in this step may share blocks that another row fills in it.
+// that begins in this step may share blocks that another row fills in it. With kFewRows or less the next kernel may
+// then start at once, too: it is the product that takes the result, and few CTAs have an item here while its
+// weights travel.
 //
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
@@ -57,6 +59,8 @@ constexpr int kBlockSize = PHOTON_BLOCK_SIZE;
 constexpr int kChunk = PHOTON_CHUNK;
 constexpr int kMaxSplits = PHOTON_MAX_SPLITS;
 constexpr int kMaxRows = PHOTON_MAX_ROWS;
+// A step of 8 rows gains by a product that starts beside this, one of 16 loses.
+constexpr int kFewRows = 8;
 
 constexpr int kTile = 16;
 constexpr int kWarps = 8;
@@ -374,6 +378,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
 
     const bool early = kOverlaps && reads_early;
     if (!early) wait_for_previous();
+    if (early && rows <= kFewRows) let_next_start();
     sum_splits(shared, context_lens, rows);
     // Read anew for every item: registers are short.
     const auto num_items = [&] { return shared.first_split[rows] * kKvHeads; };
@@ -426,6 +431,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             ++item.stop;
         }
     }
+    // Said again it means nothing more, and to remember that it was takes a register.
     let_next_start();
 
     while (true) {

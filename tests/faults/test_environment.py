@@ -167,6 +167,7 @@ def test_fault_40_a_log_file_at_its_limit_and_then_not(tmp_path: Path) -> None:
     ):
         aftermath = Aftermath(server)
         generate(channel)
+        wait_for("logged", lambda: "call finished" in server.log.read_text())
         # In the middle of a line to come.
         with limited(server, resource.RLIMIT_FSIZE, server.log.stat().st_size + 100):
             generate(channel, count=50)

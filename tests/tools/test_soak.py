@@ -22,6 +22,7 @@ from photon_grpc.v1 import inference_pb2
 from tests.support.builders import model_info, sampling
 from tools.bench import soak, soak_log
 from tools.bench.fault_runner import FaultPlan, FaultyFactory, FaultyRunner
+from tools.bench.grpc_loss import GrpcLoss
 from tools.bench.mixed_load import MixedLoad, Tally, check_response, check_stream, request_id, scenario
 from tools.bench.soak import Sample, SoakPlan, SoakResult, grown, judge, mib_per_hour
 
@@ -148,7 +149,7 @@ def test_logprobs_are_those_that_were_asked_for() -> None:
 
 
 def sample(time: float, resident: int | None = 100 << 20, used: int = 3) -> Sample:
-    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, None, 20, 8)
+    return Sample(time, 10, 100, 1, 0, used, 64, resident, 0, 0, None, 20, 8)
 
 
 def result(residents: list[int], **after: int) -> SoakResult:
@@ -208,6 +209,35 @@ def test_a_slope_counts_in_a_run_that_is_long_enough() -> None:
     assert judge(PLAN, replace(found, samples=samples[:50])) == []
 
 
+def test_what_grpc_loses_is_not_the_server_s_growth() -> None:
+    residents = [100 + moment / 10 for moment in range(100)]
+    samples = [
+        replace(sample(10.0 * i, round(mib * (1 << 20))), calls_ended=1000 * i)
+        for i, mib in enumerate(residents)
+    ]
+    # A cut write in twenty calls, 100 of these a second: at 290 bytes 5 MiB/h.
+    lines = [line("tasks", moment=10.0 * i, tasks=8, cut_writes=10 * i) for i in range(101)]
+    lines += [line("acceptor_stopped", calls=50_000, cut_writes=2000)] * 2
+    found = replace(
+        result([]),
+        samples=samples,
+        tally=Tally(codes=Counter(OK=100_000)),
+        log=soak_log.read(lines),
+        loss=GrpcLoss(290.0, 4000, 60),
+        exit_code=0,
+    )
+    assert found.cut_writes == 5000
+    assert found.grpc_mib_per_hour == pytest.approx(4.98, abs=0.01)
+    plan = replace(PLAN, max_growth_bytes=1 << 40)
+    (said,) = judge(replace(plan, max_mib_per_hour=30), found)
+    assert "36.0 MiB/h" in said
+    assert "5.0 of it lost by grpc" in said
+    assert judge(plan, found) == []
+    assert judge(plan, replace(found, loss=None)) != []
+    # A heap that shrank excuses nothing, and takes nothing from what is allowed.
+    assert replace(found, loss=GrpcLoss(-50.0, 4000, 60)).grpc_mib_per_hour == 0.0
+
+
 def line(event: str, **fields: object) -> str:
     return json.dumps({"event": event, "level": "info", **fields}) + "\n"
 
@@ -224,19 +254,20 @@ def tally_of(**ends: tuple[str, str]) -> Tally:
 
 QUIET_LOG = [
     "not JSON\n",
-    line("tasks", moment=1.0, tasks=8),
+    line("tasks", moment=1.0, tasks=8, cut_writes=0),
     line("call finished", method="grpc.health.v1.Health/Check", request_id="x", code="OK"),
     line("fault injected", kind="row"),
     finished(0, "OK"),
     finished(1, "INTERNAL", "REQUEST_FAULT"),
     finished(2, "OK"),
-    line("tasks", moment=2.0, tasks=9),
+    line("tasks", moment=2.0, tasks=9, cut_writes=3),
 ]
 
 
 def test_a_log_that_agrees_with_the_clients_has_nothing_wrong() -> None:
     log = soak_log.read(QUIET_LOG)
     assert log.tasks == [(1.0, 8), (2.0, 9)]
+    assert (log.cut_here, log.cut_in_acceptors) == (3, 0)
     assert log.injected == {"row": 1}
     assert log.counted_ends() == {"OK": 2, "INTERNAL REQUEST_FAULT": 1}
     # The third client left while its answer was on the way, the fourth before the server knew of it.
@@ -285,7 +316,11 @@ def test_a_status_for_a_client_that_has_left_is_no_error(message: str, is_error:
     [
         (QUIET_LOG, 1, "left with 1"),
         (QUIET_LOG[2:-1], 0, "logged no tasks"),
-        ([*QUIET_LOG, line("tasks", moment=3.0, tasks=17)], 0, "17 tasks after the load, 8 before"),
+        (
+            [*QUIET_LOG, line("tasks", moment=3.0, tasks=17, cut_writes=3)],
+            0,
+            "17 tasks after the load, 8 before",
+        ),
     ],
 )
 def test_how_the_server_left_is_judged(log: list[str], exit_code: int, problem: str) -> None:
@@ -321,13 +356,24 @@ def test_a_faulty_runner_fails_the_rows_that_its_plan_says_and_changes_nothing_e
 
 
 @pytest.mark.slow
-def test_a_few_seconds_against_a_server_on_random_weights() -> None:
+@pytest.mark.parametrize("acceptors", [-1, 2])
+def test_a_few_seconds_against_a_server_on_random_weights(acceptors: int) -> None:
     """Growth says nothing in so short a time; all else has to hold."""
     plan = SoakPlan(
-        model="tiny", minutes=0.15, concurrency=8, backend="cpu", max_new_tokens=40, max_growth_bytes=1 << 40
+        model="tiny",
+        minutes=0.15,
+        concurrency=8,
+        backend="cpu",
+        max_new_tokens=40,
+        max_growth_bytes=1 << 40,
+        settings=(f"server.acceptors={acceptors}",),
     )
     found = soak.run(plan, lambda text: None)
     assert found.problems == []
+    assert found.log is not None
+    assert found.log.num_acceptors == max(0, acceptors)
+    assert found.cut_writes is not None
+    assert all(bool(one.acceptors_resident_bytes) == (acceptors > 0) for one in found.samples)
     assert found.tally.codes["OK"] > 0
     assert found.after is not None
     assert found.after.total_blocks > 0

@@ -10,6 +10,9 @@ aborts, and clients vanish (`disturbances`). Calls may then end in the ways that
 other, and afterwards the server's log is held against what the clients saw: one end per call, the same on
 both sides.
 
+Part of the growth is grpc's. What that loses is measured on a server of grpc alone, times the writes that
+were cut short in this one (`grpc_loss`), and taken off the slope of memory before it is judged.
+
 A server that is started here on the CPU keeps few of oneDNN's compiled products. Of each shape that it
 meets torch keeps one, up to 1,024, and a load of random lengths meets new shapes for hours: growth that
 ends, and that would hide a leak until it does.
@@ -37,8 +40,9 @@ from photon_grpc.app import model_folder
 from photon_grpc.client import Client
 from photon_grpc.options import ModelOptions
 from photon_grpc.v1 import control_pb2, control_pb2_grpc
-from tools.bench import device, random_models, soak_log
+from tools.bench import device, grpc_loss, random_models, soak_log
 from tools.bench.disturbances import EXPECTED, disturb
+from tools.bench.grpc_loss import GrpcLoss
 from tools.bench.mixed_load import MixedLoad, Tally, drive
 from tools.bench.server_handle import ServerHandle
 from tools.bench.server_process import ServerSpec
@@ -103,7 +107,9 @@ class Sample:
     total_blocks: int
     resident_bytes: int | None = None
     engine_resident_bytes: int | None = None
-    """Of the server's children: its engine, where that has a process of its own."""
+    """Of the engine, where that has a process of its own."""
+    acceptors_resident_bytes: int | None = None
+    """Of the server's other children."""
     gpu_bytes: int | None = None
     descriptors: int | None = None
     threads: int | None = None
@@ -122,12 +128,28 @@ class SoakResult:
     disturbances: Counter[str] = field(default_factory=Counter)
     exit_code: int | None = None
     log: soak_log.ServerLog | None = None
+    loss: GrpcLoss | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
     def tasks(self) -> list[tuple[float, int]]:
         """`(seconds from the start, tasks of the event loop)`."""
         return [] if self.log is None else [(moment - self.start, n) for moment, n in self.log.tasks]
+
+    @property
+    def cut_writes(self) -> int | None:
+        """Writes of the whole run that were cut short; None without the server's log."""
+        return None if self.log is None else self.log.cut_here + self.log.cut_in_acceptors
+
+    @property
+    def grpc_mib_per_hour(self) -> float:
+        """What grpc lost at the rate of calls of the second half of the samples; 0 where it was not seen."""
+        later = [sample for sample in self.samples if sample.time >= self.samples[-1].time / 2]
+        if self.loss is None or not self.cut_writes or not self.tally.ended or len(later) < 2:
+            return 0.0
+        calls_per_s = (later[-1].calls_ended - later[0].calls_ended) / (later[-1].time - later[0].time)
+        bytes_per_call = max(0.0, self.loss.bytes_per_write) * self.cut_writes / self.tally.ended
+        return bytes_per_call * calls_per_s * 3600 / (1 << 20)
 
     def to_dict(self, plan: SoakPlan) -> dict[str, Any]:
         """For JSON."""
@@ -141,6 +163,9 @@ class SoakResult:
             "tokens": self.tally.tokens,
             "growth": growth,
             "resident_mib_per_hour": mib_per_hour(self.samples),
+            "grpc_mib_per_hour": self.grpc_mib_per_hour,
+            "grpc_loss": None if self.loss is None else asdict(self.loss),
+            "cut_writes": self.cut_writes,
             "disturbances": dict(self.disturbances),
             "injected": None if self.log is None else dict(self.log.injected),
             "ends_in_the_log": None if self.log is None else self.log.counted_ends(),
@@ -205,11 +230,13 @@ def judge(plan: SoakPlan, result: SoakResult) -> list[str]:
         growth = grown(result.samples, name)
         if growth is not None and growth > limit:
             problems.append(f"{what} grew by {growth:,}, at most {limit:,} may be")
-    slope = mib_per_hour(result.samples)
-    if slope is not None and slope > plan.max_mib_per_hour and result.samples[-1].time >= 2 * _MIN_SLOPE_S:
+    slope, of_grpc = mib_per_hour(result.samples), result.grpc_mib_per_hour
+    is_long = bool(result.samples) and result.samples[-1].time >= 2 * _MIN_SLOPE_S
+    if slope is not None and slope - of_grpc > plan.max_mib_per_hour and is_long:
         problems.append(
             f"resident memory grew by {slope:.1f} MiB/h in the second half, "
-            f"at most {plan.max_mib_per_hour:g} may be"
+            f"{of_grpc:.1f} of it lost by grpc; "
+            f"at most {plan.max_mib_per_hour:g} may be the server's"
         )
     if result.log is not None:
         problems += _judge_log(result)
@@ -253,6 +280,9 @@ def run(plan: SoakPlan, progress: Callable[[str], None]) -> SoakResult:
             progress("stopping the server")
             result.exit_code = handle.stop()
             result.log = soak_log.read(handle.log_lines())
+            if result.tally.num_messages:
+                progress("measuring what grpc loses")
+                result.loss = grpc_loss.measure(result.tally.message_bytes // result.tally.num_messages)
     result.problems = judge(plan, result)
     return result
 
@@ -348,13 +378,15 @@ async def _idle(look: Callable[[], Any]) -> Sample:
 
 async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
     load = await control.GetLoad(control_pb2.GetLoadRequest(), timeout=30)
-    resident = of_engine = descriptors = threads = None
+    resident = of_engine = of_acceptors = descriptors = threads = None
     if pid:
         main = psutil.Process(pid)
         children = main.children(recursive=True)
         family = [main, *children]
-        of_engine = sum(process.memory_info().rss for process in children)
-        resident = main.memory_info().rss + of_engine
+        used = [(_is_engine(process), process.memory_info().rss) for process in children]
+        of_engine = sum(rss for is_engine, rss in used if is_engine)
+        of_acceptors = sum(rss for is_engine, rss in used if not is_engine)
+        resident = main.memory_info().rss + of_engine + of_acceptors
         descriptors = sum(process.num_fds() for process in family)
         threads = sum(process.num_threads() for process in family)
     # nvidia-smi takes a moment, which the load must not lose.
@@ -369,10 +401,15 @@ async def _sample(control: Any, pid: int, start: float, tally: Tally) -> Sample:
         total_blocks=load.total_kv_blocks,
         resident_bytes=resident,
         engine_resident_bytes=of_engine,
+        acceptors_resident_bytes=of_acceptors,
         gpu_bytes=gpu,
         descriptors=descriptors,
         threads=threads,
     )
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    return any("photon_grpc.engine.child" in word for word in process.cmdline())
 
 
 def draw(figure: Figure, result: SoakResult) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from photon_grpc.kernels import linear_output
 from photon_grpc.kernels import paged_attention_decode as module
+from photon_grpc.kernels.gemv import gemv, normed_gemv
 from photon_grpc.kernels.paged_attention_decode import (
     CHUNK_TOKENS,
     MAX_ROWS,
@@ -21,6 +23,7 @@ from photon_grpc.kernels.paged_attention_decode import (
 )
 from photon_grpc.kernels.rope_store_kv import store_kv
 from tests.support.kernels import FakeLauncher, Fenced, randn
+from tests.support.linear import make_weight
 from tests.support.paged_attention import Rows, Shape, assert_close, attend, make_rows
 
 F16 = torch.float16
@@ -326,6 +329,52 @@ def test_what_is_read_early_waits_for_the_newest_token(
             assert torch.equal(bits(out), bits(wanted))
     assert not decode.workspace.counters.any()
     decode.memory.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", [(250,), (1, 300, 17, 1025), (600, 2, 31, 512, 513, 100, 77, 4000)], ids=len)
+def test_the_products_beside_it_start_early_and_wait(lens: tuple[int, ...]) -> None:
+    """Layers of a decode step, of which every kernel lets the next one start before it waits itself."""
+    shape, eps, num_layers = LLAMA_1B, 1e-5, 3
+    hidden, tokens = shape.num_heads * shape.head_dim, len(lens)
+    layers = [make_rows(shape, lens, "cuda", seed=seed) for seed in range(num_layers)]
+    decodes = [Decode(rows) for rows in layers]
+    weights = [
+        [make_weight(n, hidden, torch.bfloat16, 2 * layer + i).cuda() for i, n in enumerate((3072, hidden))]
+        for layer in range(num_layers)
+    ]
+    norm = torch.ones(hidden, dtype=torch.bfloat16, device="cuda")
+    start = randn(tokens, hidden, dtype=torch.float32).cuda()
+    table, residual = torch.rand(max(lens), shape.head_dim, device="cuda"), torch.empty_like(start)
+    positions = torch.tensor(lens, device="cuda") - 1
+    blocks = positions // shape.block_size
+    slots = [
+        rows.block_tables.cuda().long().gather(1, blocks[:, None])[:, 0] * shape.block_size
+        + positions % shape.block_size
+        for rows in layers
+    ]
+
+    def step(*, reads_early: bool) -> None:
+        residual.copy_(start)
+        for decode, slot, (qkv, output) in zip(decodes, slots, weights, strict=True):
+            heads = linear_output.rope_and_store(decode.q, decode.rows.kv_cache, table, positions, slot)
+            normed_gemv(heads, residual, norm, eps, qkv)
+            attended = decode.launch(reads_early=reads_early)
+            gemv(linear_output.add_rows(residual), attended.flatten(1), output)
+
+    step(reads_early=False)
+    expected = residual.clone()
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(reads_early=True)
+    for _ in range(500):
+        for rows, slot, decode in zip(layers, slots, decodes, strict=True):
+            store_kv(rows.kv_cache, torch.full((tokens, 2, 8, 64), torch.nan).bfloat16().cuda(), slot)
+            decode.q.fill_(torch.nan)
+            decode.out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(residual, expected)
 
 
 @pytest.mark.gpu
