@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -69,16 +69,16 @@ class Guarded:
     async def call(
         self, method: str, token: str | None = None, body: bytes = b"", port: int = 0
     ) -> AsyncIterator[Any]:
-        """One message to a method; on the wire a single message and a stream of one are the same."""
+        """One message to a method; on the wire a single message and a stream of one are the same.
+
+        Sent with the call in one piece: a client that is refused while it writes hears INTERNAL from its own
+        gRPC library.
+        """
         credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, CLIENT.key, CLIENT.certificate)
         metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
         target = f"127.0.0.1:{port or self.registered[method]}"
         async with grpc.aio.secure_channel(target, credentials) as channel:
-            call = channel.stream_stream(method)(metadata=metadata, timeout=20)
-            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await call.write(body)
-                await call.done_writing()
-            yield call
+            yield channel.unary_stream(method)(body, metadata=metadata, timeout=20)
 
     async def code(self, method: str, token: str | None = None, body: bytes = b"") -> grpc.StatusCode:
         async with self.call(method, token, body) as call:
