@@ -373,6 +373,8 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 
     const bool early = kOverlaps && reads_early;
+    // Before the wait: the product behind this requests its weights wherever there is room.
+    let_next_start();
     if (!early) wait_for_previous();
     sum_splits(shared, context_lens, rows);
     // Read anew for every item: registers are short.
@@ -426,7 +428,6 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             ++item.stop;
         }
     }
-    let_next_start();
 
     while (true) {
         const bool has_next = item.index + static_cast<int>(gridDim.x) * kTeams < num_items();

@@ -29,6 +29,8 @@ _SMALL_HEAD_DIM = 64
 _WARPS = 8
 _SHARERS = (8, 4, 2, 1)
 """Warps that share an item."""
+_CROWDING = 1.5
+"""Items to a place for teams of all warps of a CTA."""
 # Splits of the longest rows times kv heads: two waves of CTAs on 132 multiprocessors, from a single row.
 _LONG_ROW_ITEMS = 256
 _MIN_SPLITS, _MOST_SPLITS = 8, 64
@@ -84,6 +86,9 @@ def allocate_workspace(
 def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_warps: int) -> int:
     """Warps of a team: as many as find room among `num_warps` of the device if no row has two splits.
 
+    Of the largest teams there may be half as many again: they have a row's tokens all under way at once, and
+    those that are left begin as soon as others end.
+
     And no fewer than have room in shared memory for the splits of the longest row. Large groups of small
     heads have no registers to spare.
     """
@@ -91,7 +96,8 @@ def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_war
         return _WARPS
     fewest = 2 * max_splits(num_kv_heads) / (head_dim + _PARTIAL_PADDING)
     for sharers in _SHARERS:
-        if rows * num_kv_heads * sharers <= num_warps or sharers // 2 < fewest:
+        room = num_warps * (_CROWDING if sharers == _WARPS else 1)
+        if rows * num_kv_heads * sharers <= room or sharers // 2 < fewest:
             return sharers
     return _SHARERS[-1]
 
