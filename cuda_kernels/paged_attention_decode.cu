@@ -16,8 +16,9 @@
 // zero, so counters are cleared once, when they are allocated.
 //
 // With reads_early, all that a row sees but its newest token, and the tables, were written before the kernel that
-// writes that token began: they are read while it runs. That needs more than the order of the launches: a row
-// that begins in this step may share blocks that another row fills in it.
+// writes that token began, and before those that let it begin ahead of their own wait (photon/dependent_launch.cuh;
+// back to the step's embedding, which does not): they are read while those run. That needs more than the order of
+// the launches: a row that begins in this step may share blocks that another row fills in it.
 //
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
