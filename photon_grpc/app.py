@@ -33,7 +33,8 @@ from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
-from photon_grpc.runner_factory import RunnerFactory, quiet_collector
+from photon_grpc.processes.quiet import quiet_collector
+from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.call_record import CallRecord
 from photon_grpc.telemetry.call_trace import CallTrace
@@ -41,6 +42,7 @@ from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
 from photon_grpc.telemetry.otlp import OtlpExport
+from photon_grpc.turns import WAKES_PER_TURN
 
 _log = structlog.get_logger(__name__)
 
@@ -51,6 +53,10 @@ _IDLE_ENGINE_STOP_S = 2.0
 # From the engine's death to the end of the process at the latest, even if it hangs on the way.
 _LEAVE_S = 20.0
 _GUARD_INTERVAL_S = 1.0
+# Where the number of acceptors is left to us.
+_MIN_CORES, _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS = 8, 4, 4
+# Readers that are woken in a turn of the loop where calls are accepted elsewhere.
+_WAKES_BESIDE_ACCEPTORS = 128
 _DEMO_MODEL = Path(__file__).parent / "demo_model"
 # What a driver of NVIDIA's shows to a process that may use a GPU; the second is that of WSL.
 _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -91,6 +97,26 @@ def has_own_process(options: Options) -> bool:
             return options.model.backend == "cuda" or may_use_gpu
 
 
+def num_acceptors(options: Options) -> int:
+    """How many processes take the public listener's connections; 0 where the event loop does it itself.
+
+    A message costs the loop several times as much inside grpc as outside of it, which is too much for what
+    a GPU sends and no matter for what a CPU does.
+    """
+    server = options.server
+    if server.acceptors:
+        return max(0, server.acceptors)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < _MIN_CORES or not has_own_process(options):
+        return 0
+    return min(cores // _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS, server.max_connections)
+
+
+def wakes_per_turn(options: Options) -> int:
+    """How many readers of streams are woken in one turn of the event loop."""
+    return _WAKES_BESIDE_ACCEPTORS if num_acceptors(options) else WAKES_PER_TURN
+
+
 class InferenceStack:
     """Engine and front door, without a transport; the event loop's half of the house.
 
@@ -122,6 +148,7 @@ class InferenceStack:
                 EngineProcess if self._has_own_process else EngineThread,
                 step_timeout_s=options.engine.step_timeout_s,
             ),
+            wakes_per_turn=wakes_per_turn(options),
         )
         metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
         if self._has_own_process:
@@ -193,7 +220,16 @@ async def serve(
         metrics.watch_spans(otlp.num_dropped_spans)
         place = options.server
         observers.append(CallTrace(otlp.tracers, otlp.meters, address=place.host, port=place.port).observe)
-    server = Server(stack.generator, options, call_observers=observers, certificate_observer=metrics)
+    server = Server(
+        stack.generator,
+        options,
+        call_observers=observers,
+        certificate_observer=metrics,
+        num_acceptors=num_acceptors(options),
+        on_acceptor_death=metrics.observe_acceptor_died,
+    )
+    if num_acceptors(options):
+        metrics.watch_acceptors(lambda: server.acceptor_process_ids)
     lag = LoopLag()
     metrics.watch_loop(lag.seconds)
     metrics.watch_log(num_dropped_records)

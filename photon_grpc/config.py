@@ -76,6 +76,7 @@ RANGES: Mapping[str, Any] = {
     "server.drain_propagation_s": _AT_LEAST_ZERO,
     "server.drain_max_s": _AT_LEAST_ZERO,
     "server.text_threads": _POSITIVE,
+    "server.acceptors": Field(ge=-1, le=64),
     "limits.max_message_bytes": _POSITIVE,
     "limits.max_text_bytes": _POSITIVE,
     "limits.max_chat_messages": _POSITIVE,

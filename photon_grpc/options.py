@@ -78,11 +78,18 @@ class ServerOptions:
     keepalive_timeout_s: float = _opt(10.0, "time a client has to answer a ping")
     min_ping_interval_s: float = _opt(10.0, "client pings closer together than this end the connection")
     max_connection_age_s: float = _opt(1800.0, "age at which a connection is asked to reconnect")
-    max_connections: int = _opt(4096, "connections that may be open at the same time")
+    max_connections: int = _opt(
+        4096, "connections that may be open at the same time; each acceptor takes its share of them"
+    )
     handshake_timeout_s: float = _opt(10.0, "time a client has to finish its HTTP/2 handshake")
     drain_propagation_s: float = _opt(10.0, "time between NOT_SERVING and refusing new requests")
     drain_max_s: float = _opt(120.0, "time in-flight requests have to finish at shutdown")
     text_threads: int = _opt(2, "threads that tokenise and render chat templates")
+    acceptors: int = _opt(
+        0,
+        "processes that take the public listener's connections; -1: none, the event loop does; 0: a quarter "
+        "of the cores, at most 4, where the engine has a process of its own and there are 8 cores, else none",
+    )
 
 
 @dataclass(frozen=True, slots=True)

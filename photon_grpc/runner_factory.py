@@ -6,17 +6,14 @@ and where the engine has its own process only that one calls it.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
 from photon_grpc.engine.host import Progress
 from photon_grpc.options import Options
+from photon_grpc.processes.quiet import quiet_collector
 from photon_grpc.runner.base import Runner
 from photon_grpc.telemetry.logging import configure_logging
-
-# Containers alive beyond those of the last look; a step of a full batch makes thousands for a moment.
-_GC_THRESHOLD = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +38,3 @@ class RunnerFactory:
         if self.own_process:
             quiet_collector()
         return runner
-
-
-def quiet_collector() -> None:
-    """Keep the garbage collector from stopping streams; for a process that serves, once it is loaded.
-
-    What start-up made lives as long as the process, and a full collection that walks it stops every
-    stream for some 0.3 s. Reference counting frees nearly all that a request makes, so looking for
-    cycles less often costs little memory.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD, 10, 10)

@@ -1,32 +1,21 @@
 """The engine's own process from inside: `main` is what `process.py` starts.
 
 One thread, the main one, does everything: it builds the runner, takes messages from the channel between
-steps and writes each step's outputs back; a second one only watches that steps return. The process belongs
-to its parent, who alone decides when it ends: the signals that a terminal or a supervisor sends to the
-whole group are the parent's to act on, and when the parent is gone, for whatever reason, so is this process
-and all that it holds of a device.
+steps and writes each step's outputs back; a second one only watches that steps return.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from photon_grpc.engine.channel import Channel
 from photon_grpc.engine.host import RunnerFactory
 from photon_grpc.engine.loop import run_engine
 from photon_grpc.engine.messages import EngineMessage, LoopMessage
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
-
-# The signals that are the parent's to act on.
-PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PR_SET_PDEATHSIG = 1
+from photon_grpc.processes.channel import Channel
+from photon_grpc.processes.child import begin, leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +30,7 @@ class EngineSetup:
 
 def main(fd: int, parent: int) -> None:
     """Run the engine that the first message on the socket `fd` describes, for the process `parent`."""
-    _leave_signals_to_the_parent()
-    _die_with(parent)
-    os.set_inheritable(fd, False)
-    inbox = _ChannelInbox(Channel(socket.socket(fileno=fd)))
+    inbox = _ChannelInbox(begin(fd, parent))
     setup = inbox.take_setup()
     run_engine(
         setup.runner_factory,
@@ -54,7 +40,7 @@ def main(fd: int, parent: int) -> None:
         inbox.deliver,
         step_timeout_s=setup.step_timeout_s,
         # The channel belongs to the thread that hangs; the parent learns of the end by its closing.
-        exit_process=_leave,
+        exit_process=leave,
     )
     inbox.close()
 
@@ -83,14 +69,14 @@ class _ChannelInbox:
         try:
             self._channel.send((message,))
         except OSError:
-            _leave()
+            leave()
 
     def close(self) -> None:
         """Return once everything is sent."""
         try:
             self._channel.flush_all()
         except OSError:
-            _leave()
+            leave()
         self._channel.close()
 
     def _receive(self, *, wait: bool) -> list[Any]:
@@ -101,30 +87,5 @@ class _ChannelInbox:
                 self._channel.wait()
                 messages = self._channel.receive()
         except (OSError, EOFError):
-            _leave()
+            leave()
         return messages
-
-
-def _leave_signals_to_the_parent() -> None:
-    for number in PARENTS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    # They were blocked from before this process began until now.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
-
-
-def _die_with(parent: int) -> None:
-    """Be killed when the parent dies, in whatever this process is just doing; only Linux has this.
-
-    Elsewhere the end of the channel says it, which is noticed between steps.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        _leave()
-
-
-def _leave() -> NoReturn:
-    """End at once, when the parent has gone or the step hangs: memory and device go back with the process."""
-    os._exit(1)

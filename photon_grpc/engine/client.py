@@ -34,7 +34,7 @@ from photon_grpc.engine.messages import (
     StepOutputs,
     Submit,
 )
-from photon_grpc.engine.pacing import Pace, Rows, Waker
+from photon_grpc.engine.pacing import Pace, Rows
 from photon_grpc.engine.thread import EngineThread
 from photon_grpc.errors import (
     DuplicateRequestError,
@@ -53,6 +53,7 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
+from photon_grpc.turns import WAKES_PER_TURN, Waker
 
 _log = structlog.get_logger(__name__)
 
@@ -223,7 +224,8 @@ class AsyncEngine:
     """Owns the engine's host and every live RequestStream.
 
     `on_step` hears each snapshot, `on_iteration` the tokens and seconds of each step that computed,
-    `on_stopped` the end of the engine, `on_progress` how loading goes on; all on the loop.
+    `on_stopped` the end of the engine, `on_progress` how loading goes on; all on the loop. Of the readers of
+    its streams `wakes_per_turn` are woken in a turn of the loop.
     """
 
     def __init__(
@@ -238,6 +240,7 @@ class AsyncEngine:
         on_iteration: Callable[[int, float], None] | None = None,
         on_progress: Progress | None = None,
         make_host: HostFactory = EngineThread,
+        wakes_per_turn: int = WAKES_PER_TURN,
     ) -> None:
         self._max_num_seqs = scheduler_options.max_num_seqs
         self._max_queued = limits.max_queued_requests
@@ -259,7 +262,7 @@ class AsyncEngine:
         # Streams whose readers may have to be woken: those of the latest columns, and others.
         self._rows: Rows[RequestStream] | None = None
         self._unwoken: dict[int, RequestStream] = {}
-        self._waker: Waker[RequestStream] = Waker()
+        self._waker: Waker[RequestStream] = Waker(wakes_per_turn)
         self._stats = EngineStats()
         self._throughput = Throughput(time.monotonic())
         self._idle_waiters: list[asyncio.Future[None]] = []

@@ -5,11 +5,10 @@ Nothing here reads a stream or waits: `engine.client` asks after every step. Eve
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
@@ -19,8 +18,6 @@ from photon_grpc.engine.messages import PlainTokens
 _MESSAGE_S = 60e-6
 # What it costs that a call begins, or ends, in messages.
 _CALL_MESSAGES = 8
-# Readers that are woken in one turn of the event loop; see `_Waker`.
-_WAKES_PER_TURN = 16
 _MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
 _MAX_PAUSE_S = 0.1
 _SMOOTHING = 0.1
@@ -28,13 +25,9 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 class Reader(Protocol):
-    """What `engine.client.RequestStream` is to those who hand it tokens and wake its reader."""
-
-    is_urgent: bool
+    """What `engine.client.RequestStream` is to those who hand it tokens."""
 
     def plain_tokens(self, index: int) -> list[int]: ...
-
-    def wake(self) -> None: ...
 
 
 _Reader = TypeVar("_Reader", bound=Reader)
@@ -149,43 +142,3 @@ class Rows(Generic[_Reader]):
         for start, stop in pace.stretches():
             due += self._in_order[bisect_left(self._places, start) : bisect_left(self._places, stop)]
         return due
-
-
-class Waker(Generic[_Reader]):
-    """Wakes readers a few in each turn of the event loop.
-
-    A reader that is woken writes a message, so a turn takes as long as all of them. A call that comes goes
-    through five or six turns inside grpc.aio before the next can be accepted, one after the other: with a
-    hundred messages to a turn that were 10 ms for each call.
-    """
-
-    def __init__(self) -> None:
-        # By key, so that readers who are slower than the engine's steps wait here once.
-        self._urgent: OrderedDict[int, _Reader] = OrderedDict()
-        self._others: OrderedDict[int, _Reader] = OrderedDict()
-        self._is_scheduled = False
-
-    def add(self, key: int, stream: _Reader) -> None:
-        """Have the reader of `stream` woken, after those that wait already; an urgent one before the rest."""
-        (self._urgent if stream.is_urgent else self._others)[key] = stream
-
-    def forget(self, key: int) -> None:
-        """The stream has been closed."""
-        self._urgent.pop(key, None)
-        self._others.pop(key, None)
-
-    def start(self) -> None:
-        """Begin, unless it is under way."""
-        if not self._is_scheduled:
-            self._wake_some()
-
-    def _wake_some(self) -> None:
-        for _ in range(_WAKES_PER_TURN):
-            waiting = self._urgent or self._others
-            if not waiting:
-                break
-            _, stream = waiting.popitem(last=False)
-            stream.wake()
-        self._is_scheduled = bool(self._urgent or self._others)
-        if self._is_scheduled:
-            asyncio.get_running_loop().call_soon(self._wake_some)

@@ -177,8 +177,8 @@ def paged_attention_decode(
     the entries behind a row's context are never used; `context_lens` int32 [rows], the new token counted
     in, 0 for an idle row, whose output is zero. Lengths may change between replays of a captured launch.
     With `reads_early` the launch may begin to read while those before it in the stream still run: back to the
-    last that waits before it lets the next one start, they write nothing of these but `q` and each row's newest
-    token.
+    last that waits before it lets the next one start, they write nothing of these but `q` and each row's
+    newest token.
     Raises ValueError for shapes that the kernel has not: bfloat16 and float16, up to 8 query heads per
     kv head, head_dim a multiple of 16 up to 128, block_size a multiple of 16.
     """

@@ -18,8 +18,9 @@ ROW_ELEMENTS = 64
 """16-bit elements of a row of a box, as it arrives in shared memory: 128 bytes."""
 
 _MAX_BOX = 256
-# As many as a model has of weights and of activations at a few sizes.
-_MAX_KEPT = 4096
+# Captured steps need none of them any more, and the others come back to those of the weights, some hundreds.
+# Those of activations have addresses that may not come again; each takes 0.7 KB.
+_MAX_KEPT = 1024
 
 
 def tensor_map(

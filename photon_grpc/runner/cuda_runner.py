@@ -1,10 +1,11 @@
 """SchedulerOutput -> model -> tokens on a GPU, one step ahead of whoever reads the tokens.
 
 A step is enqueued before the tokens of the one before it are known to the host: the device hands them on
-to itself. Small steps, prefill or not, are captured graphs padded to a few shapes; larger ones, and those
-that score a prompt, run kernel by kernel, through the same code. The only wait is for the copy of a step's
-tokens. Blocks that a sequence gives back may be another's in the next step: steps run in the order of
-their launch, so whatever an older one still writes comes first.
+to itself. Small steps, prefill or not, are captured graphs padded to a few shapes. Those that score a prompt
+run kernel by kernel, in the same shapes: cuBLAS keeps something of every shape that it meets for good, and
+prompts have any length. Larger steps run kernel by kernel on their own rows. The only wait is for the copy
+of a step's tokens. Blocks that a sequence gives back may be another's in the next step: steps run in the
+order of their launch, so whatever an older one still writes comes first.
 
 Built and used on the engine thread.
 """
@@ -89,6 +90,7 @@ class _Rows:
 
     kind: StepKind
     is_captured: bool
+    is_padded: bool
     decode_ids: list[int]
     decode_slots: Slots
     prefills: tuple[PrefillRow, ...]
@@ -310,7 +312,7 @@ class CudaRunner:
         scored = any(self._num_scored(row) for row in prefills) if self._to_score else False
         exact = StepShape(len(decode_ids), len(prefills), num_prefill_tokens)
         shape = None
-        if self._capture and not scored:
+        if self._capture:
             shape = self._buckets.fit(exact.num_decodes, exact.num_prefills, exact.num_prefill_tokens)
         first_prefill = (shape or exact).num_decodes
         sampled_prefills = [(row.seq_id, first_prefill + i) for i, row in enumerate(prefills) if row.sample]
@@ -325,7 +327,8 @@ class CudaRunner:
         kind = StepKind(exact, **needs) if shape is None else self._buckets.kind(shape, **needs)
         return _Rows(
             kind=kind,
-            is_captured=shape is not None,
+            is_captured=shape is not None and not scored,
+            is_padded=shape is not None,
             decode_ids=decode_ids,
             decode_slots=self._batch.slots(decode_ids),
             prefills=prefills,
@@ -350,7 +353,7 @@ class CudaRunner:
             self._advance(rows)
         else:
             self._advance(rows)
-            lengths = self._lengths(rows)
+            lengths = _padded_lengths(kind.shape) if rows.is_padded else self._lengths(rows)
             self._stream.run(lambda: self._compute(kind, lengths, bool(rows.sampled_ids), score))
         if rows.sampled_ids:
             num_rows, logprobs = kind.shape.num_rows, bool(rows.logprobs)
@@ -390,7 +393,7 @@ class CudaRunner:
     def _scorer(self, step: _Step, rows: _Rows) -> Callable[[Tensor], None]:
         """What is to be done with the hidden states of a step; made before the step is counted."""
         scored: list[tuple[int, int, int, Tensor]] = []
-        first = len(rows.decode_ids)
+        first = rows.kind.shape.num_decodes
         for row in rows.prefills:
             count = self._num_scored(row)
             if count:
@@ -461,6 +464,6 @@ class CudaRunner:
 
 
 def _padded_lengths(shape: StepShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Stand-ins for what the host does not know of a captured step: every row idle."""
+    """Stand-ins for what the host does not know of a captured step, or need not: every row idle."""
     decodes = tuple(range(shape.num_decodes + 1))
     return decodes + decodes[-1:] * shape.num_prefills, (0,) * shape.num_rows

@@ -1,10 +1,12 @@
-"""Real steps through a runner before anyone is served.
+"""Real steps through a runner before anyone is served, who would wait for what comes up at its first use.
 
 They go straight to the runner, so that no counter of the scheduler ever tells of tokens that nobody
 asked for. The blocks they write are free afterwards and carry no name.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from photon_grpc.errors import BackendUnavailableError
 from photon_grpc.runner.base import Runner
@@ -30,18 +32,32 @@ _SAMPLING = EffectiveSampling(
     seed=0,
     n=1,
 )
+_PLAIN = SamplerSpec(_SAMPLING)
+# Penalties have marks that torch puts in place, and a prompt that is scored runs kernel by kernel.
+_RICH = SamplerSpec(
+    replace(_SAMPLING, presence_penalty=0.5, repetition_penalty=1.1), top_logprobs=0, prompt_top_logprobs=0
+)
 
 
 def warm_up(runner: Runner) -> None:
-    """One prefill step, one decode step, one removal. Raises BackendUnavailableError without a token."""
-    prompt = (0,)
-    new = NewSequence(_WARMUP_SEQ_ID, prompt, len(prompt), 0, (0,), SamplerSpec(_SAMPLING))
-    more_blocks: dict[int, tuple[int, ...]] = {}
-    if runner.block_size == len(prompt):
-        more_blocks[_WARMUP_SEQ_ID] = (1 % runner.num_blocks,)
+    """Prefill, decode and removal of a plain sequence, and of one with all that may be asked for.
+
+    Raises BackendUnavailableError without a token.
+    """
+    _run_sequence(runner, (0,), _PLAIN)
+    if runner.model.max_model_len > 1:
+        _run_sequence(runner, (0, 0), _RICH)
+
+
+def _run_sequence(runner: Runner, prompt: tuple[int, ...], spec: SamplerSpec) -> None:
+    num_blocks = -(-len(prompt) // runner.block_size)
+    new = NewSequence(_WARMUP_SEQ_ID, prompt, len(prompt), 0, tuple(range(num_blocks)), spec)
     row = ScheduledSequence(_WARMUP_SEQ_ID, len(prompt), True)
     _run(runner, SchedulerOutput(0, (), (new,), (row,), len(prompt)))
     if runner.model.max_model_len > len(prompt):
+        more_blocks: dict[int, tuple[int, ...]] = {}
+        if num_blocks * runner.block_size == len(prompt):
+            more_blocks[_WARMUP_SEQ_ID] = (num_blocks % runner.num_blocks,)
         row = ScheduledSequence(_WARMUP_SEQ_ID, 1, True)
         _run(runner, SchedulerOutput(0, (), (), (row,), 1, more_blocks))
     runner.launch(SchedulerOutput(0, (_WARMUP_SEQ_ID,), (), (), 0))

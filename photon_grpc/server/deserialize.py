@@ -79,3 +79,4 @@ def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: o
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+    server.add_registered_method_handlers(service.full_name, handlers)

@@ -82,6 +82,7 @@ class InferenceServicer:
                     elif isinstance(event, Summary):
                         summary = event
                     await call.write(context, convert.encode_event(event, request_id, seq))
+            await call.flush(context)
             if summary is None:
                 raise InternalError("the stream ended without a summary")
             ordered = [finishes[index] for index in sorted(finishes)]
@@ -123,6 +124,7 @@ class InferenceServicer:
                 async for ended in batch:
                     totals.add(ended)
                     await call.write(context, ended.encode())
+                await call.flush(context)
             _set_success_trailers(
                 context,
                 totals.finishes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from grpc_health.v1 import health_pb2
 from photon_grpc.errors import ConfigError, ListenError
 from photon_grpc.frontend.base import FrontDoor
 from photon_grpc.options import AuthOptions, LimitOptions, Options, ServerOptions, TlsOptions
+from photon_grpc.server.acceptors.dispatcher import Dispatcher
+from photon_grpc.server.acceptors.pool import AcceptorPool, address_of
 from photon_grpc.server.callers import Callers
 from photon_grpc.server.calls import Calls
 from photon_grpc.server.control import ControlServicer
@@ -71,11 +73,14 @@ class BoundPorts:
     probe: int | None
 
 
-def channel_options(server: ServerOptions, limits: LimitOptions, max_admitted: int) -> list[tuple[str, int]]:
-    """grpc arguments of a listener that admits `max_admitted` generations.
+def channel_options(
+    server: ServerOptions, limits: LimitOptions, max_admitted: int, *, num_acceptors: int = 0
+) -> list[tuple[str, int]]:
+    """grpc arguments of a listener that admits `max_admitted` generations, or of each of its acceptors.
 
     All three keepalive settings are needed: without the ping timeout a frozen peer is noticed only
-    after a minute. With SO_REUSEPORT a second server would share the port silently.
+    after a minute. With SO_REUSEPORT a second server would share the port silently, so it is for acceptors
+    alone, which look first.
     """
     return [
         ("grpc.keepalive_time_ms", _milliseconds(server.keepalive_time_s)),
@@ -91,8 +96,8 @@ def channel_options(server: ServerOptions, limits: LimitOptions, max_admitted: i
         ("grpc.max_metadata_size", _SOFT_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", _HARD_METADATA_BYTES),
         ("grpc.server_handshake_timeout_ms", _milliseconds(server.handshake_timeout_s)),
-        ("grpc.max_allowed_incoming_connections", server.max_connections),
-        ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", server.max_connections // max(1, num_acceptors)),
+        ("grpc.so_reuseport", 1 if num_acceptors else 0),
     ]
 
 
@@ -145,10 +150,6 @@ def _trusted_hops(auth: AuthOptions, callers: Callers | None) -> frozenset[str]:
     return names
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 class Server:
     """All listeners of one process. Build it on the running loop; start it before the model loads.
 
@@ -163,11 +164,15 @@ class Server:
         *,
         call_observers: Sequence[CallObserver] = (),
         certificate_observer: CertificateObserver | None = None,
+        num_acceptors: int = 0,
+        on_acceptor_death: Callable[[], None] | None = None,
     ) -> None:
         """Raises ConfigError for an unprotected listener, for certificate files that cannot be served, and
         where protobuf is not the compiled one.
 
-        `call_observers` hear of every call that has ended, before its log line is written.
+        `call_observers` hear of every call that has ended, before its log line is written. The public
+        listener's connections are taken by `num_acceptors` processes; by this one where that is 0.
+        `on_acceptor_death` hears of each of them that has died.
         """
         require_compiled_protobuf()
         check_options(options.server, options.tls, options.auth)
@@ -185,7 +190,10 @@ class Server:
         self._inference = InferenceServicer(front_door, self._calls, options.limits)
         self._model = ModelServicer(front_door, options, self._lifecycle.instance_id)
         self._control = ControlServicer(front_door, self._lifecycle, self._calls, options.limits)
-        self._listeners: list[grpc.aio.Server] = []
+        self._certificate_observer = certificate_observer
+        self._num_acceptors = num_acceptors
+        self._on_acceptor_death = on_acceptor_death
+        self._listeners: list[grpc.aio.Server | AcceptorPool] = []
         self._hurried = asyncio.Event()
 
     @property
@@ -193,13 +201,22 @@ class Server:
         """Calls of InferenceService that are being handled."""
         return len(self._calls)
 
+    @property
+    def acceptor_process_ids(self) -> list[int]:
+        """Of the processes that take connections at the moment. May be read on any thread."""
+        pools = [listener for listener in tuple(self._listeners) if isinstance(listener, AcceptorPool)]
+        return [number for pool in pools for number in pool.process_ids]
+
     async def start(self) -> BoundPorts:
         """Bind and serve. Raises ListenError, with nothing left listening."""
         server = self._options.server
         try:
-            public = await self._listen(
-                "public", server.host, server.port, self._add_public, self._public_credentials()
-            )
+            if self._num_acceptors:
+                public = await self._accept(server.host, server.port)
+            else:
+                public = await self._listen(
+                    "public", server.host, server.port, self._add_public, self._public_credentials()
+                )
             admin = probe = None
             if server.admin_port >= 0:
                 admin = await self._listen(
@@ -297,20 +314,11 @@ class Server:
         add_services: Any,
         credentials: grpc.ServerCredentials | None = None,
     ) -> int:
-        options = self._options
-        # The listener is bound before the model says how many run at a time.
-        max_running = options.scheduler.max_num_seqs or MOST_RUNNING
-        max_admitted = max_running + options.limits.max_queued_requests
         listener = grpc.aio.server(
-            interceptors=(
-                CallRecordInterceptor(self._call_observers),
-                ErrorInterceptor(_HARD_METADATA_BYTES),
-                *self._guards(name),
-            ),
-            options=channel_options(options.server, options.limits, max_admitted),
+            interceptors=self._interceptors(name), options=self._channel_options(num_acceptors=0)
         )
         add_services(listener)
-        address = _address(host, port)
+        address = address_of(host, port)
         try:
             if credentials is None:
                 bound = listener.add_insecure_port(address)
@@ -321,8 +329,47 @@ class Server:
             raise ListenError(f"the {name} listener cannot bind {address}") from error
         await listener.start()
         self._listeners.append(listener)
-        _log.info("listening", listener=name, address=_address(host, bound), tls=credentials is not None)
+        _log.info("listening", listener=name, address=address_of(host, bound), tls=credentials is not None)
         return int(bound)
+
+    async def _accept(self, host: str, port: int) -> int:
+        """The public listener, by processes of its own."""
+        options = self._options
+        dispatcher = Dispatcher(self._interceptors("public"))
+        self._add_public(dispatcher)
+        pool = AcceptorPool(
+            dispatcher,
+            self._num_acceptors,
+            tls=options.tls,
+            telemetry=options.telemetry,
+            channel_options=self._channel_options(num_acceptors=self._num_acceptors),
+            certificate_observer=self._certificate_observer,
+            on_death=self._on_acceptor_death,
+        )
+        bound = await pool.start(host, port)
+        self._listeners.append(pool)
+        _log.info(
+            "listening",
+            listener="public",
+            address=address_of(host, bound),
+            tls=bool(options.tls.cert_file),
+            acceptors=self._num_acceptors,
+        )
+        return bound
+
+    def _interceptors(self, listener: str) -> tuple[grpc.aio.ServerInterceptor, ...]:
+        return (
+            CallRecordInterceptor(self._call_observers),
+            ErrorInterceptor(_HARD_METADATA_BYTES),
+            *self._guards(listener),
+        )
+
+    def _channel_options(self, *, num_acceptors: int) -> list[tuple[str, int]]:
+        options = self._options
+        # The listener is bound before the model says how many run at a time.
+        max_running = options.scheduler.max_num_seqs or MOST_RUNNING
+        max_admitted = max_running + options.limits.max_queued_requests
+        return channel_options(options.server, options.limits, max_admitted, num_acceptors=num_acceptors)
 
     def _add_health(self, listener: grpc.aio.Server) -> None:
         add_service(listener, _HEALTH, self._health)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -190,11 +191,33 @@ class _Watched(Collector):
         yield self._family(self._name, self._text, value=self._read())
 
 
+class _Processes(Collector):
+    """CPU, memory and descriptors of processes of one kind, told apart by their places among them."""
+
+    def __init__(self, kind: str, process_ids: Callable[[], Sequence[int]]) -> None:
+        self._kind = kind
+        self._process_ids = process_ids
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for place, number in enumerate(self._process_ids()):
+            # Without a registry it only reads.
+            found = ProcessCollector(f"photon_{self._kind}", partial(str, number), registry=None).collect()
+            for family in found:
+                total = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    total.add_sample(sample.name, {self._kind: str(place)}, sample.value)
+        return families.values()
+
+
 class Metrics:
     """One registry per process, held by the composition root and passed to who has figures."""
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
+        self._acceptor_deaths: Counter | None = None
         self._engine = _EngineCollector()
         self.registry.register(self._engine)
         ProcessCollector(registry=self.registry)
@@ -309,6 +332,21 @@ class Metrics:
             return "none" if number is None else str(number)
 
         ProcessCollector(namespace="photon_engine", pid=folder, registry=self.registry)
+
+    def watch_acceptors(self, process_ids: Callable[[], Sequence[int]]) -> None:
+        """Expose CPU, memory and descriptors of each acceptor, and how many have died. Once.
+
+        No sample while there is none, and on systems without /proc.
+        """
+        self.registry.register(_Processes("acceptor", process_ids))
+        self._acceptor_deaths = self._counter(
+            "photon_acceptor_deaths", "Acceptors that died, and were replaced; their connections broke."
+        )
+
+    def observe_acceptor_died(self) -> None:
+        """Another acceptor takes the place of one that has died."""
+        assert self._acceptor_deaths is not None
+        self._acceptor_deaths.inc()
 
     def watch_loop(self, lag: Callable[[], float]) -> None:
         """Expose how late the event loop is. Once."""

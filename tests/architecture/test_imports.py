@@ -54,7 +54,9 @@ ROOMS: dict[str, Room] = {
     "runner.device_batch": room("kernels.step_inputs ops.base runner scheduler.output", "torch numpy"),
     "runner.updates": room("kernels.apply_updates runner", "torch numpy"),
     "runner.cuda_backend": room("kernels models ops errors types", "torch structlog"),
-    "engine": room("scheduler runner.base errors types", "structlog"),
+    "turns": room(""),
+    "processes": room("", "structlog"),
+    "engine": room("scheduler runner.base processes turns errors types", "structlog"),
     "frontend": room(
         "engine.client engine.load engine.messages engine.validation telemetry errors types watched_file",
         "tokenizers transformers jinja2 structlog",
@@ -65,15 +67,18 @@ ROOMS: dict[str, Room] = {
         "watched_file",
         "grpc grpc_health grpc_reflection grpc_status google structlog",
     ),
+    "server.acceptors": room(
+        "server.status server.tls processes turns telemetry.logging errors", "grpc structlog uvloop"
+    ),
     "client": room("v1", "grpc grpc_health grpc_status google"),
     "bench": room("client"),
     "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
-        "errors frontend runner_factory server.server telemetry types",
+        "errors frontend processes.quiet runner_factory server.server telemetry turns types",
         "structlog uvloop",
     ),
-    "runner_factory": room("engine.host runner.base runner.factory telemetry.logging"),
+    "runner_factory": room("engine.host processes.quiet runner.base runner.factory telemetry.logging"),
     "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
@@ -92,14 +97,14 @@ GUARDED: dict[str, frozenset[str]] = {
     "threading": frozenset({"engine.thread", "engine.watchdog", "frontend.text_pool", "telemetry", "llm"}),
     "asyncio": frozenset(
         {
-            *("engine.client", "engine.pacing", "engine.process", "frontend", "server", "telemetry.loop_lag"),
+            *("engine.client", "frontend", "processes.loop_channel", "server", "telemetry.loop_lag", "turns"),
             *("app", "cli", "client", "bench", "llm"),
         }
     ),
     "multiprocessing": frozenset(),
-    "subprocess": frozenset({"engine.process"}),
-    "pickle": frozenset({"engine.channel"}),
-    "ctypes": frozenset({"engine.child"}),
+    "subprocess": frozenset({"processes.parent"}),
+    "pickle": frozenset({"processes.channel"}),
+    "ctypes": frozenset({"processes.child"}),
 }
 SCHEDULER_NEVER = {"time", "random", "threading", "asyncio", "socket", "os", "secrets", "datetime"}
 
@@ -221,7 +226,7 @@ def test_only_kernels_touches_cuda_and_only_server_and_client_touch_grpc() -> No
         if row.third_party & {"cupy", "cuda"}:
             assert name == "kernels"
         if "grpc" in row.third_party:
-            assert name in ("server", "client")
+            assert name in ("server", "server.acceptors", "client")
         if "torch" in row.third_party:
             assert name.split(".")[0] in ("kernels", "ops", "models", "runner")
 
@@ -253,6 +258,11 @@ def test_the_table_names_rooms_that_exist() -> None:
         ("engine.thread", "import asyncio"),
         ("engine.process", "import pickle"),
         ("engine.process", "import threading"),
+        ("engine.process", "import asyncio"),
+        ("processes.parent", "import asyncio"),
+        ("processes.parent", "from photon_grpc.engine.messages import Submit"),
+        ("processes.loop_channel", "import pickle"),
+        ("turns", "from photon_grpc.engine.client import RequestStream"),
         ("engine.child", "import torch"),
         ("engine.child", "import asyncio"),
         ("engine.client", "import grpc"),
@@ -265,6 +275,8 @@ def test_the_table_names_rooms_that_exist() -> None:
         ("frontend.generator", "import torch.nn"),
         ("server.inference", "from photon_grpc.scheduler.output import SchedulerStats"),
         ("server.inference", "import photon_grpc.config"),
+        ("server.acceptors.acceptor", "from photon_grpc.frontend.base import FrontDoor"),
+        ("server.acceptors.dispatcher", "import google.protobuf"),
         ("client", "from photon_grpc.errors import PhotonError"),
         ("runner.model_runner", "from photon_grpc.scheduler.scheduler import Scheduler"),
         ("runner.model_runner", "from photon_grpc.engine.messages import Submit"),

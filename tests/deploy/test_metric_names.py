@@ -44,6 +44,7 @@ def exported() -> set[str]:
     metrics.observe_call(CallRecord("photon.v1.InferenceService/Generate", started=0.0, code="OK"))
     metrics.watch_engine(lambda: 0.0, lambda: 0)
     metrics.watch_engine_process(os.getpid)
+    metrics.watch_acceptors(lambda: [os.getpid()])
     metrics.watch_loop(lambda: 0.0)
     metrics.watch_log(lambda: 0)
     metrics.observe_certificate(expires_at=2e9)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from photon_grpc.engine.host import Progress
 from photon_grpc.errors import PhotonError
@@ -116,6 +117,41 @@ class Losing:
 
     def __call__(self, progress: Progress) -> Runner:
         return LosingRunner(model_info(), num_rows=self.num_rows)
+
+
+@dataclass(frozen=True)
+class IllegalAccess:
+    """The runner of the model in `folder` on a GPU. Behind step `at_step` a kernel writes to no memory."""
+
+    folder: str
+    at_step: int | None = None
+    backend: str = "cuda"
+
+    def __call__(self, progress: Progress) -> Runner:
+        from photon_grpc.options import KVCacheOptions, ModelOptions, Options
+        from photon_grpc.runner.factory import build_runner
+
+        options = Options(
+            model=ModelOptions(backend=self.backend), cache=KVCacheOptions(kv_cache_memory_bytes=64 << 20)
+        )
+        runner = build_runner(Path(self.folder), options, progress)
+        launch = runner.launch
+
+        def launch_and_write(output: SchedulerOutput) -> None:
+            launch(output)
+            if output.step == self.at_step:
+                _write_to_no_memory()
+
+        runner.launch = launch_and_write  # type: ignore[method-assign]  # the fault
+        return runner
+
+
+def _write_to_no_memory() -> None:
+    import cupy
+
+    source = 'extern "C" __global__ void stray(int *nowhere) { *nowhere = 1; }'
+    # An address that no allocation has, aligned.
+    cupy.RawKernel(source, "stray")((1,), (1,), (cupy.uint64(4096),))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,12 +74,46 @@ def open_channel(port: int, **arguments: int) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
 
 
+_default_acceptors = 0
+
+
+@contextmanager
+def acceptors_by_default(number: int) -> Iterator[None]:
+    """Meanwhile servers that are made here have `number` acceptors where nothing else is asked for."""
+    global _default_acceptors
+    before, _default_acceptors = _default_acceptors, number
+    try:
+        yield
+    finally:
+        _default_acceptors = before
+
+
+def make_server(
+    front_door: FrontDoor,
+    options: Options | None = None,
+    call_observers: Sequence[CallObserver] = (),
+    *,
+    num_acceptors: int | None = None,
+) -> Server:
+    """A server that is not started yet; on the running loop."""
+    return Server(
+        front_door,
+        options or quick_options(),
+        call_observers=call_observers,
+        num_acceptors=_default_acceptors if num_acceptors is None else num_acceptors,
+    )
+
+
 @asynccontextmanager
 async def running_server(
-    front_door: FrontDoor, options: Options | None = None, call_observers: Sequence[CallObserver] = ()
+    front_door: FrontDoor,
+    options: Options | None = None,
+    call_observers: Sequence[CallObserver] = (),
+    *,
+    num_acceptors: int | None = None,
 ) -> AsyncIterator[Harness]:
     """A serving server, stopped at the end."""
-    server = Server(front_door, options or quick_options(), call_observers=call_observers)
+    server = make_server(front_door, options, call_observers, num_acceptors=num_acceptors)
     ports = await server.start()
     server.set_serving()
     public = open_channel(ports.public)

@@ -22,6 +22,7 @@ from photon_grpc.v1 import inference_pb2
 from tests.support.builders import model_info, sampling
 from tools.bench import soak, soak_log
 from tools.bench.fault_runner import FaultPlan, FaultyFactory, FaultyRunner
+from tools.bench.grpc_loss import GrpcLoss
 from tools.bench.mixed_load import MixedLoad, Tally, check_response, check_stream, request_id, scenario
 from tools.bench.soak import Sample, SoakPlan, SoakResult, grown, judge, mib_per_hour
 
@@ -208,6 +209,27 @@ def test_a_slope_counts_in_a_run_that_is_long_enough() -> None:
     assert judge(PLAN, replace(found, samples=samples[:50])) == []
 
 
+def test_what_grpc_loses_is_not_the_server_s_growth() -> None:
+    residents = [100 + moment / 10 for moment in range(100)]
+    samples = [sample(10.0 * i, round(mib * (1 << 20))) for i, mib in enumerate(residents)]
+    # From the middle on 5 a second: at 290 bytes 5 MiB/h.
+    lines = [
+        line("tasks", moment=7.0 + 10 * i, tasks=8, cut_writes=20 * i + 30 * max(0, i - 50))
+        for i in range(100)
+    ]
+    loss = GrpcLoss(290.0, 4000, 60)
+    found = replace(result([]), samples=samples, start=7.0, log=soak_log.read(lines), loss=loss, exit_code=0)
+    assert found.grpc_mib_per_hour == pytest.approx(4.98, abs=0.05)
+    plan = replace(PLAN, max_growth_bytes=1 << 40)
+    (said,) = judge(replace(plan, max_mib_per_hour=30), found)
+    assert "36.0 MiB/h" in said
+    assert "5.0 of it lost by grpc" in said
+    assert judge(plan, found) == []
+    assert judge(plan, replace(found, loss=None)) != []
+    # A heap that shrank excuses nothing, and takes nothing from what is allowed.
+    assert replace(found, loss=replace(loss, bytes_per_write=-50.0)).grpc_mib_per_hour == 0.0
+
+
 def line(event: str, **fields: object) -> str:
     return json.dumps({"event": event, "level": "info", **fields}) + "\n"
 
@@ -224,19 +246,20 @@ def tally_of(**ends: tuple[str, str]) -> Tally:
 
 QUIET_LOG = [
     "not JSON\n",
-    line("tasks", moment=1.0, tasks=8),
+    line("tasks", moment=1.0, tasks=8, cut_writes=0),
     line("call finished", method="grpc.health.v1.Health/Check", request_id="x", code="OK"),
     line("fault injected", kind="row"),
     finished(0, "OK"),
     finished(1, "INTERNAL", "REQUEST_FAULT"),
     finished(2, "OK"),
-    line("tasks", moment=2.0, tasks=9),
+    line("tasks", moment=2.0, tasks=9, cut_writes=3),
 ]
 
 
 def test_a_log_that_agrees_with_the_clients_has_nothing_wrong() -> None:
     log = soak_log.read(QUIET_LOG)
     assert log.tasks == [(1.0, 8), (2.0, 9)]
+    assert log.cut_writes == [(1.0, 0), (2.0, 3)]
     assert log.injected == {"row": 1}
     assert log.counted_ends() == {"OK": 2, "INTERNAL REQUEST_FAULT": 1}
     # The third client left while its answer was on the way, the fourth before the server knew of it.
@@ -285,7 +308,11 @@ def test_a_status_for_a_client_that_has_left_is_no_error(message: str, is_error:
     [
         (QUIET_LOG, 1, "left with 1"),
         (QUIET_LOG[2:-1], 0, "logged no tasks"),
-        ([*QUIET_LOG, line("tasks", moment=3.0, tasks=17)], 0, "17 tasks after the load, 8 before"),
+        (
+            [*QUIET_LOG, line("tasks", moment=3.0, tasks=17, cut_writes=3)],
+            0,
+            "17 tasks after the load, 8 before",
+        ),
     ],
 )
 def test_how_the_server_left_is_judged(log: list[str], exit_code: int, problem: str) -> None:

@@ -25,19 +25,20 @@ _STOP_S = 20.0
 class CpuTimes:
     """User and system seconds of the server.
 
-    `process` is of all threads, living and ended, and of the engine's process where it has one.
-    `event_loop` is the main thread, `engine` the engine's thread or process; `others` is the rest: gRPC's
-    own threads, the text pool, and torch's workers where the engine is a thread.
+    `process` is of all threads, living and ended, and of the engine's process and the acceptors where there
+    are any. `event_loop` is the main thread, `engine` the engine's thread or process; `others` is the rest:
+    gRPC's own threads, the text pool, and torch's workers where the engine is a thread.
     """
 
     process: float
     event_loop: float
     engine: float
+    acceptors: float = 0.0
 
     @property
     def others(self) -> float:
-        """What neither the event loop nor the engine used."""
-        return self.process - self.event_loop - self.engine
+        """What neither the event loop nor the engine nor an acceptor used."""
+        return self.process - self.event_loop - self.engine - self.acceptors
 
     @property
     def front_end(self) -> float:
@@ -49,6 +50,7 @@ class CpuTimes:
             self.process - earlier.process,
             self.event_loop - earlier.event_loop,
             self.engine - earlier.engine,
+            self.acceptors - earlier.acceptors,
         )
 
 
@@ -64,6 +66,7 @@ class ServerHandle:
         self._main_thread = 0
         self._engine_thread: int | None = None
         self._engine_process: int | None = None
+        self._acceptor_processes: list[int] = []
         self.address = ""
         self.admin_address: str | None = None
 
@@ -85,6 +88,7 @@ class ServerHandle:
         self._main_thread = announced["main_thread"]
         self._engine_thread = announced["engine_thread"]
         self._engine_process = announced["engine_process"]
+        self._acceptor_processes = announced["acceptor_processes"]
         self.address = f"127.0.0.1:{announced['port']}"
         if announced["admin_port"] is not None:
             self.admin_address = f"127.0.0.1:{announced['admin_port']}"
@@ -132,15 +136,22 @@ class ServerHandle:
         total = process.cpu_times()
         by_thread = {t.id: t.user_time + t.system_time for t in process.threads()}
         event_loop = by_thread[self._main_thread]
+        acceptors = sum(map(_cpu_seconds, self._acceptor_processes))
+        used = total.user + total.system + acceptors
         if self._engine_process is None:
             assert self._engine_thread is not None
-            return CpuTimes(total.user + total.system, event_loop, by_thread[self._engine_thread])
-        own = psutil.Process(self._engine_process).cpu_times()
-        engine = own.user + own.system
-        return CpuTimes(total.user + total.system + engine, event_loop, engine)
+            return CpuTimes(used, event_loop, by_thread[self._engine_thread], acceptors)
+        engine = _cpu_seconds(self._engine_process)
+        return CpuTimes(used + engine, event_loop, engine, acceptors)
 
     def memory_bytes(self) -> int:
-        """Resident memory now, of the engine's process as well; what they share counts twice."""
+        """Resident memory now, of engine and acceptors as well; what processes share counts for each."""
         assert self._process is not None
-        pids = [self._process.pid, *([self._engine_process] if self._engine_process else [])]
+        engine = [self._engine_process] if self._engine_process else []
+        pids = [self._process.pid, *engine, *self._acceptor_processes]
         return sum(int(psutil.Process(pid).memory_info().rss) for pid in pids)
+
+
+def _cpu_seconds(pid: int) -> float:
+    used = psutil.Process(pid).cpu_times()
+    return used.user + used.system

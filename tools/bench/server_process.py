@@ -41,12 +41,14 @@ from photon_grpc.options import (
     ServerOptions,
     TelemetryOptions,
 )
-from photon_grpc.runner_factory import RunnerFactory, quiet_collector
+from photon_grpc.processes.quiet import quiet_collector
+from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
 from tools.bench.fault_runner import FaultPlan, FaultyFactory
+from tools.bench.grpc_loss import CutWrites
 from tools.bench.scripted_factory import Pace, ScriptedFactory
 from tools.bench.settings import with_assignments
 from tools.bench.soak_log import TASKS
@@ -85,7 +87,7 @@ class ServerSpec:
     """How likely each step has a row that fails, or is slow; with a model only. Fixed by `fault_seed`."""
     fault_seed: int = 0
     tasks_interval_s: float = 0.0
-    """How often the number of the event loop's tasks is logged; 0: never."""
+    """How often the numbers of the event loop's tasks and of cut writes are logged; 0: never."""
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -119,21 +121,24 @@ class ServerSpec:
 
 def _announce(ports: BoundPorts) -> None:
     threads = [t.native_id for t in threading.enumerate() if t.name == "photon-engine"]
-    # The server has no child but its engine.
-    processes = [child.pid for child in psutil.Process().children()]
+    children = {child.pid: " ".join(child.cmdline()) for child in psutil.Process().children()}
+    engines = [pid for pid, line in children.items() if "photon_grpc.engine.child" in line]
     line = {
         "port": ports.public,
         "admin_port": ports.admin,
         "main_thread": threading.get_native_id(),
         "engine_thread": threads[0] if threads else None,
-        "engine_process": processes[0] if processes else None,
+        "engine_process": engines[0] if engines else None,
+        "acceptor_processes": [pid for pid in children if pid not in engines],
     }
     print(json.dumps(line), flush=True)
 
 
 async def _log_tasks(interval_s: float) -> None:
+    cut = CutWrites()
+    cut.watch()
     while True:
-        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()))
+        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()), cut_writes=cut.count)
         await asyncio.sleep(interval_s)
 
 
@@ -176,9 +181,10 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             on_step=metrics.observe_step,
             on_stopped=lambda error: leave.set(),
             make_host=EngineProcess if app.has_own_process(options) else EngineThread,
+            wakes_per_turn=app.wakes_per_turn(options),
         )
         generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)
-        server = Server(generator, options)
+        server = Server(generator, options, num_acceptors=app.num_acceptors(options))
         ports = await server.start()
         await engine.start()
         with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,8 @@ _MAX_KEPT_ERRORS = 20
 @dataclass(slots=True)
 class ServerLog:
     """`ends` has `(status, reason)` of each line about a generation, by request id; `tasks` of the event loop
-    are `(monotonic moment, number)`; `injected` counts faults by kind; `errors` are lines of that level.
+    are `(monotonic moment, number)`, and so are `cut_writes` since the start; `injected` counts faults by
+    kind; `errors` are lines of that level.
 
     `num_unheard` counts statuses that were sent to a client that left in the same moment: grpc calls that an
     error. A client that had not left would have missed its status, and that shows in its own account.
@@ -37,6 +38,7 @@ class ServerLog:
 
     ends: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     tasks: list[tuple[float, int]] = field(default_factory=list)
+    cut_writes: list[tuple[float, int]] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
     num_unheard: int = 0
     num_errors: int = 0
@@ -60,6 +62,7 @@ def read(lines: Iterable[str]) -> ServerLog:
             log.ends[record["request_id"]].append((record["code"], record.get("reason", "")))
         elif event == TASKS:
             log.tasks.append((record["moment"], record["tasks"]))
+            log.cut_writes.append((record["moment"], record["cut_writes"]))
         elif event == INJECTED:
             log.injected[record["kind"]] += 1
         if _is_unheard(record):

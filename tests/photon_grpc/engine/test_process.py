@@ -66,7 +66,7 @@ class Engine:
     @property
     def pid(self) -> int:
         # Known also when it is gone, which `process_id` is not.
-        process = self.hosts[0]._process
+        process = self.hosts[0]._child._process
         assert process is not None
         return process.pid
 

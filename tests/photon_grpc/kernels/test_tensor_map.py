@@ -56,6 +56,18 @@ def test_strides_are_bytes_and_equal_maps_are_made_once(asked: Asked) -> None:
     assert asked[2][0] == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
 
 
+def test_what_a_long_run_keeps_is_bounded_and_the_weights_are_in_it(asked: Asked) -> None:
+    weights = [torch.zeros(2, 64, dtype=torch.bfloat16) for _ in range(400)]
+    of_weights = [tensor_map(weight, (64, 2), (64,), (64, 2)) for weight in weights]
+    activations = torch.zeros(1200, 64, dtype=torch.bfloat16)
+    for tokens in range(1, 1200):
+        tensor_map(activations, (64, tokens), (64,), (64, 2))
+        tensor_map(weights[tokens % 400], (64, 2), (64,), (64, 2))
+    assert len(asked) == 400 + 1199
+    assert all(tensor_map(weights[i], (64, 2), (64,), (64, 2)) is of_weights[i] for i in range(400))
+    assert module._encode.cache_info().currsize <= 1024
+
+
 def test_it_is_passed_by_value(asked: Asked) -> None:
     made = tensor_map(torch.zeros(2, 64, dtype=torch.float16), (64, 2), (64,), (64, 2))
     slots, addresses = _argument_slots((int, type(made), int))

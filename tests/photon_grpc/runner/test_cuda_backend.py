@@ -211,17 +211,19 @@ def three_ways(driver: Driver, plan: SchedulerOutput) -> list[tuple[ModelOutput,
         return lambda: compute(kind, lengths, True, None)
 
     graph = runner._graph
-    for way in ("graph", "padded", "exact"):
-        runner._graph = eager if way == "padded" else graph  # type: ignore[method-assign]
-        runner._capture = capture and way != "exact"
-        # Blocks are the device's from the first time on.
-        output = driver.run(plan)
-        torch.cuda.synchronize()
-        results.append((output, [layer.clone() for layer in driver.cache.layers]))
-        driver.restore(before)
-        plan = replace(plan, new_block_ids={})
-    runner._graph = graph  # type: ignore[method-assign]
-    runner._capture = capture
+    try:
+        for way in ("graph", "padded", "exact"):
+            runner._graph = eager if way == "padded" else graph  # type: ignore[method-assign]
+            runner._capture = capture and way != "exact"
+            # Blocks are the device's from the first time on.
+            output = driver.run(plan)
+            torch.cuda.synchronize()
+            results.append((output, [layer.clone() for layer in driver.cache.layers]))
+            driver.restore(before)
+            plan = replace(plan, new_block_ids={})
+    finally:
+        runner._graph = graph  # type: ignore[method-assign]
+        runner._capture = capture
     return results
 
 
@@ -234,9 +236,11 @@ def assert_three_ways(driver: Driver, plan: SchedulerOutput) -> None:
     assert not graph.faults
     for one, same, near in zip(graph_kv, padded_kv, exact_kv, strict=True):
         assert torch.equal(one.view(torch.int16), same.view(torch.int16))
-        # Products of other shapes round otherwise; and nothing is written but by the step's own rows.
+        # Nothing is written but by the step's own rows. Products of other shapes round otherwise: of values
+        # around 1.3 bfloat16 has the second layer's 0.016 off float32, and the worst of 2,000 tokens 0.11.
+        # Those of another token would be off by more in most places.
         assert torch.equal(one.isnan(), near.isnan())
-        torch.testing.assert_close(one, near, rtol=0.05, atol=0.05, equal_nan=True)
+        torch.testing.assert_close(one, near, rtol=0.05, atol=0.2, equal_nan=True)
 
 
 @pytest.mark.parametrize("num_rows", [n for n in DECODES if n <= MAX_NUM_SEQS - 16])
@@ -266,13 +270,16 @@ def test_mixed_graphs_are_eager_steps(
         for one, size in zip(new, sizes, strict=True)
     ]
     choose.shuffle(rows)
-    assert_three_ways(driver, driver.plan(rows, new))
-    for seq_id in chosen:
-        driver.lengths[seq_id] -= 1
-    last = running[0]
-    driver.run(driver.plan([driver.row(last, 1)], removed=[one.seq_id for one in new]))
-    for one in new:
-        driver.free += driver.blocks.pop(one.seq_id)
+    try:
+        assert_three_ways(driver, driver.plan(rows, new))
+    finally:
+        # The driver is every test's: one that fails is not to take the others with it.
+        for seq_id in chosen:
+            driver.lengths[seq_id] -= 1
+        last = running[0]
+        driver.run(driver.plan([driver.row(last, 1)], removed=[one.seq_id for one in new]))
+        for one in new:
+            driver.free += driver.blocks.pop(one.seq_id)
 
 
 def test_idle_rows_write_nowhere(driver: Driver, running: list[int]) -> None:

@@ -294,6 +294,35 @@ def test_every_small_step_is_a_replay(models: Models) -> None:
     assert stream.num_replays == captured + core.scheduler.stats().steps
 
 
+def test_scored_prompts_of_any_length_bring_no_new_shapes(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each, cuBLAS and the tables of kernels keep something for as long as the process lives."""
+    expected, core = models.cores(max_num_batched_tokens=64)
+    runner = core.runner
+    assert isinstance(runner, CudaRunner)
+    captured = {kind.shape.num_tokens for kind in runner._buckets.kinds()}
+    forward, seen = runner._decoder.forward, set()
+
+    def noted(token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.add(len(token_ids))
+        return forward(token_ids, *rest)
+
+    monkeypatch.setattr(runner._decoder, "forward", noted)
+    requests = [request(prompt(9), 40)]
+    requests += [request(prompt(length), 3, prompt_top_logprobs=1) for length in range(3, 50, 5)]
+    outputs, others = (results(one, requests, gap=3) for one in (core, expected))
+    assert len(seen) > 1
+    assert seen <= captured
+    assert tokens_of(outputs) == tokens_of(others)
+    told, due = (
+        {(o.key, i): entry.logprob for o in of for i, entry in enumerate(o.prompt_logprobs)}
+        for of in (outputs, others)
+    )
+    assert len(told) == sum(range(2, 49, 5))
+    assert told == pytest.approx(due, abs=1e-4)
+
+
 def test_warm_up_leaves_no_trace(models: Models) -> None:
     runner = models.ahead(64, 1)
     runner.prepare()

@@ -18,8 +18,24 @@ def test_prefill_decode_removal(num_blocks: int, block_size: int, in_flight: int
     runner = RecordingRunner(model, num_blocks=num_blocks, block_size=block_size, max_in_flight=in_flight)
     warm_up(runner)
     shapes = [[(row.num_tokens, row.sample) for row in plan.rows] for plan in runner.plans]
-    assert shapes == [[(1, True)], [(1, True)], []]
-    assert runner.plans[-1].removed == (runner.plans[0].new[0].seq_id,)
+    plain = [[(1, True)], [(1, True)], []]
+    # A context of two tokens has no room for another.
+    rich = [[(2, True)], [(1, True)], []] if num_blocks * block_size > 2 else [[(2, True)], []]
+    assert shapes == plain + rich
+    ends = [plan.removed for plan in runner.plans if not plan.rows]
+    starts = [plan.new[0] for plan in runner.plans if plan.new]
+    assert ends == [(new.seq_id,) for new in starts]
+
+
+def test_one_sequence_has_all_that_may_be_asked_for() -> None:
+    runner = RecordingRunner(model_info(), num_blocks=8, block_size=16)
+    warm_up(runner)
+    plain, rich = (plan.new[0].sampler for plan in runner.plans if plan.new)
+    assert plain.sampling.repetition_penalty == 1
+    assert (plain.top_logprobs, plain.prompt_top_logprobs) == (None, None)
+    assert rich.sampling.repetition_penalty != 1
+    assert rich.sampling.presence_penalty
+    assert (rich.top_logprobs, rich.prompt_top_logprobs) == (0, 0)
 
 
 def test_a_context_of_one_token_has_no_decode_step() -> None:

@@ -32,6 +32,8 @@ from tests.support.grpc_harness import (
 )
 from tests.support.scripted_service import scripted_service
 
+pytestmark = pytest.mark.usefixtures("each_listener")
+
 METHOD = "/photon.v1.InferenceService/BatchGenerate"
 
 

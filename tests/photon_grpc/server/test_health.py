@@ -8,10 +8,18 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from photon_grpc.server.server import Server
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
-from tests.support.grpc_harness import open_channel, quick_options, rich_error, running_server, until
+from tests.support.grpc_harness import (
+    make_server,
+    open_channel,
+    quick_options,
+    rich_error,
+    running_server,
+    until,
+)
+
+pytestmark = pytest.mark.usefixtures("each_listener")
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 READY = ["", "photon.v1.InferenceService", "photon.v1.ModelService"]
@@ -37,7 +45,7 @@ async def test_ready_and_live_follow_the_server() -> None:
 
 
 async def test_a_started_server_is_alive_and_not_ready() -> None:
-    server = Server(FakeFrontDoor(), quick_options())
+    server = make_server(FakeFrontDoor(), quick_options())
     ports = await server.start()
     async with open_channel(ports.public) as channel:
         expected = dict.fromkeys(READY, Status.NOT_SERVING) | dict.fromkeys(LIVE, Status.SERVING)
@@ -95,7 +103,7 @@ async def test_a_watcher_that_leaves_is_forgotten() -> None:
 async def test_an_open_watch_does_not_hold_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     # The stock servicer holds it for the whole grace.
     monkeypatch.setattr("photon_grpc.server.server._STOP_GRACE_S", 1000.0)
-    server = Server(FakeFrontDoor(), quick_options())
+    server = make_server(FakeFrontDoor(), quick_options())
     ports = await server.start()
     server.set_serving()
     async with open_channel(ports.public) as public, open_channel(ports.admin or 0) as admin:

@@ -26,6 +26,8 @@ from tests.support.grpc_harness import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("each_listener")
+
 SPEC = pb.GenerationSpec(text="hello")
 STREAM = "/photon.v1.InferenceService/StreamGenerate"
 UNARY = "/photon.v1.InferenceService/Generate"

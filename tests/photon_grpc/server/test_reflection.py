@@ -57,6 +57,7 @@ def listener(harness: Harness, name: str) -> grpc.aio.Channel:
     return harness.public if name == "public" else harness.admin
 
 
+@pytest.mark.usefixtures("each_listener")
 @pytest.mark.parametrize("service", [V1_SERVICE, V1ALPHA_SERVICE])
 @pytest.mark.parametrize(("name", "served"), [("public", PUBLIC), ("admin", ADMIN)])
 async def test_list_and_describe_all_that_is_served(service: str, name: str, served: list[str]) -> None:
@@ -96,6 +97,7 @@ async def test_unknown_symbols_and_files(service: str) -> None:
             assert response.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
+@pytest.mark.usefixtures("each_listener")
 @pytest.mark.parametrize("setting", ["admin", "public", "off"])
 async def test_where_reflection_is_served(setting: str) -> None:
     on = {"admin": {"admin"}, "public": {"admin", "public"}, "off": set()}[setting]
@@ -122,6 +124,7 @@ async def test_bytes_that_are_no_question_are_refused_as_everywhere(service: str
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_the_stock_client_calls_a_method_it_learnt_by_reflection() -> None:
     def learn_and_call(target: str) -> str:
         with grpc.insecure_channel(target) as channel:

@@ -17,6 +17,8 @@ from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import Harness, rich_error, running_server, until
 from tests.support.scripted_service import scripted_service
 
+pytestmark = pytest.mark.usefixtures("each_listener")
+
 METHODS = ["Generate", "StreamGenerate", "BatchGenerate"]
 
 

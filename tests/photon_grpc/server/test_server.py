@@ -11,10 +11,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from photon_grpc.errors import ConfigError, ListenError, StartupError
 from photon_grpc.options import AuthOptions, LimitOptions, ServerOptions, TlsOptions
-from photon_grpc.server.server import Server, channel_options, check_options, is_loopback
+from photon_grpc.server.server import channel_options, check_options, is_loopback
 from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import (
+    make_server,
     open_channel,
     quick_options,
     read_all,
@@ -94,9 +95,10 @@ def test_a_mesh_may_ask_for_plaintext() -> None:
     check_options(ServerOptions(admin_host="0.0.0.0", admin_port=-1), TlsOptions(), AuthOptions())
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_two_servers_do_not_share_a_port() -> None:
     async with running_server(FakeFrontDoor()) as harness:
-        second = Server(FakeFrontDoor(), quick_options({"port": harness.ports.public}))
+        second = make_server(FakeFrontDoor(), quick_options({"port": harness.ports.public}))
         with pytest.raises(
             ListenError, match=f"public listener cannot bind 127.0.0.1:{harness.ports.public}"
         ):
@@ -105,12 +107,15 @@ async def test_two_servers_do_not_share_a_port() -> None:
         await harness.inference.Generate(pb.GenerateRequest(spec=SPEC))
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_failed_admin_bind_leaves_nothing_listening() -> None:
     async with running_server(FakeFrontDoor()) as harness:
-        free = Server(FakeFrontDoor(), quick_options())
+        free = make_server(FakeFrontDoor(), quick_options())
         port = (await free.start()).public
         await free.stop()
-        clash = Server(FakeFrontDoor(), quick_options({"port": port, "admin_port": harness.ports.public}))
+        clash = make_server(
+            FakeFrontDoor(), quick_options({"port": port, "admin_port": harness.ports.public})
+        )
         with pytest.raises(ListenError, match="admin"):
             await clash.start()
         with pytest.raises(OSError):
@@ -130,6 +135,7 @@ async def test_the_probe_listener_has_health_and_nothing_else() -> None:
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_drain_lets_calls_in_flight_finish_and_refuses_new_ones() -> None:
     resume = asyncio.Event()
     front_door = FakeFrontDoor(Script(num_deltas=20, resume=resume))
@@ -150,6 +156,7 @@ async def test_drain_lets_calls_in_flight_finish_and_refuses_new_ones() -> None:
     assert len(front_door.requests) == 1
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_drain_accepts_calls_while_load_balancers_notice() -> None:
     async with running_server(FakeFrontDoor(), quick_options({"drain_propagation_s": 100.0})) as harness:
         draining = asyncio.create_task(harness.server.drain())
@@ -160,6 +167,7 @@ async def test_drain_accepts_calls_while_load_balancers_notice() -> None:
             await draining
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_what_outlives_the_drain_ends_as_draining() -> None:
     front_door = FakeFrontDoor(Script(num_deltas=None, interval_s=0.01))
     async with running_server(front_door, quick_options({"drain_max_s": 0.2})) as harness:
@@ -177,6 +185,7 @@ async def test_what_outlives_the_drain_ends_as_draining() -> None:
     assert [stream.exits for stream in front_door.streams] == [1, 1]
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_hurry_cuts_the_wait_for_calls_short() -> None:
     front_door = FakeFrontDoor(Script(hang=True))
     async with running_server(front_door, quick_options({"drain_max_s": 100.0})) as harness:
@@ -191,6 +200,7 @@ async def test_hurry_cuts_the_wait_for_calls_short() -> None:
         assert (await call.code()) is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_stalled_reader_does_not_hold_the_drain() -> None:
     front_door = FakeFrontDoor(Script(num_deltas=None, text="x" * 100_000))
     options = quick_options({"drain_max_s": 0.1}, {"slow_consumer_timeout_s": 1000.0})
@@ -205,6 +215,7 @@ async def test_a_stalled_reader_does_not_hold_the_drain() -> None:
         call.cancel()
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_what_is_live_when_the_engine_dies_hears_of_it() -> None:
     front_door = FakeFrontDoor(Script(hang=True))
     async with running_server(front_door) as harness:
@@ -218,8 +229,9 @@ async def test_what_is_live_when_the_engine_dies_hears_of_it() -> None:
         assert (rich.code, rich.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD")
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_stop_twice_is_harmless() -> None:
-    server = Server(FakeFrontDoor(), quick_options())
+    server = make_server(FakeFrontDoor(), quick_options())
     await server.start()
     await server.stop()
     await server.stop()

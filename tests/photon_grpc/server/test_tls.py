@@ -178,6 +178,7 @@ class TestSettings:
 
 
 class TestCalls:
+    @pytest.mark.usefixtures("each_listener")
     async def test_a_client_that_knows_the_authority_streams(self, tmp_path: Path) -> None:
         options = replace(quick_options(), tls=files_of(tmp_path, AUTHORITY.issue()))
         async with (
@@ -188,11 +189,13 @@ class TestCalls:
             events = [response.WhichOneof("event") async for response in call]
             assert events[-1] == "summary"
 
+    @pytest.mark.usefixtures("each_listener")
     async def test_who_does_not_know_the_authority_leaves(self, tmp_path: Path) -> None:
         options = replace(quick_options(), tls=files_of(tmp_path, AUTHORITY.issue()))
         async with running_server(FakeFrontDoor(), options) as harness:
             await refused(channel(harness.ports.public, ca=STRANGER.pem))
 
+    @pytest.mark.usefixtures("each_listener")
     async def test_only_clients_of_the_authority_get_in_where_one_is_required(self, tmp_path: Path) -> None:
         tls = files_of(tmp_path, AUTHORITY.issue(), require_client_cert=True)
         async with running_server(FakeFrontDoor(), replace(quick_options(), tls=tls)) as harness:
@@ -207,6 +210,7 @@ class TestCalls:
         async with running_server(FakeFrontDoor(), replace(quick_options(), tls=tls)) as harness:
             await check(grpc.aio.insecure_channel(f"127.0.0.1:{harness.ports.admin}"))
 
+    @pytest.mark.usefixtures("each_listener")
     async def test_the_admin_listener_off_loopback_wants_a_certificate(self, tmp_path: Path) -> None:
         tls = replace(
             files_of(tmp_path, AUTHORITY.issue(), require_client_cert=True), require_client_cert=False
@@ -223,6 +227,7 @@ class TestCalls:
 
 
 class TestRotation:
+    @pytest.mark.usefixtures("each_listener")
     async def test_new_files_are_served_and_a_stream_goes_on(self, tmp_path: Path) -> None:
         """Under load: new connections all the while, none of them refused."""
         old, new = AUTHORITY.issue(), AUTHORITY.issue(ends=timedelta(days=20))
@@ -291,6 +296,7 @@ class TestRotation:
         monkeypatch.setattr(photon_grpc.server.tls, "_load", None)
         assert files.current() is files.current()
 
+    @pytest.mark.usefixtures("each_listener")
     async def test_a_new_client_authority_counts_for_new_connections(self, tmp_path: Path) -> None:
         tls = files_of(tmp_path, AUTHORITY.issue(), require_client_cert=True)
         stranger = STRANGER.issue(for_client=True)

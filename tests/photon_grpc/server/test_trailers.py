@@ -19,6 +19,8 @@ from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.grpc_harness import Harness, rich_error
 from tests.support.scripted_service import scripted_service
 
+pytestmark = pytest.mark.usefixtures("each_listener")
+
 SUCCESS_KEYS = {
     REQUEST_ID_KEY,
     "photon-finish-reason",

@@ -28,6 +28,8 @@ from tests.support.grpc_harness import (
 )
 from tests.support.scripted_service import scripted_service
 
+pytestmark = pytest.mark.usefixtures("each_listener")
+
 
 def request(max_tokens: int = 7, **values: Any) -> pb.GenerateRequest:
     made = pb.GenerateRequest(request_id="mine", **values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -284,6 +285,26 @@ def test_the_engine_s_process_is_measured_beside_the_server_s() -> None:
     # Its number is known for a moment longer than it lives.
     after = scrape(metrics)
     assert not [name for name in after if name.startswith("photon_engine_process")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="figures of a process come from /proc")
+def test_acceptors_are_told_apart_and_their_deaths_counted() -> None:
+    metrics = Metrics("1")
+    running = [os.getpid()]
+    metrics.watch_acceptors(lambda: running)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        running.append(other.pid)
+        read = scrape(metrics)
+        own, others = (read[f"photon_acceptor_process_start_time_seconds{{acceptor={n}}}"] for n in (0, 1))
+        assert own == read["process_start_time_seconds"] < others
+        assert read["photon_acceptor_process_open_fds{acceptor=0}"] > 2
+        assert read["photon_acceptor_deaths_total"] == 0
+        other.communicate(b"\n")
+    # Its number is known for a moment longer than it lives.
+    metrics.observe_acceptor_died()
+    read = scrape(metrics)
+    assert not [name for name in read if name.endswith("{acceptor=1}")]
+    assert read["photon_acceptor_deaths_total"] == 1
 
 
 def test_two_registries_do_not_share() -> None:

@@ -18,6 +18,7 @@ from grpc.aio import _server  # the class behind the abstract grpc.aio.Server
 
 from photon_grpc.errors import UnauthenticatedError
 from photon_grpc.options import AuthOptions, Options, TlsOptions
+from photon_grpc.server.acceptors.dispatcher import Dispatcher
 from photon_grpc.server.callers import Callers
 from photon_grpc.server.interceptors import auth
 from photon_grpc.server.interceptors.auth import AuthInterceptor, role_of
@@ -26,7 +27,7 @@ from photon_grpc.telemetry.pseudonyms import Pseudonyms
 from photon_grpc.v1 import control_pb2, inference_pb2, inference_pb2_grpc, model_pb2
 from tests.support.certificates import Authority
 from tests.support.fake_front_door import FakeFrontDoor
-from tests.support.grpc_harness import quick_options, rich_error, running_server
+from tests.support.grpc_harness import make_server, quick_options, rich_error, running_server
 
 AUTHORITY = Authority("photon test authority")
 CLIENT = AUTHORITY.issue(for_client=True)  # its subject alternative names are localhost and 127.0.0.1
@@ -110,8 +111,9 @@ ONE_ROLE_EACH = "".join(f"{role}-only {role} token:{token}\n" for role, token in
 async def guarded_server(
     folder: Path, monkeypatch: pytest.MonkeyPatch, callers: str = ONE_ROLE_EACH
 ) -> AsyncIterator[Guarded]:
-    """A server with all its registrations overheard, whichever way they are made."""
+    """A server with all its registrations overheard, whichever way they are made, and whoever takes calls."""
     by_server: dict[int, set[str]] = {}
+    add_dispatched = Dispatcher.add_registered_method_handlers
     add_generic = _server.Server.add_generic_rpc_handlers
     add_registered = _server.Server.add_registered_method_handlers
 
@@ -124,9 +126,14 @@ async def guarded_server(
         by_server.setdefault(id(self), set()).update(f"/{service}/{name}" for name in handlers)
         add_registered(self, service, handlers)
 
+    def overhear_dispatched(self: Any, service: str, handlers: Any) -> None:
+        by_server.setdefault(id(self), set()).update(f"/{service}/{name}" for name in handlers)
+        add_dispatched(self, service, handlers)
+
+    monkeypatch.setattr(Dispatcher, "add_registered_method_handlers", overhear_dispatched)
     monkeypatch.setattr(_server.Server, "add_generic_rpc_handlers", overhear_generic)
     monkeypatch.setattr(_server.Server, "add_registered_method_handlers", overhear_registered)
-    server = Server(FakeFrontDoor(), guarded_options(folder, callers))
+    server = make_server(FakeFrontDoor(), guarded_options(folder, callers))
     ports = await server.start()
     server.set_serving()
     try:
@@ -138,6 +145,7 @@ async def guarded_server(
         await server.stop()
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_no_method_but_health_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with guarded_server(tmp_path, monkeypatch) as guarded:
         health = {method for method in guarded.registered if method.startswith("/grpc.health.v1.Health/")}
@@ -191,6 +199,7 @@ async def test_the_probe_listener_has_health_and_nothing_else(
         await server.stop()
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_certificate_that_has_expired_identifies_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +220,7 @@ async def test_a_certificate_that_has_expired_identifies_nobody(
                 assert await refused.code() is Code.UNAVAILABLE
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_every_method_lets_its_role_in_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +234,7 @@ async def test_every_method_lets_its_role_in_and_no_other(
                     assert code is grpc.StatusCode.PERMISSION_DENIED, (method, role)
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_refusals_carry_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with guarded_server(tmp_path, monkeypatch) as guarded:
         for method in NEEDED.keys() - BOTH_WAYS:
@@ -238,6 +249,7 @@ async def test_refusals_carry_their_reason(tmp_path: Path, monkeypatch: pytest.M
             assert rich_error(caught.value).reason == "FORBIDDEN"
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_the_message_of_a_refused_caller_is_not_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +260,7 @@ async def test_the_message_of_a_refused_caller_is_not_parsed(
         assert await guarded.code(method, TOKENS["control"], garbage) is grpc.StatusCode.PERMISSION_DENIED
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_certificate_identifies_where_there_is_no_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +334,7 @@ async def test_a_refused_stream_that_says_nothing_ends_all_the_same(
     assert await refuse_a_stream(tmp_path, None) == ["refused"]
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_stream_is_told_why_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with guarded_server(tmp_path, monkeypatch) as guarded:
         credentials = grpc.ssl_channel_credentials(AUTHORITY.pem, CLIENT.key, CLIENT.certificate)
@@ -334,6 +348,7 @@ async def test_a_stream_is_told_why_it_is_refused(tmp_path: Path, monkeypatch: p
                 assert rich_error(caught.value).reason == "UNAUTHENTICATED"
 
 
+@pytest.mark.usefixtures("each_listener")
 @pytest.mark.parametrize(
     ("header", "code"),
     [
@@ -353,6 +368,7 @@ async def test_the_authorization_header(tmp_path: Path, header: str, code: grpc.
         assert await call.code() is code
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_quotas_count_against_the_caller_s_name(tmp_path: Path) -> None:
     (tmp_path / "callers").write_text(
         f"alice infer token:{TOKENS['infer']}\nbob infer token:{TOKENS['control']}\n"
@@ -369,6 +385,7 @@ async def test_quotas_count_against_the_caller_s_name(tmp_path: Path) -> None:
     assert front_door.tenants == ["alice", "alice", "bob", "bob"]
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_token_that_is_taken_away_stops_working(tmp_path: Path) -> None:
     file = tmp_path / "callers"
     file.write_text(ONE_ROLE_EACH)

@@ -16,6 +16,8 @@ from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.grpc_harness import running_server, until
 from tests.support.scripted_service import scripted_service
 
+pytestmark = pytest.mark.usefixtures("each_listener")
+
 CANARY = "canary-7f3a"
 SPEC = pb.GenerationSpec(text=CANARY)
 

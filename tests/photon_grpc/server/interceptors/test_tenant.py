@@ -53,6 +53,7 @@ async def refusal(call: Any) -> RichError:
     return rich_error(caught.value)
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_trusted_hop_states_tenant_and_priority(tmp_path: Path) -> None:
     async with running(tmp_path, " gateway , alice") as (harness, front_door):
         for stated in (
@@ -72,6 +73,7 @@ async def test_a_trusted_hop_states_tenant_and_priority(tmp_path: Path) -> None:
     assert priorities == [3, 3, 3, 3, 9, 9, 0, 0, 3]
 
 
+@pytest.mark.usefixtures("each_listener")
 @pytest.mark.parametrize("stated", [("photon-tenant", "bob"), ("photon-priority", "1")])
 async def test_fault_38_nobody_else_states_anything(tmp_path: Path, stated: tuple[str, str]) -> None:
     """A caller that is no trusted hop, and everybody where callers are not told apart."""
@@ -113,6 +115,7 @@ BAD: list[tuple[tuple[str, str], ...]] = [
 ]
 
 
+@pytest.mark.usefixtures("each_listener")
 @pytest.mark.parametrize("stated", BAD)
 async def test_what_a_trusted_hop_states_wrongly_is_refused(
     tmp_path: Path, stated: tuple[tuple[str, str], ...]
@@ -124,6 +127,7 @@ async def test_what_a_trusted_hop_states_wrongly_is_refused(
         assert front_door.requests == []
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_hop_may_be_known_by_its_certificate(tmp_path: Path) -> None:
     authority = Authority("photon test authority")
     client = authority.issue(for_client=True)  # its subject alternative names are localhost and 127.0.0.1
@@ -152,6 +156,7 @@ def test_a_hop_that_is_no_caller_refuses_the_start(tmp_path: Path, hops: str) ->
         Server(FakeFrontDoor(), replace(quick_options(), auth=AuthOptions("", hops)))
 
 
+@pytest.mark.usefixtures("each_listener")
 async def test_a_call_s_line_tells_tenants_apart_and_names_none(tmp_path: Path) -> None:
     with capture_logs() as records:
         async with running(tmp_path) as (harness, _):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from photon_grpc.engine.channel import Channel
 from photon_grpc.engine.messages import Abort
+from photon_grpc.processes.channel import Channel
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 The other end is a process of ours that inherited its end of an anonymous socket pair: the same program,
 the same user, no name to connect to. Between these two pickle is safe, and it is the fastest there is
-for what `messages.py` allows to cross. Used by one thread at a time.
+for the plain values that cross here. Used by one thread at a time.
 """
 
 from __future__ import annotations

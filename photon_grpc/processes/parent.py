@@ -1,0 +1,110 @@
+"""A process of ours as the event loop sees it: spawn, send, receive, reap.
+
+The child is spawned, never forked, and runs a `main(fd, parent)` that begins with `child.begin`. Everything
+here happens on the event loop but `join`. A child that ends without having said so is noticed at once: the
+kernel closes its end of the channel whatever it died of.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+
+from photon_grpc.processes.channel import Channel
+from photon_grpc.processes.child import PARENTS_SIGNALS
+from photon_grpc.processes.loop_channel import Ended, LoopChannel, Receive
+
+_log = structlog.get_logger(__name__)
+
+_CHILD = "import sys; from {module} import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+# A killed process can stay for as long as a driver holds on to it; it needs nobody to wait for that.
+_KILLED_S = 2.0
+
+
+class ChildProcess:
+    """One child that runs `main` of `module`. `name` is what the log calls it."""
+
+    def __init__(self, name: str, module: str, receive: Receive, ended: Ended) -> None:
+        self._name = name
+        self._module = module
+        self._receive = receive
+        self._ended = ended
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: LoopChannel | None = None
+        self._was_killed = False
+
+    @property
+    def process_id(self) -> int | None:
+        """The child's; None before `start`, and once it is reaped, when the number may be another's."""
+        if self._process is None or self._process.returncode is not None:
+            return None
+        return self._process.pid
+
+    def start(self, messages: Sequence[Any]) -> None:
+        """Spawn the child, with `messages` as its first. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        channel = Channel(ours)
+        with theirs:
+            # The socket has room for the first messages before anybody reads them.
+            channel.send(messages)
+            try:
+                self._process = _spawn(self._module, theirs.fileno())
+            except OSError:
+                channel.close()
+                raise
+        self._channel = LoopChannel(channel, self._receive, self._ended)
+
+    def post(self, message: Any) -> None:
+        """Send a message, together with whatever else this turn of the loop posts. Harmless after the end."""
+        if self._channel is not None:
+            self._channel.post(message)
+
+    def kill(self) -> None:
+        """End it at once; `join` takes that for an end by itself."""
+        assert self._process is not None
+        self._was_killed = True
+        self._process.kill()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the child's end; False for one that had not ended after `timeout_s` and was killed.
+
+        Blocks.
+        """
+        if self._process is None:
+            return True
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            _log.error(
+                f"{self._name}_process_killed", pid=self._process.pid, reason="it did not end by itself"
+            )
+            self._process.kill()
+            try:
+                self._process.wait(_KILLED_S)
+            except subprocess.TimeoutExpired:
+                _log.error(f"{self._name}_process_not_reaped", pid=self._process.pid)
+            return False
+        if code and not self._was_killed:
+            # Negative: minus the number of the signal that killed it.
+            _log.error(f"{self._name}_process_ended", pid=self._process.pid, code=code)
+        return True
+
+
+def _spawn(module: str, fd: int) -> subprocess.Popen[bytes]:
+    """Start `main` of `module` on the inherited socket `fd`."""
+    # What can be imported here can be imported there, also where a program has changed the path.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    arguments = [sys.executable, "-c", _CHILD.format(module=module), str(fd), str(os.getpid())]
+    # Blocked until the child ignores them: a Ctrl-C meanwhile is the parent's to act on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(fd,), env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
