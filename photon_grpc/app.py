@@ -101,11 +101,12 @@ def num_acceptors(options: Options) -> int:
     """How many processes take the public listener's connections; 0 where the event loop does it itself.
 
     A message costs the loop several times as much inside grpc as outside of it, which is too much for what
-    a GPU sends and no matter for what a CPU does.
+    a GPU sends and no matter for what a CPU does. Never more than there may be connections: each has its
+    share of those.
     """
     server = options.server
     if server.acceptors:
-        return max(0, server.acceptors)
+        return max(0, min(server.acceptors, server.max_connections))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < _MIN_CORES or not has_own_process(options):
         return 0

@@ -48,12 +48,31 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagedServers]
         servers.stop()
 
 
+@pytest.fixture(scope="module")
+def servers_with_acceptors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagedServers]:
+    with ExitStack() as stack:
+        servers = StagedServers(tmp_path_factory.mktemp("acceptors"), stack, server__acceptors=2)
+        yield servers
+        servers.stop()
+
+
+@pytest.fixture(params=["servers", "servers_with_acceptors"], ids=["loop", "acceptors"])
+def each_servers(request: pytest.FixtureRequest) -> StagedServers:
+    """Those whose connections the event loop takes, and those that have acceptors."""
+    found: StagedServers = request.getfixturevalue(request.param)
+    return found
+
+
+# Settings of a server that is the test's own.
+each_listener = pytest.mark.parametrize("acceptors", [-1, 2], ids=["loop", "acceptors"])
+
+
 # --- 23 -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_fault_23_cancel_in_every_state(servers: StagedServers, stage: str) -> None:
-    with servers.staged(stage) as at:
+def test_fault_23_cancel_in_every_state(each_servers: StagedServers, stage: str) -> None:
+    with each_servers.staged(stage) as at:
         at.call.cancel()
         assert at.call.code() is grpc.StatusCode.CANCELLED
     at.check("CANCELLED")
@@ -157,13 +176,13 @@ def test_fault_25_a_client_killed_or_frozen(
 
 
 @pytest.mark.parametrize("stage", ["prefilling", "decoding", "writing"])
-def test_fault_25_half_open_connection(servers: StagedServers, stage: str) -> None:
-    server, _ = servers.get()
+def test_fault_25_half_open_connection(each_servers: StagedServers, stage: str) -> None:
+    server, _ = each_servers.get()
     window = () if STAGES[stage].has_window else NO_WINDOW
     with (
         fault_proxy(server.address) as proxy,
         open_channel(proxy.address, *window) as channel,
-        servers.staged(stage, channel=channel) as at,
+        each_servers.staged(stage, channel=channel) as at,
     ):
         proxy.mute()
         server.wait_until_idle()
@@ -178,9 +197,14 @@ def test_fault_25_half_open_connection(servers: StagedServers, stage: str) -> No
 # --- 26 -------------------------------------------------------------------------------------------
 
 
-def test_fault_26_many_clients_that_do_not_read(tmp_path: Path) -> None:
+@each_listener
+def test_fault_26_many_clients_that_do_not_read(tmp_path: Path, acceptors: int) -> None:
     """The engine goes on and the readers are served; the others are ended, and told so once they read."""
-    settings = {"limits__slow_consumer_timeout_s": 1, "scheduler__max_num_seqs": 64}
+    settings = {
+        "limits__slow_consumer_timeout_s": 1,
+        "scheduler__max_num_seqs": 64,
+        "server__acceptors": acceptors,
+    }
     with scripted_server(tmp_path, scripted_runner(step_s=0.002), **settings) as server:
         aftermath = Aftermath(server)
         requests = [Ask(max_tokens=40).request() for _ in range(100)]
@@ -241,8 +265,13 @@ async def storm(address: str, count: int, chance: random.Random) -> None:
         await channel.close()
 
 
-def test_fault_27_calls_that_are_opened_and_cancelled_by_the_thousand(tmp_path: Path) -> None:
-    settings = {"scheduler__max_num_seqs": 16, "limits__max_queued_requests": 64}
+@each_listener
+def test_fault_27_calls_that_are_opened_and_cancelled_by_the_thousand(tmp_path: Path, acceptors: int) -> None:
+    settings = {
+        "scheduler__max_num_seqs": 16,
+        "limits__max_queued_requests": 64,
+        "server__acceptors": acceptors,
+    }
     with scripted_server(tmp_path, scripted_runner(step_s=0.002), **settings) as server:
         aftermath = Aftermath(server)
         chance = random.Random(27)

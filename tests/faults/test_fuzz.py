@@ -30,7 +30,7 @@ from tests.fuzzing.fuzzer import (
     make_case,
     padded,
 )
-from tests.support.grpc_harness import rich_error
+from tests.support.grpc_harness import acceptors_by_default, rich_error
 
 GENERATE = "/photon.v1.InferenceService/Generate"
 STREAM = "/photon.v1.InferenceService/StreamGenerate"
@@ -108,9 +108,10 @@ def cases() -> st.SearchStrategy[Case]:
     return st.builds(make_case, st.randoms(use_true_random=False), st.sampled_from(list(METHODS)))
 
 
-def test_fault_30_whatever_is_sent_has_a_status_of_the_allowed_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("acceptors", [0, 2])
+def test_fault_30_whatever_is_sent_has_a_status_of_the_allowed_set(tmp_path: Path, acceptors: int) -> None:
     """Several at a time, and shrunk to the fewest and simplest that still do it."""
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, acceptors_by_default(acceptors):
         stack = AsyncExitStack()
         fuzzer = runner.run(stack.enter_async_context(fuzzed_service(tmp_path)))
         try:
@@ -128,7 +129,14 @@ def test_fault_30_whatever_is_sent_has_a_status_of_the_allowed_set(tmp_path: Pat
             runner.run(stack.aclose())
 
 
-async def test_fault_30_messages_of_every_kind_to_every_method(fuzzer: Fuzzer) -> None:
+@pytest.mark.parametrize("acceptors", [0, 2])
+async def test_fault_30_messages_of_every_kind_to_every_method(tmp_path: Path, acceptors: int) -> None:
+    with acceptors_by_default(acceptors):
+        async with fuzzed_service(tmp_path) as fuzzer:
+            await every_kind(fuzzer)
+
+
+async def every_kind(fuzzer: Fuzzer) -> None:
     await fuzzer.run(30, range(NUM_MESSAGES))
     assert not fuzzer.findings, "\n".join(fuzzer.findings[:5])
     await fuzzer.check_rest()

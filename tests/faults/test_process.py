@@ -104,9 +104,10 @@ def refusal(channel: grpc.Channel) -> grpc.RpcError | None:
     return None
 
 
-def test_fault_31_sigterm_loaded_with_calls_that_do_not_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("acceptors", [-1, 2])
+def test_fault_31_sigterm_loaded_with_calls_that_do_not_end(tmp_path: Path, acceptors: int) -> None:
     """One reads, one waits, one has never read its first message: none holds the exit, each has a status."""
-    settings = {"scheduler__max_num_seqs": 2, "server__drain_max_s": 0.3}
+    settings = {"scheduler__max_num_seqs": 2, "server__drain_max_s": 0.3, "server__acceptors": acceptors}
     with (
         scripted_server(tmp_path, scripted_runner(), **settings) as server,
         open_channel(server.address) as channel,
@@ -207,18 +208,23 @@ def wait_for_records(log: Path, event: str, count: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the engine ends after its step")
-def test_fault_31_a_killed_server_takes_its_engine_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("acceptors", "num_children"), [(-1, 1), (2, 3)])
+def test_fault_31_a_killed_server_takes_its_engine_and_acceptors_with_it(
+    tmp_path: Path, acceptors: int, num_children: int
+) -> None:
+    settings = {"engine__process": "own", "server__acceptors": acceptors}
     with (
-        scripted_server(tmp_path, scripted_runner(), engine__process="own") as server,
+        scripted_server(tmp_path, scripted_runner(), **settings) as server,
         open_channel(server.address) as channel,
     ):
         call = stream(channel, Ask().request())
         next(call)
-        (child,) = psutil.Process(server.process.pid).children()
+        children = psutil.Process(server.process.pid).children()
+        assert len(children) == num_children
         server.process.kill()
         assert failure(call).code() is grpc.StatusCode.UNAVAILABLE
         deadline = time.monotonic() + _EXIT_S
-        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

@@ -17,7 +17,7 @@ from photon_grpc.v1 import inference_pb2 as pb
 from tests.support.call_stages import Ask, open_channel, reason_of, scripted_runner, scripted_server
 from tests.support.fake_front_door import FakeFrontDoor, Script
 from tests.support.fault_proxy import fault_proxy
-from tests.support.grpc_harness import rich_error, running_server, until
+from tests.support.grpc_harness import Harness, acceptors_by_default, rich_error, running_server, until
 from tests.support.scripted_service import scripted_service
 from tests.support.server_aftermath import Aftermath
 
@@ -146,24 +146,30 @@ async def test_fault_28_a_retry_takes_the_place_of_an_attempt_that_is_ending() -
     assert not front_door.live_ids
 
 
+@pytest.mark.parametrize("acceptors", [0, 2])
 async def test_fault_28_a_retry_right_behind_a_cancel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acceptors: int
 ) -> None:
     # However slow the machine is in handing on the cancellation.
     monkeypatch.setattr("photon_grpc.server.calls._CANCELLATION_S", 30.0)
-    async with scripted_service(tmp_path, step_s=0.001) as harness:
-        spec = pb.GenerationSpec(token_ids=pb.TokenIds(ids=[5, 6, 7]))
-        spec.stop.max_tokens, spec.stop.ignore_eos = 4000, True
-        short = pb.GenerationSpec()
-        short.CopyFrom(spec)
-        short.stop.max_tokens = 2
-        for number in range(50):
-            name = f"r-{number}"
-            first = harness.inference.StreamGenerate(pb.StreamGenerateRequest(request_id=name, spec=spec))
-            await first.read()
-            first.cancel()
-            response = await harness.inference.Generate(pb.GenerateRequest(request_id=name, spec=short))
-            assert response.usage.output_tokens == 2
-        await until(lambda: harness.server.num_live_calls == 0)
-        load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
-        assert (load.running, load.queued, load.used_kv_blocks) == (0, 0, 0)
+    with acceptors_by_default(acceptors):
+        async with scripted_service(tmp_path, step_s=0.001) as harness:
+            await cancel_and_retry(harness)
+
+
+async def cancel_and_retry(harness: Harness) -> None:
+    spec = pb.GenerationSpec(token_ids=pb.TokenIds(ids=[5, 6, 7]))
+    spec.stop.max_tokens, spec.stop.ignore_eos = 4000, True
+    short = pb.GenerationSpec()
+    short.CopyFrom(spec)
+    short.stop.max_tokens = 2
+    for number in range(50):
+        name = f"r-{number}"
+        first = harness.inference.StreamGenerate(pb.StreamGenerateRequest(request_id=name, spec=spec))
+        await first.read()
+        first.cancel()
+        response = await harness.inference.Generate(pb.GenerateRequest(request_id=name, spec=short))
+        assert response.usage.output_tokens == 2
+    await until(lambda: harness.server.num_live_calls == 0)
+    load = await harness.control.GetLoad(control_pb2.GetLoadRequest())
+    assert (load.running, load.queued, load.used_kv_blocks) == (0, 0, 0)

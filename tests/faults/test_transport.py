@@ -87,6 +87,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aftermath]:
         assert server.stop() == 0
 
 
+@pytest.fixture(scope="module")
+def plain_with_acceptors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aftermath]:
+    folder = tmp_path_factory.mktemp("acceptors")
+    with scripted_server(folder, scripted_runner(step_s=0.002), server__acceptors=2) as server:
+        yield Aftermath(server)
+        assert server.stop() == 0
+
+
+@pytest.fixture(params=["plain", "plain_with_acceptors"], ids=["loop", "acceptors"])
+def each_plain(request: pytest.FixtureRequest) -> Aftermath:
+    """The one whose connections the event loop takes, and the one that has acceptors."""
+    found: Aftermath = request.getfixturevalue(request.param)
+    return found
+
+
 @contextmanager
 def decent_client(channel: grpc.Channel) -> Iterator[None]:
     """A stream that must go through to its end beside whatever happens, and another behind it."""
@@ -187,17 +202,18 @@ def until_closed(connection: Connection) -> list[Frame]:
 
 
 @pytest.mark.parametrize("headers", [[("x-huge", HUGE)], [(f"x-{i}", HUGE[:5000]) for i in range(100)]])
-def test_fault_37_huge_headers(plain: Aftermath, headers: list[tuple[str, str]]) -> None:
+def test_fault_37_huge_headers(each_plain: Aftermath, headers: list[tuple[str, str]]) -> None:
     """From a client that does not keep to the limit that the server tells it."""
     request = Ask(max_tokens=2).request()
-    with decent_client(open_channel(plain.server.address)), http2(plain.server.address) as connection:
+    address = each_plain.server.address
+    with decent_client(open_channel(address)), http2(address) as connection:
         connection.call(METHOD, request.SerializeToString(), *headers)
         answer = next(found for found in connection.frames() if found.kind == Kind.HEADERS)
         # RESOURCE_EXHAUSTED, in trailers only.
         assert b"grpc-status\x018" in answer.payload
         assert answer.flags & END_STREAM
-    plain.check()
-    assert request.request_id not in {call["request_id"] for call in plain.finished_calls()}
+    each_plain.check()
+    assert request.request_id not in {call["request_id"] for call in each_plain.finished_calls()}
 
 
 def test_fault_37_headers_without_an_end(plain: Aftermath) -> None:
@@ -214,7 +230,8 @@ def test_fault_37_headers_without_an_end(plain: Aftermath) -> None:
 
 def test_fault_37_ping_flood(plain: Aftermath) -> None:
     pings = frame(Kind.PING, b"12345678") * 100
-    with decent_client(open_channel(plain.server.address)), http2(plain.server.address) as connection:
+    address = plain.server.address
+    with decent_client(open_channel(address)), http2(address) as connection:
         for _ in range(1000):
             if not connection.send(pings):
                 break
@@ -243,10 +260,11 @@ def test_fault_37_settings_flood(plain: Aftermath, reads: bool) -> None:
     plain.check()
 
 
-def test_fault_37_calls_that_are_reset_at_once(plain: Aftermath) -> None:
+def test_fault_37_calls_that_are_reset_at_once(each_plain: Aftermath) -> None:
     """CVE-2023-44487: streams that are opened and reset faster than anybody can handle them."""
     reset = CANCEL.to_bytes(4, "big")
-    with decent_client(open_channel(plain.server.address)), http2(plain.server.address) as connection:
+    address = each_plain.server.address
+    with decent_client(open_channel(address)), http2(address) as connection:
         data = Ask().request().SerializeToString()
         for stream in range(1, 10_001, 2):
             if not connection.call(METHOD, data, stream=stream) or not connection.send(
@@ -255,4 +273,4 @@ def test_fault_37_calls_that_are_reset_at_once(plain: Aftermath) -> None:
                 break
         until_closed(connection)
     # On a busy machine most of the 5,000 are live at once.
-    plain.check(spare_bytes=STORM_BYTES)
+    each_plain.check(spare_bytes=STORM_BYTES)

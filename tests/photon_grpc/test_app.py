@@ -12,17 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 import photon_grpc.app
-from photon_grpc.app import RunningService, serve
+from photon_grpc.app import RunningService, num_acceptors, serve, wakes_per_turn
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
-from photon_grpc.options import ModelOptions, Options, TelemetryOptions, TenantOptions, TlsOptions
+from photon_grpc.options import (
+    EngineOptions,
+    ModelOptions,
+    Options,
+    TelemetryOptions,
+    TenantOptions,
+    TlsOptions,
+)
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
+from photon_grpc.turns import WAKES_PER_TURN
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.aftermath import nothing_left_running
 from tests.support.builders import model_info
@@ -168,6 +177,56 @@ async def test_a_scrape_tells_what_became_of_every_call(
         held.set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "process", "settings", "expected"),
+    [
+        (64, "own", {}, 4),
+        (12, "own", {}, 3),
+        (8, "own", {}, 2),
+        (7, "own", {}, 0),
+        (64, "shared", {}, 0),
+        (64, "own", {"max_connections": 1}, 1),
+        (64, "own", {"acceptors": -1}, 0),
+        (1, "shared", {"acceptors": 3}, 3),
+        # With a share of less than one connection nobody would get in.
+        (1, "shared", {"acceptors": 3, "max_connections": 2}, 2),
+    ],
+)
+def test_how_many_acceptors_there_are(
+    monkeypatch: pytest.MonkeyPatch, cores: int, process: str, settings: dict[str, int], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    options = replace(quick_options(settings), engine=EngineOptions(process=process))
+    assert num_acceptors(options) == expected
+    assert (wakes_per_turn(options) > WAKES_PER_TURN) == (expected > 0)
+
+
+async def test_serve_with_acceptors_tells_of_their_time_and_their_deaths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda: ScriptedRunner(model_info()))
+    options = options_for(folder)
+    running = Running(replace(options, server=replace(options.server, acceptors=2)))
+    service = await running.service()
+    assert service.metrics_port
+    before = await page_of(service.metrics_port)
+    assert before["photon_acceptor_deaths_total"] == 0
+    for place in (0, 1):
+        assert before[f"photon_acceptor_process_cpu_seconds_total{{acceptor={place}}}"] > 0
+    children = [child for child in psutil.Process().children() if "acceptor" in " ".join(child.cmdline())]
+    assert len(children) == 2
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        assert (await stub.Generate(request(4))).usage.output_tokens == 4
+    children[0].kill()
+    assert (await page_with(service.metrics_port, "photon_acceptor_deaths_total"))[
+        "photon_acceptor_deaths_total"
+    ] == 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running.exit_code == 0
+    assert not any(child.is_running() for child in children)
 
 
 async def test_the_certificate_s_expiry_is_a_metric(

@@ -173,9 +173,10 @@ STAGES: dict[str, Stage] = {
 class StagedServers:
     """The two servers, each started when it is first wanted."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, **settings: object) -> None:
         self._folder = folder
         self._stack = stack
+        self._settings = settings
         self._started: dict[bool, tuple[ServerProcess, Aftermath]] = {}
 
     def get(self, is_tight: bool = False) -> tuple[ServerProcess, Aftermath]:
@@ -191,6 +192,7 @@ class StagedServers:
             settings = {
                 "scheduler__max_num_seqs": 2,
                 "scheduler__max_num_batched_tokens": 256 if is_tight else 8,
+                **self._settings,
             }
             server = self._stack.enter_context(scripted_server(folder, runner, **settings))
             self._started[is_tight] = (server, Aftermath(server))

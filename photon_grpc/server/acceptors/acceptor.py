@@ -18,6 +18,7 @@ import grpc
 import structlog
 import uvloop
 
+from photon_grpc.errors import ConfigError
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import begin, leave
 from photon_grpc.processes.loop_channel import LoopChannel
@@ -186,7 +187,9 @@ class Acceptor:
         self._server.add_generic_rpc_handlers((_Handlers(self._handlers()),))
         try:
             port = self._bind()
-        except RuntimeError:
+        except (RuntimeError, ConfigError) as error:
+            # The address, or certificate files that have become bad since the server looked at them.
+            _log.error("acceptor_cannot_listen", reason=str(error))
             self._channel.post(BindFailed())
             self._channel.close()
             await self._server.stop(0)
@@ -203,7 +206,7 @@ class Acceptor:
         self._channel.close()
 
     def _bind(self) -> int:
-        """Raises RuntimeError."""
+        """Raises RuntimeError for the address, ConfigError for certificate files that cannot be served."""
         tls = self._setup.tls
         if not tls.cert_file:
             return int(self._server.add_insecure_port(self._setup.address))

@@ -15,8 +15,10 @@ from tests.support.grpc_harness import open_channel, quick_options, until
 
 
 async def test_a_frozen_acceptor_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A new one is silent while it starts.
-    monkeypatch.setattr(pool, "_PING_S", 0.5)
+    # Nobody is silent for too long but the frozen one, however slowly another starts.
+    monkeypatch.setattr(pool, "_PING_S", 0.02)
+    most = pool._MOST_UNANSWERED
+    monkeypatch.setattr(pool, "_MOST_UNANSWERED", 10**9)
     deaths: list[None] = []
     server = Server(
         FakeFrontDoor(), quick_options(), num_acceptors=1, on_acceptor_death=lambda: deaths.append(None)
@@ -26,6 +28,9 @@ async def test_a_frozen_acceptor_is_killed_and_replaced(monkeypatch: pytest.Monk
         server.set_serving()
         (frozen,) = server.acceptor_process_ids
         os.kill(frozen, signal.SIGSTOP)
+        monkeypatch.setattr(pool, "_MOST_UNANSWERED", most)
+        await until(lambda: deaths)
+        monkeypatch.setattr(pool, "_MOST_UNANSWERED", 10**9)
         await until(lambda: server.acceptor_process_ids not in ([], [frozen]))
         assert len(deaths) == 1
         channel = open_channel(ports.public)

@@ -100,7 +100,7 @@ async def error_of(call: Any) -> grpc.aio.AioRpcError:
 
 def live_dispatched() -> int:
     gc.collect()
-    return sum(isinstance(item, DispatchedCall) for item in gc.get_objects())
+    return sum(type(item) is DispatchedCall for item in gc.get_objects())
 
 
 # --- listening ------------------------------------------------------------------------------------
@@ -363,3 +363,25 @@ async def test_what_becomes_of_certificate_files_is_told(tmp_path: Path) -> None
         await until(lambda: observed.refused == 1)
     finally:
         await server.stop()
+
+
+async def test_one_that_dies_while_the_certificate_is_bad_is_replaced_once_it_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new process has no last good files; the other ones go on with theirs."""
+    monkeypatch.setattr(pool, "_RESTART_S", 0.05)
+    good = AUTHORITY.issue()
+    options = replace(quick_options(), tls=files_of(tmp_path, good))
+    with capture_logs() as records:
+        async with running_server(FakeFrontDoor(), options, num_acceptors=2) as harness:
+            port = harness.ports.public
+            killed, spared = harness.server.acceptor_process_ids
+            (tmp_path / "server.crt").write_bytes(b"")
+            os.kill(killed, signal.SIGKILL)
+            await until(lambda: "acceptor_not_replaced" in [record["event"] for record in records])
+            await check(channel(port))
+            good.write(tmp_path, "server")
+            await until(lambda: "acceptor_replaced" in [record["event"] for record in records])
+            (new,) = set(harness.server.acceptor_process_ids) - {spared}
+            assert sockets_of(new, port, psutil.CONN_LISTEN) >= 1
+            await check(channel(port))
