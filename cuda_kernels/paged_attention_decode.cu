@@ -16,10 +16,9 @@
 // zero, so counters are cleared once, when they are allocated.
 //
 // With reads_early, all that a row sees but its newest token, and the tables, were written before the kernel that
-// writes that token began: they are read while it runs. That needs more than the order of the launches: a row
-// that begins in this step may share blocks that another row fills in it. With kFewRows or less the next kernel may
-// then start at once, too: it is the product that takes the result, and few CTAs have an item here while its
-// weights travel.
+// writes that token began, and before those that let it begin ahead of their own wait (photon/dependent_launch.cuh;
+// back to the step's embedding, which does not): they are read while those run. That needs more than the order of
+// the launches: a row that begins in this step may share blocks that another row fills in it.
 //
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
@@ -59,8 +58,6 @@ constexpr int kBlockSize = PHOTON_BLOCK_SIZE;
 constexpr int kChunk = PHOTON_CHUNK;
 constexpr int kMaxSplits = PHOTON_MAX_SPLITS;
 constexpr int kMaxRows = PHOTON_MAX_ROWS;
-// A step of 8 rows gains by a product that starts beside this, one of 16 loses.
-constexpr int kFewRows = 8;
 
 constexpr int kTile = 16;
 constexpr int kWarps = 8;
@@ -377,8 +374,9 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 
     const bool early = kOverlaps && reads_early;
+    // Before the wait: the product behind this requests its weights wherever there is room.
+    let_next_start();
     if (!early) wait_for_previous();
-    if (early && rows <= kFewRows) let_next_start();
     sum_splits(shared, context_lens, rows);
     // Read anew for every item: registers are short.
     const auto num_items = [&] { return shared.first_split[rows] * kKvHeads; };
@@ -431,8 +429,6 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             ++item.stop;
         }
     }
-    // Said again it means nothing more, and to remember that it was takes a register.
-    let_next_start();
 
     while (true) {
         const bool has_next = item.index + static_cast<int>(gridDim.x) * kTeams < num_items();

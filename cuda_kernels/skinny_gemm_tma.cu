@@ -341,8 +341,9 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
     __syncwarp();
     cluster_announce();
     cluster_wait();
-    wait_for_previous();
+    // Before the wait: a norm behind this may take its places, and the product behind that request weights.
     let_next_start();
+    wait_for_previous();
 
     if (threadIdx.x >= kMultipliers) {
         if (!copies) return;

@@ -13,6 +13,8 @@
 // of the next tile fill. Clusters take tiles c, c + clusters, ...; kBand tiles of tokens go through all of the
 // weight together, so that both sides are read from the L2 more often than from memory.
 //
+// The first stages of weights are requested before the kernel before this one has finished.
+//
 // The result of a token is the same whatever the other tokens and their number: k runs in one order.
 //
 // Launch: grid 2 * clusters, in clusters of two; kThreads threads; PHOTON_SHARED_BYTES of dynamic shared memory.
@@ -20,6 +22,7 @@
 // Arithmetic: products of 16-bit values, sums and all that follows in float32, rounded once.
 // Bound by the tensor cores.
 #include "photon/approximate.cuh"
+#include "photon/dependent_launch.cuh"
 #include "photon/tensor_copy.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -101,20 +104,37 @@ __device__ __forceinline__ Place find_place(int tile, int token_tiles, int inner
     return {(band * kBand + in_band % height) * (2 * kTileTokens), in_band / height * kTileInner};
 }
 
+// The half of a stage's weights that this CTA brings for both.
+__device__ __forceinline__ void bring_weights(const TensorMap& weight_map, u32 stages, u32 barriers,
+                                              int stage, int rank, int start, int row) {
+    copy_box_to(3, stages + stage * kStageBytes + kTokenBytes + rank * kHalfBytes, weight_map, start, row,
+                full_barrier(barriers, stage));
+}
+
 __device__ __forceinline__ void bring_stages(const TensorMap& x_map, const TensorMap& weight_map, u32 stages,
                                              u32 barriers, int rank, int token_tiles, int inner, int k) {
     const int inner_tiles = inner / kTileInner;
+    // The first weights come while the kernel before this one still runs.
+    int num_ahead = min(kStages, (k + kDepth - 1) / kDepth);
+    const Place first = find_place(blockIdx.x / 2, token_tiles, inner_tiles);
+    for (int stage = 0; stage < num_ahead; ++stage) {
+        arrive_expecting(full_barrier(barriers, stage), kStageBytes);
+        bring_weights(weight_map, stages, barriers, stage, rank, stage * kDepth, first.inner + rank * inner);
+    }
+    wait_for_previous();
     Turn turn = {0, 1};
     for (int tile = blockIdx.x / 2; tile < token_tiles * inner_tiles; tile += gridDim.x / 2) {
         const Place place = find_place(tile, token_tiles, inner_tiles);
         for (int start = 0; start < k; start += kDepth) {
             const u32 stage = stages + turn.stage * kStageBytes, full = full_barrier(barriers, turn.stage);
-            // Both CTAs are done with it: what this one brings comes to both.
-            wait_at(empty_barrier(barriers, turn.stage), turn.parity);
-            arrive_expecting(full, kStageBytes);
+            if (--num_ahead < 0) {
+                // Both CTAs are done with it: what this one brings comes to both.
+                wait_at(empty_barrier(barriers, turn.stage), turn.parity);
+                arrive_expecting(full, kStageBytes);
+                bring_weights(weight_map, stages, barriers, turn.stage, rank, start,
+                              place.inner + rank * inner);
+            }
             copy_box(stage, x_map, start, place.token + rank * kTileTokens, full);
-            copy_box_to(3, stage + kTokenBytes + rank * kHalfBytes, weight_map, start, place.inner + rank * inner,
-                        full);
             turn.advance();
         }
     }
@@ -224,6 +244,7 @@ extern "C" __global__ void PHOTON_PAIR __launch_bounds__(photon::kThreads, 1)
     }
     __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\n  barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    let_next_start();
     if (warp >= kConsumerWarps) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kOtherRegisters));
         if (threadIdx.x == 32 * kConsumerWarps) {
@@ -232,6 +253,7 @@ extern "C" __global__ void PHOTON_PAIR __launch_bounds__(photon::kThreads, 1)
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+        wait_for_previous();
         multiply(out_map, stages, barriers, rank, token_tiles, inner, k);
     }
     // The other CTA may still arrive at barriers of this one, and copy into it.

@@ -29,6 +29,8 @@ _SMALL_HEAD_DIM = 64
 _WARPS = 8
 _SHARERS = (8, 4, 2, 1)
 """Warps that share an item."""
+_CROWDING = 1.5
+"""Items to a place for teams of all warps of a CTA."""
 # Splits of the longest rows times kv heads: two waves of CTAs on 132 multiprocessors, from a single row.
 _LONG_ROW_ITEMS = 256
 _MIN_SPLITS, _MOST_SPLITS = 8, 64
@@ -84,6 +86,9 @@ def allocate_workspace(
 def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_warps: int) -> int:
     """Warps of a team: as many as find room among `num_warps` of the device if no row has two splits.
 
+    Of the largest teams there may be half as many again: they have a row's tokens all under way at once, and
+    those that are left begin as soon as others end.
+
     And no fewer than have room in shared memory for the splits of the longest row. Large groups of small
     heads have no registers to spare.
     """
@@ -91,7 +96,8 @@ def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_war
         return _WARPS
     fewest = 2 * max_splits(num_kv_heads) / (head_dim + _PARTIAL_PADDING)
     for sharers in _SHARERS:
-        if rows * num_kv_heads * sharers <= num_warps or sharers // 2 < fewest:
+        room = num_warps * (_CROWDING if sharers == _WARPS else 1)
+        if rows * num_kv_heads * sharers <= room or sharers // 2 < fewest:
             return sharers
     return _SHARERS[-1]
 
@@ -170,9 +176,9 @@ def paged_attention_decode(
     [num_blocks, num_kv_heads, 2, block_size, head_dim]; `block_tables` int32 [rows, max_blocks], of which
     the entries behind a row's context are never used; `context_lens` int32 [rows], the new token counted
     in, 0 for an idle row, whose output is zero. Lengths may change between replays of a captured launch.
-    With `reads_early` the launch may begin to read while the one before it in the stream still runs: that one
-    writes nothing of these but `q` and each row's newest token. With few rows the one behind it may then
-    start as early, and waits for this one as every kernel does.
+    With `reads_early` the launch may begin to read while those before it in the stream still run: back to the
+    last that waits before it lets the next one start, they write nothing of these but `q` and each row's
+    newest token.
     Raises ValueError for shapes that the kernel has not: bfloat16 and float16, up to 8 query heads per
     kv head, head_dim a multiple of 16 up to 128, block_size a multiple of 16.
     """

@@ -29,6 +29,9 @@ _MAX_ROWS = 256
 # Of a multiprocessor with one CTA; what the driver keeps for itself of every CTA.
 _SHARED_BYTES, _RESERVED_BYTES = 227 << 10, 1 << 10
 _BARRIER_BYTES = 8
+# What a CTA of decode attention takes, with what the driver keeps. It reads what is old before q, k and v are
+# there, so they leave it room beside them, unless too few stages were left.
+_NEIGHBOUR_BYTES, _MIN_STAGES_BESIDE = 20 << 10, 4
 # Four sums of one thread.
 _FRAGMENT_BYTES = 16
 _MAX_STAGES = 12
@@ -103,12 +106,23 @@ def _share(cut: Cut, tokens: int) -> int:
     return -(-warps_of_fragments // cut.splits) * _WARP
 
 
-def _macros(storage: str, kind: str, cut: Cut, tokens: int, index: str = "i64") -> dict[str, int | str]:
+def _macros(
+    storage: str, kind: str, cut: Cut, tokens: int, index: str = "i64", blocks: int = _MAX_STAGES
+) -> dict[str, int | str]:
+    """`blocks`: stages that a CTA fills for a tile; it needs no room for more where that is its only one."""
     stage_bytes = (cut.rows + tokens) * _ROW_BYTES
     sums_bytes = cut.splits * _share(cut, tokens) * _FRAGMENT_BYTES if cut.splits > 1 else 0
-    most = (_SHARED_BYTES - (cut.residents - 1) * _RESERVED_BYTES) // cut.residents
-    room = (most - sums_bytes - _BARRIER_BYTES) // (stage_bytes + 2 * _BARRIER_BYTES)
-    stages = min(_MAX_STAGES, room)
+    all_bytes = _SHARED_BYTES - (cut.residents - 1) * _RESERVED_BYTES
+
+    def room(num_bytes: int) -> int:
+        most = num_bytes // cut.residents - sums_bytes - _BARRIER_BYTES
+        return most // (stage_bytes + 2 * _BARRIER_BYTES)
+
+    stages = room(all_bytes)
+    if kind == "rope_and_store" and cut.residents > 1:
+        beside = room(all_bytes - _NEIGHBOUR_BYTES)
+        stages = beside if beside >= _MIN_STAGES_BESIDE else stages
+    stages = min(stages, _MAX_STAGES) if cut.splits == 1 else min(stages, _MAX_STAGES, blocks)
     shared_bytes = stages * stage_bytes + sums_bytes + (2 * stages + 1) * _BARRIER_BYTES
     values = (
         storage,
@@ -200,7 +214,10 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     misfit = _misfit(output, by)
     if misfit is not None:
         raise ValueError(misfit)
-    macros = _macros(storage_name(weight.dtype), output.kind, by, padded, output.index)
+    blocks = -(-k // _DEPTH)
+    macros = _macros(
+        storage_name(weight.dtype), output.kind, by, padded, output.index, -(-blocks // by.splits)
+    )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(SKINNY_GEMM_TMA.variant(**macros), shared_bytes)

@@ -296,6 +296,25 @@ def test_every_cut_fits_the_kernel() -> None:
                 assert tokens % (8 * found.sharers) == 0
 
 
+def test_attention_has_room_beside_the_product_that_it_reads_behind(fake: FakeLauncher) -> None:
+    """Two CTAs of q, k and v, one of attention, those of Llama 3.2 1B, and what the driver keeps of each."""
+    for tokens in TOKEN_TILES:
+        multiply(rope(tokens, 32, 8, 64), zeros(tokens, 2048), zeros(3072, 2048))
+        launch = fake.launches[-1]
+        # By the compiler's report it has 18,256 bytes.
+        has_room = 2 * (launch.shared_bytes + 1024) + 18_256 + 1024 <= 228 << 10
+        # With more tokens two or three stages would be left.
+        assert has_room == (tokens <= 64)
+        assert int(launch.variant.macros["PHOTON_STAGES"]) >= 3
+
+
+def test_no_stage_without_something_to_fill_it(fake: FakeLauncher) -> None:
+    for k, splits, blocks in ((2048, 4, 8), (1000, 4, 4), (520, 4, 3)):
+        output, by = linear_output.store_rows(zeros(5, 2048)), Cut(64, splits, 1, 2)
+        multiply(output, zeros(5, k), zeros(2048, k), by=by)
+        assert fake.launches[-1].variant.macros["PHOTON_STAGES"] == blocks
+
+
 def test_what_the_kernel_cannot_do_is_refused(fake: FakeLauncher) -> None:
     x, weight, out = zeros(16, 64), zeros(32, 64), zeros(16, 32)
     cases = [

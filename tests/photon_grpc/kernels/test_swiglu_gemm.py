@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels import swiglu_gemm as module
+from photon_grpc.kernels.rmsnorm import rms_norm
 from photon_grpc.kernels.swiglu_gemm import can_multiply, is_faster, swiglu_gemm
 from tests.support.kernels import STORAGE, FakeLauncher, Fenced, assert_repeatable, assert_ulps, randn
 
@@ -109,6 +113,44 @@ def test_tokens_may_lie_apart() -> None:
     assert torch.equal(product.run(), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [129, 256, 700])
+def test_chain_in_a_graph(tokens: int) -> None:
+    """Launches that overlap, each of which reads what the one before wrote, and writes what that one read."""
+    needs_kernel()
+    size, layers = 512, 6
+    weights = [
+        (randn(2 * size, size, dtype=torch.float32, seed=seed) * size**-0.5).to(torch.bfloat16).cuda()
+        for seed in range(layers)
+    ]
+    norm = torch.full((size,), 4.0, device="cuda", dtype=torch.bfloat16)
+    start = randn(tokens, size, dtype=torch.bfloat16).cuda()
+    x, y = torch.empty_like(start), torch.empty_like(start)
+
+    def steps() -> list[Callable[[], object]]:
+        made: list[Callable[[], object]] = [lambda: x.copy_(start)]
+        for weight in weights:
+            made.append(functools.partial(swiglu_gemm, y, x, weight))
+            made.append(functools.partial(rms_norm, x, y, norm, 1e-5))
+            made.append(functools.partial(swiglu_gemm, y, x, weight))
+            made.append(functools.partial(swiglu_gemm, x, y, weight))
+        return made
+
+    for step in steps():
+        step()
+        torch.cuda.synchronize()
+    expected = x.clone()
+    assert bool(expected.isfinite().all())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps():
+            step()
+    for _ in range(300):
+        x.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(x, expected)
+
+
 # --- what needs no device -----------------------------------------------------------------------
 
 
@@ -179,13 +221,19 @@ def test_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ("tokens", "inner", "expected"),
     [
         (128, 8192, False),
-        (256, 8192, False),
+        (144, 8192, False),
+        (160, 8192, True),
+        (256, 8192, True),
+        (320, 8192, False),
         (512, 8192, True),
         (520, 8192, False),
         (2048, 8192, True),
         (8192, 8192, True),
-        # The fourth round of its tiles is less than half full.
-        (512, 14336, False),
+        # Two rounds, the second two thirds full.
+        (160, 14336, False),
+        (256, 14336, True),
+        (384, 14336, False),
+        (512, 14336, True),
         (1024, 14336, True),
         (8192, 8200, False),
     ],
