@@ -140,6 +140,14 @@ class _Call:
         if not self._was_interrupted:
             await self._until_interrupted(context.write(response))
 
+    async def send_headers(self, context: Any, metadata: Metadata) -> None:
+        """Send the initial metadata. Not to be interrupted: grpc would count it as unsent."""
+        try:
+            await context.send_initial_metadata(metadata)
+        except grpc.aio.InternalError:
+            await self._until_cancelled()
+            raise
+
     async def read(self, requests: AsyncIterator[bytes]) -> bytes | None:
         """The next request; None where none is left, or the call is ended meanwhile."""
         return await self._until_interrupted(anext(requests, None))
@@ -153,11 +161,14 @@ class _Call:
                 raise
             return None
         except grpc.aio.InternalError:
-            # The client has left meanwhile; grpc cancels this task in a moment.
-            await asyncio.sleep(_CLOSE_S)
+            await self._until_cancelled()
             raise
         finally:
             self._is_busy = False
+
+    async def _until_cancelled(self) -> None:
+        """The client has left meanwhile; grpc cancels the call's task in a moment."""
+        await asyncio.sleep(_CLOSE_S)
 
     def _interrupt(self) -> None:
         """The client does not do its part: the status goes behind what the transport has already."""
@@ -276,7 +287,7 @@ class Acceptor:
                             raise
                         self._count_written(number)
                     case Headers(_, metadata):
-                        await context.send_initial_metadata(metadata)
+                        await call.send_headers(context, metadata)
                     case Next():
                         assert requests is not None
                         self._channel.post(Request(number, await call.read(requests)))
