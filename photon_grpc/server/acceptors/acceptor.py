@@ -97,7 +97,7 @@ class _Call:
 
     __slots__ = ("_is_busy", "_items", "_task", "_waiter", "_was_interrupted", "number")
 
-    # Of a `turns.Reader`: whether it goes before others.
+    # Of a `turns.Sleeper`: whether it goes before others.
     is_urgent = False
 
     def __init__(self, number: int) -> None:

@@ -38,8 +38,10 @@ from photon_grpc.server.tls import CertificateObserver
 _log = structlog.get_logger(__name__)
 
 _CHILD = "photon_grpc.server.acceptors.acceptor"
-# Between the end of an acceptor and the beginning of the next in its place.
+# Between the end of an acceptor and the beginning of the next in its place; twice as long after each that did
+# not come to listen, up to the second.
 _RESTART_S = 1.0
+_MOST_RESTART_S = 30.0
 # One that has not answered so many pings in a row is frozen or hangs. Counted, since time also passes while
 # it is this loop that is held up.
 _PING_S = 5.0
@@ -247,15 +249,17 @@ class AcceptorPool:
 
     async def _restart(self, dead: Acceptor) -> None:
         await dead.stop(0)
+        delay_s = _RESTART_S
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), _RESTART_S)
+                await asyncio.wait_for(self._leaving.wait(), delay_s)
             if self._leaving.is_set():
                 return
             try:
                 await self._start_one()
             except OSError:
-                _log.error("acceptor_not_replaced")
+                delay_s = min(2 * delay_s, _MOST_RESTART_S)
+                _log.error("acceptor_not_replaced", next_try_s=delay_s)
             else:
                 _log.info("acceptor_replaced")
                 return
