@@ -33,7 +33,7 @@ from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import ModelOptions, Options
-from photon_grpc.processes.quiet import quiet_collector
+from photon_grpc.processes.collector import quiet_collector
 from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.call_record import CallRecord

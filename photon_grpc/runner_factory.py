@@ -11,7 +11,7 @@ from pathlib import Path
 
 from photon_grpc.engine.host import Progress
 from photon_grpc.options import Options
-from photon_grpc.processes.quiet import quiet_collector
+from photon_grpc.processes.collector import quiet_collector
 from photon_grpc.runner.base import Runner
 from photon_grpc.telemetry.logging import configure_logging
 

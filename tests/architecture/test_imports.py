@@ -75,10 +75,10 @@ ROOMS: dict[str, Room] = {
     "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
-        "errors frontend processes.quiet runner_factory server.server telemetry turns types",
+        "errors frontend processes.collector runner_factory server.server telemetry turns types",
         "structlog uvloop",
     ),
-    "runner_factory": room("engine.host processes.quiet runner.base runner.factory telemetry.logging"),
+    "runner_factory": room("engine.host processes.collector runner.base runner.factory telemetry.logging"),
     "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from photon_grpc.engine.host import Progress
-from photon_grpc.processes.quiet import quiet_collector
+from photon_grpc.processes.collector import quiet_collector
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput, SchedulerOutput

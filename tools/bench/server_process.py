@@ -41,7 +41,7 @@ from photon_grpc.options import (
     ServerOptions,
     TelemetryOptions,
 )
-from photon_grpc.processes.quiet import quiet_collector
+from photon_grpc.processes.collector import quiet_collector
 from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.telemetry.logging import configure_logging

@@ -21,8 +21,8 @@ import uvloop
 from photon_grpc.errors import ConfigError
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import begin, leave
+from photon_grpc.processes.collector import quiet_collector
 from photon_grpc.processes.loop_channel import LoopChannel
-from photon_grpc.processes.quiet import quiet_collector
 from photon_grpc.server.acceptors.messages import (
     BindFailed,
     Bound,

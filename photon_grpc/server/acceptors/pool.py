@@ -50,14 +50,14 @@ _MOST_UNANSWERED = 6
 _LEAVE_S = 5.0
 
 
-class Acceptor:
+class AcceptorProcess:
     """One process, and the calls that it has. `ended` hears when it has gone without having been told to."""
 
     def __init__(
         self,
         dispatcher: Dispatcher,
         certificate_observer: CertificateObserver | None,
-        ended: Callable[[Acceptor], None],
+        ended: Callable[[AcceptorProcess], None],
     ) -> None:
         self._dispatcher = dispatcher
         self._certificate_observer = certificate_observer
@@ -178,7 +178,7 @@ class AcceptorPool:
         self._certificate_observer = certificate_observer
         self._host = ""
         self._port = 0
-        self._acceptors: list[Acceptor] = []
+        self._acceptors: list[AcceptorProcess] = []
         self._restarts: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._leaving = asyncio.Event()
@@ -220,7 +220,7 @@ class AcceptorPool:
 
     async def _start_one(self) -> int:
         """Raises OSError for one that does not come to listen."""
-        acceptor = Acceptor(self._dispatcher, self._certificate_observer, self._replace)
+        acceptor = AcceptorProcess(self._dispatcher, self._certificate_observer, self._replace)
         self._acceptors.append(acceptor)
         setup = Setup(
             address_of(self._host, self._port),
@@ -237,7 +237,7 @@ class AcceptorPool:
             await acceptor.stop(0)
             raise
 
-    def _replace(self, acceptor: Acceptor) -> None:
+    def _replace(self, acceptor: AcceptorProcess) -> None:
         if self._leaving.is_set():
             return
         self._acceptors.remove(acceptor)
@@ -247,7 +247,7 @@ class AcceptorPool:
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
 
-    async def _restart(self, dead: Acceptor) -> None:
+    async def _restart(self, dead: AcceptorProcess) -> None:
         await dead.stop(0)
         delay_s = _RESTART_S
         while True:
