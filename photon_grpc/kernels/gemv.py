@@ -13,7 +13,7 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
-from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
+from photon_grpc.kernels.linear_output import OUTPUTS, PAIRS_PER_TILE, POINTERS, SIZES, SOURCES, LinearOutput
 
 TOKEN_TILES = (8, 16)
 """Tokens that a variant has room for."""
@@ -29,6 +29,7 @@ _DEPTHS = (6, 5, 4)
 _STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
 _MIN_STAGED_TILES = 2
+_MIN_FILL = 0.95
 
 _MACROS = (
     "PHOTON_STORAGE",
@@ -144,6 +145,12 @@ def normed_gemv(output: LinearOutput, residual: Tensor, norm: Tensor, eps: float
 def can_norm(tokens: int, k: int) -> bool:
     """Whether so many tokens are kept by `normed_gemv` on the current device."""
     return tokens <= MAX_TOKENS and _depth("normed", k, token_tile(tokens)) is not None
+
+
+def is_one_round(n: int) -> bool:
+    """Whether a weight of `n` rows has a tile for nearly every multiprocessor and no second one for any."""
+    tiles, places = -(-n // (2 * PAIRS_PER_TILE)), launcher.require_cuda().num_multiprocessors
+    return _MIN_FILL * places <= tiles <= places
 
 
 def _input_kind(output: LinearOutput, k: int) -> str:
