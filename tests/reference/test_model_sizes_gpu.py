@@ -37,8 +37,11 @@ VOCAB_SIZE = 1032
 HEAD_ROWS = (1, 4, 8, 9, 16, 40, 64, 100, 128, 129, 256)
 # (hidden, vocabulary): those of the models, and of checkpoints to which tokens were added.
 HEADS = ((896, 151936), (2048, 32000), (576, 49152), (2048, 32001), (960, 32019), (1024, 128258))
-# As in test_transformers_gpu.py.
+# As in test_transformers_gpu.py, but a root mean square of n errors is itself known to a part of
+# 1 / sqrt(2 n): four times that of the quotient of two comes on top. One token's keys and values may be 512
+# numbers.
 MOST_ON_THE_WHOLE, MOST_OF_A_TOKEN = 1.05, 1.5
+UNCERTAINTY = 4.0
 CUDA = torch.device("cuda")
 
 
@@ -163,7 +166,8 @@ def test_a_layer_is_no_further_off_than_plain_torch(name: str, dtype: torch.dtyp
 
 def check(found: Tensor, rounded: Tensor, truth: Tensor, what: str) -> None:
     (whole, worst), (their_whole, their_worst) = errors(found, truth), errors(rounded, truth)
-    assert whole <= MOST_ON_THE_WHOLE * their_whole, (what, whole, their_whole)
+    most = MOST_ON_THE_WHOLE + UNCERTAINTY / found.numel() ** 0.5
+    assert whole <= most * their_whole, (what, whole, their_whole)
     assert worst <= MOST_OF_A_TOKEN * their_worst, (what, worst, their_worst)
 
 
