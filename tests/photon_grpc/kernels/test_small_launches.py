@@ -517,7 +517,9 @@ def sampling_case(greedy: bool, cluster: int, vocab: int, dtype: torch.dtype) ->
         for logits in (plain.round() if cluster == 2 else plain, plain * 1e-3)[cluster == 8 :]:
             given = logits.to(dtype)
             expected = on_cpu.sample(range(len(changes)), given.float())
-            result = on_gpu.sample(range(len(changes)), given.cuda())
+            on_gpu.set_rows(range(len(changes)))
+            on_gpu.launch(given.cuda(), greedy=greedy)
+            result = on_gpu.collect(range(len(changes)))
             assert result.token_ids == expected.token_ids
             assert result.faults == expected.faults
 
