@@ -17,6 +17,7 @@ from photon_grpc.errors import ConfigError, UnsupportedModelError
 from photon_grpc.kernels import (
     embedding,
     gemv,
+    head_gemm,
     linear_output,
     rmsnorm,
     rope_store_kv,
@@ -189,15 +190,19 @@ class CudaOps(Ops):
 
     def best_logits(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
         rows, (n, k) = hidden.shape[0], weight.shape
-        if hidden.dtype is torch.float32 or not 0 < rows <= _max_skinny_tokens():
+        if hidden.dtype is torch.float32 or not rows:
             return None
-        # Each by the kernel that multiplies it for `logits`, so that they are the best of the same sums.
+        # Up to MAX_COPIED_TOKENS by the kernel that multiplies them for `logits`: the best of the same sums.
         if _is_by_gemv(hidden, by_gemv=rows <= gemv.TOKEN_TILES[0]):
             ranks = _new_ranks(hidden, gemv.num_parts(rows, n))
             gemv.gemv(linear_output.best_rows(ranks, n), hidden, weight)
             return ranks
         if not skinny_gemm_tma.is_available():
             return None
+        if rows > MAX_COPIED_TOKENS:
+            ranks = _new_ranks(hidden, head_gemm.num_parts(n))
+            head_gemm.head_gemm(linear_output.best_rows(ranks, n), hidden, weight)
+            return ranks
         ranks = _new_ranks(hidden, skinny_gemm_tma.num_parts(n, k))
         output = linear_output.best_rows(ranks, n)
         if not skinny_gemm_tma.can_multiply(output, weight):
