@@ -115,7 +115,7 @@ def test_tokens_are_those_of_the_logits(vocab: int, k: int, dtype: torch.dtype) 
     weight = randn(vocab, k, dtype=dtype, seed=1)
     # Equals: the first one wins, in other tiles, in the same one, and as the last row of all.
     for original, copies in ((3, (4, 11, vocab // 2, vocab - 1)), (vocab - 2, (vocab - 1,))):
-        weight[list(copies)] = weight[original]
+        weight[list(copies)] = weight[original].clone()
     on_device = memory.copy(weight)
     num_found = 0
     for rows in ROWS:

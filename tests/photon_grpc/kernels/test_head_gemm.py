@@ -44,7 +44,7 @@ def test_logits_and_their_best(vocab: int, k: int, dtype: torch.dtype, gpu: Devi
     memory = Fenced()
     values = randn(vocab, k, dtype=dtype, seed=1)
     # Equals in one tile, in neighbours and at the end: the first one is the token.
-    values[[min(vocab - 1, 9), vocab // 2, vocab - 1]] = values[0]
+    values[[min(vocab - 1, 9), vocab // 2, vocab - 1]] = values[0].clone()
     weight = memory.copy(values)
     exact_weight = weight.double()
     for rows in ROWS:
