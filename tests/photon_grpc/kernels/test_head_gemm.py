@@ -10,7 +10,7 @@ from torch import Tensor
 from photon_grpc.kernels import head_gemm as module
 from photon_grpc.kernels import linear_output
 from photon_grpc.kernels.best_token import best_token
-from photon_grpc.kernels.head_gemm import head_gemm, num_parts
+from photon_grpc.kernels.head_gemm import head_gemm, is_faster, num_parts
 from photon_grpc.kernels.launcher import TENSOR_MAP_BYTES, Device, require_cuda
 from photon_grpc.kernels.sampling import SamplingState
 from tests.support.kernels import STORAGE, FakeLauncher, Fenced, randn
@@ -117,6 +117,10 @@ def test_launch_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         head_gemm(linear_output.best_rows(ranks, vocab), x, weight)
     # All clusters; two tiles of a cluster, beside each other; three rounds of two.
     assert [launch.grid for launch in fake.launches] == [(132, 1, 1), (4, 1, 1), (12, 1, 1)]
+
+
+def test_it_is_for_tiles_that_are_nearly_full() -> None:
+    assert [rows for rows in range(129, 514) if is_faster(rows)] == [*range(180, 257), *range(431, 513)]
 
 
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
