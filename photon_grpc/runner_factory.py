@@ -11,7 +11,7 @@ from pathlib import Path
 
 from photon_grpc.engine.host import Progress
 from photon_grpc.options import Options
-from photon_grpc.processes.collector import quiet_collector
+from photon_grpc.processes.collector import keep_imports
 from photon_grpc.runner.base import Runner
 from photon_grpc.telemetry.logging import configure_logging
 
@@ -21,7 +21,7 @@ class RunnerFactory:
     """Implements `engine.host.RunnerFactory` for the model in `folder`.
 
     With `own_process` it also does what the server's process has done for itself: logs go where and how
-    its logs go, and the collector is quieted once everything stands.
+    its logs go.
     """
 
     folder: Path
@@ -34,7 +34,6 @@ class RunnerFactory:
             configure_logging(self.options.telemetry)
         from photon_grpc.runner.factory import build_runner
 
-        runner = build_runner(self.folder, self.options, progress)
         if self.own_process:
-            quiet_collector()
-        return runner
+            keep_imports()
+        return build_runner(self.folder, self.options, progress)

@@ -23,9 +23,45 @@ from photon_grpc.processes.loop_channel import Ended, LoopChannel, Receive
 
 _log = structlog.get_logger(__name__)
 
-_CHILD = "import sys; from {module} import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+# Without the collector until `collector.quiet_collector`: nothing that is loaded becomes garbage, and looking
+# for it takes a fifth of torch's import.
+_CHILD = "import gc, sys; gc.disable(); from {module} import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 # A killed process can stay for as long as a driver holds on to it; it needs nobody to wait for that.
 _KILLED_S = 2.0
+
+
+class SpawnedChild:
+    """A child that no event loop serves yet, its first messages on their way: for `ChildProcess.adopt`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: Channel) -> None:
+        self.process = process
+        self.channel = channel
+        self._is_adopted = False
+
+    def adopted(self) -> None:
+        """Whoever serves it ends it."""
+        self._is_adopted = True
+
+    def discard(self) -> None:
+        """End it at once, unless it has been adopted."""
+        if not self._is_adopted:
+            self.process.kill()
+            self.process.wait()
+            self.channel.close()
+
+
+def spawn(module: str, messages: Sequence[Any]) -> SpawnedChild:
+    """Start `main` of `module` in a child, `messages` its first, without an event loop. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    with theirs:
+        # The socket has room for the first messages before anybody reads them.
+        channel.send(messages)
+        try:
+            return SpawnedChild(_spawn(module, theirs.fileno()), channel)
+        except OSError:
+            channel.close()
+            raise
 
 
 class ChildProcess:
@@ -49,17 +85,13 @@ class ChildProcess:
 
     def start(self, messages: Sequence[Any]) -> None:
         """Spawn the child, with `messages` as its first. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        channel = Channel(ours)
-        with theirs:
-            # The socket has room for the first messages before anybody reads them.
-            channel.send(messages)
-            try:
-                self._process = _spawn(self._module, theirs.fileno())
-            except OSError:
-                channel.close()
-                raise
-        self._channel = LoopChannel(channel, self._receive, self._ended)
+        self.adopt(spawn(self._module, messages))
+
+    def adopt(self, child: SpawnedChild) -> None:
+        """Serve a child that was spawned before there was an event loop, instead of `start`."""
+        child.adopted()
+        self._process = child.process
+        self._channel = LoopChannel(child.channel, self._receive, self._ended)
 
     def post(self, message: Any) -> None:
         """Send a message, together with whatever else this turn of the loop posts. Harmless after the end."""

@@ -75,16 +75,17 @@ ROOMS: dict[str, Room] = {
     "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
-        "errors frontend processes.collector runner_factory server.server telemetry turns types",
+        "engine_place errors frontend processes.collector runner_factory server.server telemetry turns types",
         "structlog uvloop",
     ),
+    "engine_place": room("engine.child engine.process errors runner_factory"),
     "runner_factory": room("engine.host processes.collector runner.base runner.factory telemetry.logging"),
     "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
     "cli": room(
-        "__version__ app batch_file bench client config errors frontend.tokenizer model_report offline types "
-        "telemetry.logging",
+        "__version__ app batch_file bench client config engine.process engine_place errors "
+        "frontend.tokenizer model_report offline types telemetry.logging",
         "rich typer",
     ),
     "__main__": room("cli"),

@@ -29,6 +29,7 @@ from photon_grpc import app
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.engine.process import EngineProcess
 from photon_grpc.engine.thread import EngineThread
+from photon_grpc.engine_place import has_own_process
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
@@ -180,7 +181,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             options.limits,
             on_step=metrics.observe_step,
             on_stopped=lambda error: leave.set(),
-            make_host=EngineProcess if app.has_own_process(options) else EngineThread,
+            make_host=EngineProcess if has_own_process(options) else EngineThread,
             wakes_per_turn=app.wakes_per_turn(options),
         )
         generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)
