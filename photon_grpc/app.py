@@ -36,6 +36,7 @@ from photon_grpc.options import Options
 from photon_grpc.processes.collector import paused_collector, quiet_collector
 from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.stages import Stages, process_begun
 from photon_grpc.telemetry.call_record import CallRecord
 from photon_grpc.telemetry.call_trace import CallTrace
 from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
@@ -178,13 +179,17 @@ async def serve(
     ready: Callable[[RunningService], None] | None = None,
     progress: Progress | None = None,
     spawned_engine: SpawnedChild | None = None,
+    begun: float | None = None,
 ) -> int:
     """Run the service until SIGTERM, SIGINT or the engine's death; the exit code.
 
     0 after a drain, 1 when the engine died. `ready` is called once the service answers. `spawned_engine` is
-    of `engine_place.early_engine` with the same options. Raises StartupError, with nothing left running, when
+    of `engine_place.early_engine` with the same options, `begun` the monotonic moment that its start is
+    counted from. Raises StartupError, with nothing left running, when
     it never comes to that.
     """
+    stages = Stages(begun)
+    stages.ended("process")
     leave = asyncio.Event()
     died: list[PhotonError] = []
     metrics = Metrics(photon_grpc.__version__)
@@ -234,6 +239,7 @@ async def serve(
             starting = asyncio.ensure_future(stack.start(quiet_collector))
             await asyncio.sleep(0)
         ports = await server.start()
+        stages.ended("listeners")
         if options.server.metrics_port >= 0:
             exposition = MetricsServer(metrics, options.server.metrics_host, options.server.metrics_port)
         starting = starting or asyncio.ensure_future(stack.start())
@@ -241,11 +247,14 @@ async def serve(
         if engine is not None:
             quiet_collector()
             server.set_serving()
+            stages.ended("engine")
             _log.info(
                 "serving",
                 model=engine.model.name,
                 port=ports.public,
                 kv_tokens=engine.num_blocks * engine.block_size,
+                seconds=stages.total_s,
+                stages=stages.seconds(),
             )
             guard = asyncio.create_task(_guard(stack.engine, options.engine.step_timeout_s))
             if ready is not None:
@@ -338,7 +347,15 @@ def run(
 ) -> int:
     """`serve` on a new uvloop event loop; the exit code. Raises StartupError."""
     with paused_collector():
-        code: int = uvloop.run(serve(options, ready=ready, progress=progress, spawned_engine=spawned_engine))
+        code: int = uvloop.run(
+            serve(
+                options,
+                ready=ready,
+                progress=progress,
+                spawned_engine=spawned_engine,
+                begun=process_begun(),
+            )
+        )
     if code:
         # The interpreter's own end can hang too, on a device that does; on one that is lost it aborts.
         _end_within(_LEAVE_S)

@@ -13,6 +13,7 @@ from photon_grpc.engine.host import Progress
 from photon_grpc.options import Options
 from photon_grpc.processes.collector import keep_imports
 from photon_grpc.runner.base import Runner
+from photon_grpc.stages import Stages, process_begun
 from photon_grpc.telemetry.logging import configure_logging
 
 
@@ -30,10 +31,13 @@ class RunnerFactory:
 
     def __call__(self, progress: Progress) -> Runner:
         """Raises StartupError."""
+        stages = Stages(process_begun() if self.own_process else None)
         if self.own_process:
             configure_logging(self.options.telemetry)
+        stages.ended("process")
         from photon_grpc.runner.factory import build_runner
 
         if self.own_process:
             keep_imports()
-        return build_runner(self.folder, self.options, progress)
+        stages.ended("imports")
+        return build_runner(self.folder, self.options, progress, stages)

@@ -42,7 +42,7 @@ ROOMS: dict[str, Room] = {
     "ops": room("errors types", "torch"),
     "ops.cuda_ops": room("errors types kernels", "torch"),
     "models": room("ops errors types", "torch safetensors numpy"),
-    "runner": room("scheduler.output models ops errors types", "torch numpy psutil structlog"),
+    "runner": room("scheduler.output models ops errors stages types", "torch numpy psutil structlog"),
     "runner.cuda_sampler": room(
         "kernels.sampling kernels.sampling_state runner.philox runner.sampler scheduler.output types",
         "torch numpy",
@@ -54,6 +54,7 @@ ROOMS: dict[str, Room] = {
     "runner.device_batch": room("kernels.step_inputs ops.base runner scheduler.output", "torch numpy"),
     "runner.updates": room("kernels.apply_updates runner", "torch numpy"),
     "runner.cuda_backend": room("kernels models ops errors types", "torch structlog"),
+    "stages": room(""),
     "turns": room(""),
     "processes": room("", "structlog"),
     "engine": room("scheduler runner.base processes turns errors types", "structlog"),
@@ -75,11 +76,14 @@ ROOMS: dict[str, Room] = {
     "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
-        "engine_place errors frontend processes.collector runner_factory server.server telemetry turns types",
+        "engine_place errors frontend processes.collector runner_factory server.server stages telemetry "
+        "turns types",
         "structlog uvloop",
     ),
     "engine_place": room("engine.child engine.process errors runner_factory"),
-    "runner_factory": room("engine.host processes.collector runner.base runner.factory telemetry.logging"),
+    "runner_factory": room(
+        "engine.host processes.collector runner.base runner.factory stages telemetry.logging"
+    ),
     "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
