@@ -34,6 +34,10 @@ class RunnerFactory:
         stages = Stages(process_begun() if self.own_process else None)
         if self.own_process:
             configure_logging(self.options.telemetry)
+            if self.options.model.backend != "cpu":
+                from photon_grpc.kernels.early_context import begin_context
+
+                begin_context()
         stages.ended("process")
         from photon_grpc.runner.factory import build_runner
 

@@ -82,7 +82,8 @@ ROOMS: dict[str, Room] = {
     ),
     "engine_place": room("engine.child engine.process errors runner_factory"),
     "runner_factory": room(
-        "engine.host processes.collector runner.base runner.factory stages telemetry.logging"
+        "engine.host kernels.early_context processes.collector runner.base runner.factory stages "
+        "telemetry.logging"
     ),
     "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
@@ -99,7 +100,12 @@ ROOMS: dict[str, Room] = {
 # Modules of the standard library that carry threads, clocks or chance, and who may have them. The
 # scheduler is told the time and draws nothing, so that a run can be repeated.
 GUARDED: dict[str, frozenset[str]] = {
-    "threading": frozenset({"engine.thread", "engine.watchdog", "frontend.text_pool", "telemetry", "llm"}),
+    "threading": frozenset(
+        {
+            *("engine.thread", "engine.watchdog", "frontend.text_pool", "kernels.early_context"),
+            *("telemetry", "llm"),
+        }
+    ),
     "asyncio": frozenset(
         {
             *("engine.client", "frontend", "processes.loop_channel", "server", "telemetry.loop_lag", "turns"),

@@ -304,9 +304,9 @@ def test_scored_prompts_of_any_length_bring_no_new_shapes(
     captured = {kind.shape.num_tokens for kind in runner._buckets.kinds()}
     forward, seen = runner._decoder.forward, set()
 
-    def noted(token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def noted(token_ids: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         seen.add(len(token_ids))
-        return forward(token_ids, *rest)
+        return forward(token_ids, *rest, **more)
 
     monkeypatch.setattr(runner._decoder, "forward", noted)
     requests = [request(prompt(9), 40)]
