@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -38,12 +39,13 @@ from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.stages import Stages, process_begun
 from photon_grpc.telemetry.call_record import CallRecord
-from photon_grpc.telemetry.call_trace import CallTrace
 from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
-from photon_grpc.telemetry.otlp import OtlpExport
 from photon_grpc.turns import WAKES_PER_TURN
+
+if TYPE_CHECKING:
+    from photon_grpc.telemetry.otlp import OtlpExport
 
 _log = structlog.get_logger(__name__)
 
@@ -105,9 +107,14 @@ class InferenceStack:
         field_root: str = "spec.",
         progress: Progress | None = None,
         spawned_engine: SpawnedChild | None = None,
+        spare_torch: bool = False,
     ) -> None:
+        """`spawned_engine` is of `engine_place.early_engine`. With `spare_torch` nothing in this process but
+        the engine has a use for torch.
+        """
         self._folder = model_folder(options.model)
         self.has_own_process = has_own_process(options)
+        self._spare_torch = spare_torch or self.has_own_process
         self._text_pool = TextPool(options.server.text_threads)
         self.engine = AsyncEngine(
             RunnerFactory(self._folder, options, self.has_own_process),
@@ -163,7 +170,7 @@ class InferenceStack:
         return ready
 
     async def _load_tokenizer(self) -> Tokenizer:
-        load = partial(Tokenizer.load, self._folder, spare_torch=self.has_own_process)
+        load = partial(Tokenizer.load, self._folder, spare_torch=self._spare_torch)
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, load)
 
     async def stop(self, timeout_s: float = _ENGINE_STOP_S) -> bool:
@@ -206,10 +213,15 @@ async def serve(
         metrics=metrics,
         progress=progress,
         spawned_engine=spawned_engine,
+        spare_torch=True,
     )
     otlp: OtlpExport | None = None
     observers: list[Callable[[CallRecord], None]] = [metrics.observe_call]
     if options.telemetry.otlp_endpoint:
+        # Imported for those alone who want it.
+        from photon_grpc.telemetry.call_trace import CallTrace
+        from photon_grpc.telemetry.otlp import OtlpExport
+
         otlp = OtlpExport(options.telemetry.otlp_endpoint, photon_grpc.__version__)
         metrics.watch_spans(otlp.num_dropped_spans)
         place = options.server

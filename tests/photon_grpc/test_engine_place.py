@@ -27,6 +27,18 @@ subprocess.Popen = popen
 from photon_grpc.cli import main
 main(["serve", "--model", "demo", "--set", "engine.process=own"])
 """
+# Prints which modules there are once a server serves with its engine as a thread.
+_UNTIL_SERVING = """
+import os, sys
+from photon_grpc.app import run
+from photon_grpc.options import EngineOptions, ModelOptions, Options, ServerOptions
+def ready(_):
+    print(*sys.modules)
+    sys.stdout.flush()
+    os._exit(0)
+model, server = ModelOptions(path="demo", backend="cpu"), ServerOptions(port=0, admin_port=-1)
+run(Options(model=model, server=server, engine=EngineOptions(process="shared")), ready=ready)
+"""
 # What the server needs and the engine's process does not wait for.
 _LATER = {
     *(
@@ -57,9 +69,21 @@ def test_nothing_that_it_does_not_need_is_imported_before_it_is_begun() -> None:
 
 def test_the_modules_of_that_test_exist() -> None:
     """A name that nothing imports would never be missed."""
-    source = "import photon_grpc.app, photon_grpc.runner.factory, transformers, sys; print(*sys.modules)"
+    source = "import photon_grpc.app, photon_grpc.runner.factory, transformers, sys"
+    source += "; import photon_grpc.telemetry.otlp; print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert set(ended.stdout.split()) >= _LATER
+
+
+def test_a_server_on_the_cpu_imports_torch_for_its_engine_alone() -> None:
+    """transformers would bring compilers and what is distributed, for models that are never made with it."""
+    ended = subprocess.run([sys.executable, "-c", _UNTIL_SERVING], capture_output=True, text=True, check=True)
+    found = set(ended.stdout.split())
+    assert {"torch", "transformers", "photon_grpc.models.llama"} <= found
+    assert (
+        found & {"torch._dynamo", "sympy", "torch.distributed.tensor", "transformers.modeling_utils"} == set()
+    )
+    assert found & {"photon_grpc.telemetry.otlp", "opentelemetry.sdk"} == set()
 
 
 def test_one_that_nobody_takes_over_ends() -> None:
