@@ -223,6 +223,7 @@ class TextSource(Protocol):
 
 @app.command(rich_help_panel="Serve")
 def serve(
+    context: typer.Context,
     model: ModelFlag = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Address to listen on [127.0.0.1].", show_default=False)
@@ -265,7 +266,7 @@ def serve(
     configure_logging(options.telemetry)
     from photon_grpc.engine_place import early_engine
 
-    with early_engine(options) as engine:
+    with early_engine(options, context.obj) as engine:
         code = _serve(options, engine)
     raise typer.Exit(code)
 
@@ -709,10 +710,13 @@ def version() -> None:
     print(f"photon-grpc {__version__}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: runs a command and ends the process with its exit code."""
+def main(arguments: Sequence[str] | None = None, *, engine: SpawnedChild | None = None) -> None:
+    """Run a command and end the process with its exit code.
+
+    `engine` is a process that `engine_ahead.begin` has begun for these arguments.
+    """
     try:
-        app(arguments)
+        app(arguments, obj=engine)
     except StartupError as error:
         _print_red(f"photon-grpc: {error.message}")
         sys.exit(2)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from photon_grpc.engine.child import EngineSetup
 from photon_grpc.engine.process import SpawnedChild, spawn_engine
+from photon_grpc.engine_ahead import gpu_is_visible
 from photon_grpc.errors import ConfigError, ModelLoadError
 from photon_grpc.options import ModelOptions, Options
 from photon_grpc.runner_factory import RunnerFactory
 
 _DEMO_MODEL = Path(__file__).parent / "demo_model"
-# What a driver of NVIDIA's shows to a process that may use a GPU; the second is that of WSL.
-_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 def model_folder(options: ModelOptions) -> Path:
@@ -43,7 +42,7 @@ def has_own_process(options: Options) -> bool:
         case "shared":
             return False
         case _:
-            may_use_gpu = options.model.backend == "auto" and any(path.exists() for path in _GPU_DEVICES)
+            may_use_gpu = options.model.backend == "auto" and gpu_is_visible()
             return options.model.backend == "cuda" or may_use_gpu
 
 
@@ -58,15 +57,18 @@ def engine_setup(options: Options) -> EngineSetup:
 
 
 @contextmanager
-def early_engine(options: Options) -> Iterator[SpawnedChild | None]:
+def early_engine(options: Options, ahead: SpawnedChild | None = None) -> Iterator[SpawnedChild | None]:
     """The engine's process, which loads already, for `app.run`; None where it is to be a thread.
 
-    Ended when it was not taken over. Raises StartupError.
+    It is `ahead`, of `engine_ahead.begin`, where there is one. Ended when it was not taken over. Raises
+    StartupError.
     """
     if not has_own_process(options):
+        if ahead is not None:
+            ahead.discard()
         yield None
         return
-    child = spawn_engine(engine_setup(options))
+    child = spawn_engine(engine_setup(options), ahead)
     try:
         yield child
     finally:

@@ -14,7 +14,8 @@ from photon_grpc.engine.host import Deliver, RunnerFactory
 from photon_grpc.engine.messages import EngineMessage, EngineReady, EngineStopped, LoopMessage, Shutdown
 from photon_grpc.errors import EngineDeadError, StartupError
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
-from photon_grpc.processes.parent import ChildProcess, SpawnedChild, spawn
+from photon_grpc.processes.parent import ChildProcess
+from photon_grpc.processes.spawn import SpawnedChild, spawn
 
 __all__ = ["EngineProcess", "SpawnedChild", "spawn_engine"]
 
@@ -23,10 +24,16 @@ _log = structlog.get_logger(__name__)
 _CHILD = "photon_grpc.engine.child"
 
 
-def spawn_engine(setup: EngineSetup) -> SpawnedChild:
-    """Begin an engine's process before there is an event loop to serve it. Raises StartupError."""
+def spawn_engine(setup: EngineSetup, ahead: SpawnedChild | None = None) -> SpawnedChild:
+    """Begin an engine's process before there is an event loop to serve it. Raises StartupError.
+
+    With `ahead`, which waits for a setup, it is that one.
+    """
     try:
-        return spawn(_CHILD, (setup,))
+        if ahead is None:
+            return spawn(_CHILD, (setup,))
+        ahead.send((setup,))
+        return ahead
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise StartupError(f"the engine's process cannot start: {reason}") from error

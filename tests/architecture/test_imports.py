@@ -80,7 +80,8 @@ ROOMS: dict[str, Room] = {
         "turns types",
         "structlog uvloop",
     ),
-    "engine_place": room("engine.child engine.process errors runner_factory"),
+    "engine_place": room("engine.child engine.process engine_ahead errors runner_factory"),
+    "engine_ahead": room("engine.child processes.spawn runner.factory"),
     "runner_factory": room(
         "engine.host kernels.early_context processes.collector runner.base runner.factory stages "
         "telemetry.logging"
@@ -93,7 +94,7 @@ ROOMS: dict[str, Room] = {
         "frontend.tokenizer model_report offline types telemetry.logging",
         "rich typer",
     ),
-    "__main__": room("cli"),
+    "__main__": room("cli engine_ahead"),
     "__init__": room("frontend.events llm types"),
 }
 
@@ -102,7 +103,13 @@ ROOMS: dict[str, Room] = {
 GUARDED: dict[str, frozenset[str]] = {
     "threading": frozenset(
         {
-            *("engine.thread", "engine.watchdog", "frontend.text_pool", "kernels.early_context"),
+            *(
+                "engine.thread",
+                "engine.watchdog",
+                "engine_ahead",
+                "frontend.text_pool",
+                "kernels.early_context",
+            ),
             *("telemetry", "llm"),
         }
     ),
@@ -113,7 +120,7 @@ GUARDED: dict[str, frozenset[str]] = {
         }
     ),
     "multiprocessing": frozenset(),
-    "subprocess": frozenset({"processes.parent"}),
+    "subprocess": frozenset({"processes.parent", "processes.spawn"}),
     "pickle": frozenset({"processes.channel"}),
     "ctypes": frozenset({"processes.child"}),
 }
@@ -122,7 +129,9 @@ SCHEDULER_NEVER = {"time", "random", "threading", "asyncio", "socket", "os", "se
 # Where an import may wait inside a function: a library that only one backend needs, a model class
 # picked by name, and what would make `--help`, or a server whose engine is elsewhere, wait for torch.
 DEFERRED = {
+    "__main__",
     "app",
+    "engine_ahead",
     "cli",
     "llm",
     "runner_factory",

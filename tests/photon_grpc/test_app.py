@@ -29,7 +29,7 @@ from photon_grpc.options import (
     TenantOptions,
     TlsOptions,
 )
-from photon_grpc.processes import parent
+from photon_grpc.processes import spawn as spawning
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
@@ -239,13 +239,13 @@ class TestAnEngineOfItsOwn:
     def spawned(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The modules of the processes that were spawned, in order."""
         modules: list[str] = []
-        spawn = parent._spawn
+        spawn = spawning._spawn
 
         def watched(module: str, fd: int) -> subprocess.Popen[bytes]:
             modules.append(module)
             return spawn(module, fd)
 
-        monkeypatch.setattr(parent, "_spawn", watched)
+        monkeypatch.setattr(spawning, "_spawn", watched)
         return modules
 
     def options(self, folder: Path, **server: object) -> Options:

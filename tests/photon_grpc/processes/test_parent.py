@@ -18,7 +18,8 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from photon_grpc.processes.parent import ChildProcess, spawn
+from photon_grpc.processes.parent import ChildProcess
+from photon_grpc.processes.spawn import spawn
 from tests.support.grpc_harness import until
 
 MODULE = "tests.support.child_mains"
