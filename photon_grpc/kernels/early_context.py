@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from importlib.util import find_spec
 from typing import Any
 
 import structlog
@@ -19,10 +20,13 @@ _DEVICE = 0
 
 
 def begin_context() -> threading.Thread | None:
-    """Have a thread make the context that torch and the kernels will find; None without cuda-bindings.
+    """Have a thread make the context that torch and the kernels will find; None without their packages.
 
-    What fails in it fails again where it is used, which says so. Ends with the process.
+    An installation that lacks them serves on the CPU and leaves the device alone. What fails in the thread
+    fails again where it is used, which says so. Ends with the process.
     """
+    if not _is_installed("cupy"):
+        return None
     # What torch sets before it touches the driver.
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     try:
@@ -32,6 +36,10 @@ def begin_context() -> threading.Thread | None:
     thread = threading.Thread(target=_begin, args=(driver,), name="photon-context", daemon=True)
     thread.start()
     return thread
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def _begin(driver: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from photon_grpc.kernels import early_context
 from photon_grpc.kernels.early_context import begin_context
 
 
@@ -40,6 +41,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> list[tuple[str, in
     namespace.bindings = bindings  # type: ignore[attr-defined]  # likewise
     for module in (namespace, bindings):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(early_context, "_is_installed", lambda package: package == "cupy")
     monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
     thread = begin_context()
     assert thread is not None
@@ -62,9 +64,17 @@ def test_a_machine_without_a_device_says_so_later(monkeypatch: pytest.MonkeyPatc
     assert len(begun(monkeypatch, Driver("cuDevicePrimaryCtxRetain"))) == 3
 
 
-def test_without_the_bindings_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+@pytest.mark.parametrize("missing", ["cupy", "cuda.bindings"])
+def test_an_installation_without_the_packages_leaves_the_device_alone(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    driver = Driver()
+    monkeypatch.setattr(early_context, "_is_installed", lambda package: package != missing)
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver  # type: ignore[attr-defined]  # a stand-in for the real package
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None if missing == "cuda.bindings" else bindings)
     assert begin_context() is None
+    assert driver.calls == []
 
 
 def test_it_imports_no_torch() -> None:
