@@ -27,7 +27,7 @@ from photon_grpc.engine.messages import EngineReady
 from photon_grpc.engine.process import EngineProcess, SpawnedChild
 from photon_grpc.engine.thread import EngineThread
 from photon_grpc.engine.watchdog import LATE_S, STDERR, longest_step_s
-from photon_grpc.engine_place import has_own_process, model_folder
+from photon_grpc.engine_place import engine_setup, has_own_process, model_folder
 from photon_grpc.errors import PhotonError
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
@@ -35,7 +35,6 @@ from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
 from photon_grpc.options import Options
 from photon_grpc.processes.collector import paused_collector, quiet_collector
-from photon_grpc.runner_factory import RunnerFactory
 from photon_grpc.server.server import BoundPorts, Server
 from photon_grpc.stages import Stages, process_begun
 from photon_grpc.telemetry.call_record import CallRecord
@@ -112,14 +111,15 @@ class InferenceStack:
         """`spawned_engine` is of `engine_place.early_engine`. With `spare_torch` nothing in this process but
         the engine has a use for torch.
         """
+        setup = engine_setup(options)
         self._folder = model_folder(options.model)
         self.has_own_process = has_own_process(options)
         self._spare_torch = spare_torch or self.has_own_process
         self._text_pool = TextPool(options.server.text_threads)
         self.engine = AsyncEngine(
-            RunnerFactory(self._folder, options, self.has_own_process),
-            options.scheduler,
-            options.cache,
+            setup.runner_factory,
+            setup.scheduler_options,
+            setup.cache_options,
             options.limits,
             on_step=metrics.observe_step,
             on_iteration=metrics.observe_iteration,

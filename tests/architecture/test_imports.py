@@ -76,7 +76,7 @@ ROOMS: dict[str, Room] = {
     "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
-        "engine_place errors frontend processes.collector runner_factory server.server stages telemetry "
+        "engine_place errors frontend processes.collector processes.spawn server.server stages telemetry "
         "turns types",
         "structlog uvloop",
     ),

@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-import photon_grpc.app
+from photon_grpc import engine_place
 from photon_grpc.app import RunningService, num_acceptors, serve, wakes_per_turn
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ListenError, ModelLoadError
 from photon_grpc.options import (
@@ -59,7 +59,7 @@ def options_for(folder: Path) -> Options:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Runner]) -> None:
     monkeypatch.setattr(
-        photon_grpc.app, "RunnerFactory", lambda folder, options, own_process: lambda progress: build()
+        engine_place, "RunnerFactory", lambda folder, options, own_process: lambda progress: build()
     )
 
 
@@ -257,7 +257,7 @@ class TestAnEngineOfItsOwn:
         )
 
     def scripted(self, monkeypatch: pytest.MonkeyPatch, factory: Scripted) -> None:
-        monkeypatch.setattr(photon_grpc.app, "RunnerFactory", lambda *_: factory)
+        monkeypatch.setattr(engine_place, "RunnerFactory", lambda *_: factory)
 
     async def test_it_is_the_first_process(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, spawned: list[str]
@@ -287,7 +287,7 @@ class TestAnEngineOfItsOwn:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
-            photon_grpc.app, "RunnerFactory", lambda *_: Refused(BackendUnavailableError("no device"))
+            engine_place, "RunnerFactory", lambda *_: Refused(BackendUnavailableError("no device"))
         )
         with pytest.raises(BackendUnavailableError, match="no device"):
             await serve(self.options(folder))

@@ -25,7 +25,7 @@ import structlog
 import uvloop
 
 import photon_grpc
-from photon_grpc import app
+from photon_grpc import app, engine_place
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.engine.process import EngineProcess
 from photon_grpc.engine.thread import EngineThread
@@ -154,7 +154,7 @@ def _serve_model(spec: ServerSpec) -> int:
 
     if spec.row_fault_rate or spec.slow_step_rate:
         plan = FaultPlan(spec.row_fault_rate, spec.slow_step_rate, spec.fault_seed)
-        app.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
+        engine_place.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
     return app.run(spec.options(), ready=ready)
 
 
