@@ -13,9 +13,8 @@
 //                  the candidates, few more than k. Sorted, they give what top-p keeps of them.
 //     otherwise    The figure bounds s + noise from above, up to a constant. It tells where the winner of the
 //                  draw over the whole row is, and the ones after it.
-//     top-p alone  A second pass bounds the mass of the row and of what ranks before the winner, in float32.
-//                  Mostly the winner surely stays. If not, a third one sums them as they are defined, the
-//                  winner's bin gives the boundary, and the figures the next that stays.
+//     top-p alone  A second pass sums the mass of the row and of what ranks before the winner. Mostly the
+//                  winner stays. If not, its bin gives the boundary, and the figures the next that stays.
 //
 // What does not fit (more than kCandidates in a row of equals; logits so large that rounding leaves the
 // figures worthless) goes a slow way: radix passes for the boundaries, and one more pass for the draw.
@@ -34,8 +33,7 @@
 //
 // Bound by: latency (launch, one load of the row, three to five cluster barriers) at few rows. At many, by
 // reading the logits once; without top-k also by the multiplications of Philox, and with top-p alone by a
-// second reading, and for rows whose winner does not stay by a third and the float64 exponentials.
-#include "photon/approximate.cuh"
+// second reading and the float64 exponentials.
 #include "photon/dependent_launch.cuh"
 #include "photon/ieee.cuh"
 #include "photon/logits_row.cuh"
@@ -48,8 +46,6 @@ namespace photon {
 
 constexpr float kFloatMax = 3.402823466e+38f;
 constexpr float kMassUnit = 0x1p45f;
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr double kMassError = 1e-4;
 // Entries from this bin on are worth less than half a unit of mass and can never win a draw.
 constexpr u32 kLastBin = kBins - 1;
 constexpr float kBinsPerUnit = 32.0f;
@@ -249,19 +245,12 @@ __device__ __forceinline__ void load_row(Row& row, const Piece& piece, int slot,
     __syncthreads();
 }
 
-// Of a row, relative to its best entry: of all entries, and of those that may rank before some entry.
-struct MassBounds {
-    double all, before;
-};
-
 struct Shared {
     SelectStorage select;
     Summary warps[kWarps];
     Summary pieces[kCluster];
     Draw warp_draws[kWarps];
     Draw piece_draws[kCluster];
-    MassBounds warp_masses[kWarps];
-    MassBounds piece_masses[kCluster];
     u64 boundary;
     BatchList list;
     Row row;
@@ -512,51 +501,6 @@ __device__ __noinline__ u64 boundary_in_bin(Shared& shared) {
     return shared.boundary;
 }
 
-// Whether top-p, without top-k, surely leaves an entry of this key; the same answer in every thread of the
-// cluster. In float32: a thread adds at most 512 masses, each off by some 2^-21 of itself, and the sums of
-// threads are float64, so both are good to less than kMassError. Equal and nearly equal keys count as before,
-// the entry itself does not.
-__device__ __noinline__ bool surely_stays(Shared& shared, u32 key) {
-    const Row& row = shared.row;
-    const Scale scale = row.scale;
-    const float least = __uint_as_float(key) * (1.0f + 0x1p-20f) + 0x1p-100f;
-    float all = 0.0f, before = 0.0f;
-    row.visit([&](int, const float (&values)[4]) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float score = (scale.highest - values[j]) * scale.reciprocal;
-            const float mass = exp2_approx(-kLog2E * score);
-            all += mass;
-            if (score <= least) before += mass;
-        }
-    });
-    MassBounds masses = {all, before};
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        masses.all += __shfl_xor_sync(kFull, masses.all, distance);
-        masses.before += __shfl_xor_sync(kFull, masses.before, distance);
-    }
-    if ((threadIdx.x & 31) == 0) shared.warp_masses[threadIdx.x >> 5] = masses;
-    __syncthreads();
-    if (threadIdx.x < kCluster) {
-        masses = {0, 0};
-        for (int i = 0; i < kWarps; ++i) {
-            masses.all += shared.warp_masses[i].all;
-            masses.before += shared.warp_masses[i].before;
-        }
-        peer(&shared.piece_masses[blockIdx.x], threadIdx.x)[0] = masses;
-    }
-    cluster_sync();
-    masses = {0, 0};
-    for (int i = 0; i < kCluster; ++i) {
-        masses.all += shared.piece_masses[i].all;
-        masses.before += shared.piece_masses[i].before;
-    }
-    const double own = exp2_approx(-kLog2E * __uint_as_float(key));
-    const double most = masses.before * (1 + kMassError) - own * (1 - kMassError);
-    return most < row.params.top_p * masses.all * (1 - kMassError);
-}
-
 // Finds where the mass of a row, when top-p alone drops entries, reaches its target: `crossing` of the
 // storage. Bins after `last` are not told apart: a crossing there is in the last bin of all.
 __device__ __noinline__ void find_nucleus(Shared& shared, u32 last) {
@@ -693,10 +637,6 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(kThreads, 2)
                 winner = best_of_cluster(draw_from_piece(shared, figures, least.figure, limit), shared);
             }
             const bool known = winner.value > least.value;
-            if (known && by_nucleus && surely_stays(shared, winner.key)) {
-                finish_row(winner.token_id);
-                return;
-            }
             const u32 last = known ? bin_of(winner.key) : kLastBin - 1;
             if (by_nucleus) find_nucleus(shared, last);
             if (known && (!by_nucleus || shared.select.crossing.bin > last)) {

@@ -15,7 +15,15 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, TensorMap
-from photon_grpc.kernels.linear_output import OUTPUTS, PAIRS_PER_TILE, POINTERS, SIZES, SOURCES, LinearOutput
+from photon_grpc.kernels.linear_output import (
+    BEST_ROWS,
+    OUTPUTS,
+    PAIRS_PER_TILE,
+    POINTERS,
+    SIZES,
+    SOURCES,
+    LinearOutput,
+)
 from photon_grpc.kernels.skinny_gemm import TOKEN_TILES, token_tile
 from photon_grpc.kernels.tensor_map import tensor_map
 
@@ -46,6 +54,8 @@ _RESIDENT_CTAS = 132
 _WANTED_CTAS = 120
 # Of small weights, whose CTAs are two to a multiprocessor.
 _WANTED_SMALL_CTAS = 150
+# Of tiles of 128 rows, after which the last one hardly counts.
+_FEW_ROUNDS = 3
 # The k of a CTA that is worth 192 rows.
 _WIDEST_DEPTH = 768
 _MAX_CLUSTER = 8
@@ -102,8 +112,8 @@ def cut(n: int, k: int) -> Cut:
     """
     wide, narrow = (-(-n // rows) for rows in (_WIDE_ROWS, _NARROW_ROWS))
     if wide >= _SURE_CTAS:
-        rows = _WIDEST_ROWS if _fill(n, _WIDEST_ROWS) > _fill(n, _WIDE_ROWS) else _WIDE_ROWS
-        return Cut(rows, 1, 2)
+        is_fuller = wide <= _FEW_ROUNDS * _RESIDENT_CTAS and _fill(n, _WIDEST_ROWS) > _fill(n, _WIDE_ROWS)
+        return Cut(_WIDEST_ROWS if is_fuller else _WIDE_ROWS, 1, 2)
     if k < 2 * _MIN_SPLIT_DEPTH:
         return Cut(_WIDE_ROWS, 1, 2)
     most = min(_MAX_CLUSTER, k // _MIN_SPLIT_DEPTH)
@@ -212,6 +222,8 @@ SKINNY_GEMM_TMA = KernelSpec(
     checked=(
         *(_macros("bf16", kind, by, tokens) for kind, by in _CHECKED_CUTS for tokens in TOKEN_TILES),
         _macros("bf16", "rope_and_store", Cut(128, 2, 2), 64, "int"),
+        *(_macros("bf16", BEST_ROWS, Cut(128, 1, 2), tokens) for tokens in TOKEN_TILES),
+        _macros("f16", BEST_ROWS, Cut(64, 1, 2, 2), 128),
         *(
             _macros("bf16", "rope_and_store", by, tokens, box_rows=64)
             for by in (Cut(192, 4, 1), Cut(192, 1, 2))
@@ -241,7 +253,10 @@ def is_available() -> bool:
 
 
 def can_multiply(output: LinearOutput, weight: Tensor) -> bool:
-    """Whether it is available, and boxes of `weight` hold the pairs of a tile; odd sizes do not."""
+    """Whether it is available, and boxes of `weight` hold the pairs of a tile; odd sizes do not.
+
+    A weight of few rows has no `best_rows`.
+    """
     return is_available() and _misfit(output, cut(*weight.shape)) is None
 
 
@@ -267,6 +282,8 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     misfit = _misfit(output, by)
     if misfit is not None:
         raise ValueError(misfit)
+    if output.kind == BEST_ROWS and output.row_stride != _num_groups(n, by) * by.cluster:
+        raise ValueError(f"ranks have {_num_groups(n, by) * by.cluster} parts, not {output.row_stride}")
     blocks = -(-k // _DEPTH)
     macros = _macros(
         storage_name(weight.dtype),
@@ -280,9 +297,7 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(SKINNY_GEMM_TMA.variant(**macros), shared_bytes)
-    groups = -(-n // (by.rows * by.sharers))
-    if by.splits == 1:
-        groups = min(groups, device.num_multiprocessors * by.residents // by.sharers)
+    groups = _num_groups(n, by)
     kernel(
         (by.cluster, groups, 1),
         by.threads,
@@ -297,8 +312,26 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     )
 
 
+def num_parts(n: int, k: int) -> int:
+    """How many ranks of `best_rows` there are for each token, on the current device."""
+    by = cut(n, k)
+    return _num_groups(n, by) * by.cluster
+
+
+def _num_groups(n: int, by: Cut) -> int:
+    """Of a launch: the second dimension of its grid."""
+    groups = -(-n // (by.rows * by.sharers))
+    if by.splits > 1:
+        return groups
+    return min(groups, launcher.require_cuda().num_multiprocessors * by.residents // by.sharers)
+
+
 def _misfit(output: LinearOutput, by: Cut) -> str | None:
-    """What keeps the pairs of a tile from being a box of the weight, or a few."""
+    """What keeps the pairs of a tile from being boxes of the weight, or its sums from being whole."""
+    if output.kind == BEST_ROWS and by.splits > 1:
+        return f"tiles whose sums {by.splits} CTAs share have no best row"
+    if output.kind == BEST_ROWS and by.rows > _WIDE_ROWS:
+        return f"the best row of tiles of {by.rows} was never measured"
     if output.kind == "silu_and_mul" and output.n // 2 % PAIRS_PER_TILE:
         return f"{output.n // 2} gates do not come in eights"
     head_dim = output.heads[2]
