@@ -130,6 +130,15 @@ def cut(n: int, k: int) -> Cut:
     return Cut(_WIDE_ROWS, splits, 2 if splits <= 2 and wide * splits <= _SURE_CTAS else 1)
 
 
+def cut_of_few(n: int, k: int) -> Cut:
+    """The same for so few tokens that x hardly counts: halves of narrow tiles, if these are one for nearly
+    every multiprocessor."""
+    halves = 2 * -(-n // _NARROW_ROWS)
+    if _WANTED_CTAS <= halves <= _RESIDENT_CTAS and k >= 2 * _MIN_SPLIT_DEPTH:
+        return Cut(_NARROW_ROWS, 2, 1)
+    return cut(n, k)
+
+
 def _most_splits(tiles: int, most: int) -> int:
     """CTAs that share each of so many tiles: as many as surely find room."""
     return next((size for size in range(most, 1, -1) if tiles * size <= _room(size)), 1)
@@ -198,7 +207,10 @@ def _macros(
 _CHECKED_CUTS = (
     *(("silu_and_mul", Cut(rows, 1, 2)) for rows in (128, 192)),
     *(("add_rows", by) for by in (Cut(128, 6, 1), Cut(128, 4, 1), Cut(128, 3, 1), Cut(192, 4, 1))),
-    *(("add_rows", by) for by in (Cut(64, 4, 1, 2), Cut(64, 5, 1, 2), Cut(64, 7, 1, 2), Cut(64, 8, 1, 2))),
+    *(
+        ("add_rows", by)
+        for by in (Cut(64, 2, 1), Cut(64, 4, 1, 2), Cut(64, 5, 1, 2), Cut(64, 7, 1, 2), Cut(64, 8, 1, 2))
+    ),
     *(("rope_and_store", by) for by in (Cut(64, 4, 1, 2), Cut(64, 5, 1, 2), Cut(64, 7, 1, 2))),
     *(("rope_and_store", by) for by in (Cut(128, 2, 2), Cut(128, 2, 1), Cut(128, 3, 1))),
     *(("store_rows", by) for by in (Cut(64, 2, 1, 2), Cut(64, 3, 1, 2), Cut(128, 2, 2))),

@@ -167,11 +167,12 @@ class CudaOps(Ops):
         weight, bias = projection
         if not _has_few(x, weight):
             return super().linear_update(x, residual, projection)
-        # With nothing to norm, the copy engine is as fast for a token as for sixteen. gemv is faster where
-        # each multiprocessor has one of its tiles, and where there is little to read.
-        by_gemv = not skinny_gemm_tma.is_available() or gemv.is_one_round(weight.shape[0])
-        by_gemv = by_gemv or weight.numel() * weight.element_size() <= MAX_UNSHARED_BYTES
-        _multiply(linear_output.add_rows(residual, bias), x, weight, by_gemv=by_gemv)
+        output = linear_output.add_rows(residual, bias)
+        if _has_very_few(x) and not _suits_gemv(weight):
+            # With nothing to norm, the copy engine is as fast for a token as for sixteen.
+            skinny_gemm_tma.skinny_gemm_tma(output, x, weight, by=skinny_gemm_tma.cut_of_few(*weight.shape))
+        else:
+            _multiply(output, x, weight)
         return None
 
     def _normed(
@@ -343,6 +344,17 @@ def _is_wide_head(hidden: Tensor) -> bool:
 
 def _new_ranks(hidden: Tensor, parts: int) -> Tensor:
     return torch.empty(hidden.shape[0], parts, dtype=torch.int64, device=hidden.device)
+
+
+def _has_very_few(x: Tensor) -> bool:
+    """Whether gemv would take so few tokens although there is the copy engine."""
+    return x.shape[0] <= _max_gemv_tokens() and skinny_gemm_tma.is_available()
+
+
+def _suits_gemv(weight: Tensor) -> bool:
+    """Whether each multiprocessor has one of its tiles, or there is little to read."""
+    num_bytes = weight.numel() * weight.element_size()
+    return num_bytes <= MAX_UNSHARED_BYTES or gemv.is_one_round(weight.shape[0])
 
 
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:

@@ -15,7 +15,7 @@ from photon_grpc.kernels.launcher import TENSOR_MAP_BYTES, Device, require_cuda
 from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.rmsnorm import rms_norm
 from photon_grpc.kernels.skinny_gemm import MAX_TOKENS, TOKEN_TILES
-from photon_grpc.kernels.skinny_gemm_tma import ARCH, SKINNY_GEMM_TMA, Cut, can_multiply, cut
+from photon_grpc.kernels.skinny_gemm_tma import ARCH, SKINNY_GEMM_TMA, Cut, can_multiply, cut, cut_of_few
 from photon_grpc.kernels.skinny_gemm_tma import skinny_gemm_tma as multiply
 from tests.support.kernels import FakeLauncher, Fenced, randn
 from tests.support.linear import Case, Heads, check, make_weight
@@ -383,7 +383,9 @@ def test_the_check_without_a_gpu_sees_every_cut_and_tile() -> None:
     checked = SKINNY_GEMM_TMA.checked
     names = ("PHOTON_ROWS", "PHOTON_SPLITS", "PHOTON_SHARERS", "PHOTON_RESIDENTS")
     seen = {tuple(macros[name] for name in names) for macros in checked}
-    wanted = {cut(n, k) for n, k in SIZES} | {cut(heads.n, k) for heads, k in HEADS}
+    wanted = {choose(n, k) for n, k in SIZES for choose in (cut, cut_of_few)} | {
+        cut(heads.n, k) for heads, k in HEADS
+    }
     assert {(one.rows, one.splits, one.sharers, one.residents) for one in wanted} <= seen
     assert {macros["PHOTON_TOKENS"] for macros in checked} == set(TOKEN_TILES)
     assert len(checked) == len({tuple(macros.items()) for macros in checked})
@@ -420,6 +422,13 @@ def test_the_check_without_a_gpu_sees_every_cut_and_tile() -> None:
 )
 def test_how_weights_are_cut(shape: tuple[int, int], expected: Cut) -> None:
     assert cut(*shape) == expected
+
+
+def test_few_tokens_have_cuts_of_their_own_for_one_size_of_weights() -> None:
+    assert cut_of_few(4096, 14336) == Cut(64, 2, 1)
+    assert cut_of_few(4096, 136) == cut(4096, 136)
+    for n in (896, 2560, 3584, 5120, 22016):
+        assert cut_of_few(n, 8192) == cut(n, 8192)
 
 
 @pytest.mark.parametrize(
