@@ -26,6 +26,7 @@ _TOKENS_OF_TWO = _CLUSTER * _TILE_TOKENS
 _MIN_TOKENS, _MIN_FILL_OF_ONE_ROUND = 129, 0.45
 _MIN_TOKENS_OF_ROUNDS, _MIN_TILES_OF_ROUNDS = 192, 0.74
 _MIN_FILL_OF_MANY, _ACTIVATION_DEPTH = 0.88, 320
+_MIN_FILL_OF_ROUNDS = 0.65
 
 SWIGLU_GEMM = KernelSpec(
     name="swiglu_gemm",
@@ -64,7 +65,8 @@ def is_faster(tokens: int, inner: int, k: int) -> bool:
     rounds = -(-tiles // clusters)
     fill = tokens * inner / (rounds * clusters * _CLUSTER * _TILE_TOKENS * TILE_INNER)
     if tokens > _TOKENS_OF_TWO:
-        return fill >= _MIN_FILL_OF_MANY - _ACTIVATION_DEPTH / k
+        least = _MIN_FILL_OF_MANY - _ACTIVATION_DEPTH / k
+        return fill >= (least if rounds == 1 else max(least, _MIN_FILL_OF_ROUNDS))
     if rounds == 1:
         return fill >= _MIN_FILL_OF_ONE_ROUND
     return tokens >= _MIN_TOKENS_OF_ROUNDS and tiles >= _MIN_TILES_OF_ROUNDS * rounds * clusters

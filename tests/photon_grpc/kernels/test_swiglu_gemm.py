@@ -236,6 +236,8 @@ def test_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         (256, 11008, 4096, False),
         # The activation of short rows is worth empty places.
         (512, 2560, 960, True),
+        # But not that of two rounds.
+        (1024, 2560, 960, False),
         (512, 5632, 2048, False),
         (640, 5632, 2048, True),
         (320, 8192, 2048, False),
