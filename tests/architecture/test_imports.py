@@ -44,7 +44,8 @@ ROOMS: dict[str, Room] = {
     "models": room("ops errors types", "torch safetensors numpy"),
     "runner": room("scheduler.output models ops errors stages types", "torch numpy psutil structlog"),
     "runner.cuda_sampler": room(
-        "kernels.sampling kernels.sampling_state runner.philox runner.sampler scheduler.output types",
+        "kernels.best_token kernels.sampling kernels.sampling_state runner.philox runner.sampler "
+        "scheduler.output types",
         "torch numpy",
     ),
     "runner.cuda_runner": room(
