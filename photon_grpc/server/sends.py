@@ -3,79 +3,116 @@
 grpc frees the bytes and the operations of a send behind the `await` for its end
 (https://github.com/grpc/grpc/issues/43360). A call that is cancelled meanwhile, or whose client has left,
 ends that `await` by an exception, and they stay for good: 240 bytes for a small message. Here the coroutine
-of a send is run apart from the task of its call, to its end, and learns of a failure only behind that place.
+of a send always goes on to its end, and whoever waits for it is told of a failure only behind that place.
 Event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import Context
+from typing import Any, Generic, TypeVar
+
+import grpc
 
 _Result = TypeVar("_Result")
+_Callback = Callable[[Any], object]
 
 
-async def send(work: Coroutine[Any, None, _Result]) -> _Result:
-    """Await `work`, a coroutine of a `grpc.aio.ServicerContext` that sends something.
+def send(work: Coroutine[Any, None, _Result]) -> Awaitable[_Result]:
+    """To be awaited in place of `work`, a coroutine of a `grpc.aio.ServicerContext` that sends something.
 
-    Begins at once. To cancel this does not cancel `work`, which ends when grpc is done with what it sends: at
-    the latest with the call. Raises what `work` raises: InternalError of grpc.aio for a client that has left.
+    To cancel this does not cancel `work`, which ends when grpc is done with what it sends: at the latest with
+    the call. Raises what `work` raises: InternalError of grpc.aio for a client that has left.
     """
-    done: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-    _Send(work, done).go_on()
-    try:
-        return await done
-    finally:
-        # Its error leads to this frame, and this frame would lead to the error.
-        del done
+    return _Send(work)
 
 
-async def send_by(context: Any, work: Coroutine[Any, None, _Result]) -> _Result:
-    """Await `work` of a call's context: as `send` does where the context is grpc's own.
+def send_by(context: Any, work: Coroutine[Any, None, _Result]) -> Awaitable[_Result]:
+    """To be awaited in place of `work` of a call's context: as `send` where the context is grpc's own.
 
     One that stands in for it, for a call that an acceptor has, holds nothing, and has a `flush`.
     """
-    return await (work if hasattr(context, "flush") else send(work))
+    return work if hasattr(context, "flush") else _Send(work)
 
 
-class _Send:
-    """Runs a coroutine as a task does, but at once, and to its end."""
+class _Send(Generic[_Result]):
+    """For a task, a future: it hands the task's callback to the future that `work` waits for, so that nothing
+    comes between, and only a cancellation is kept from that."""
 
-    __slots__ = ("_done", "_error", "_work")
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "_error", "_future", "_work")
 
-    def __init__(self, work: Coroutine[Any, None, Any], done: asyncio.Future[Any]) -> None:
+    def __init__(self, work: Coroutine[Any, None, _Result]) -> None:
         self._work = work
-        self._done = done
         self._error: BaseException | None = None
 
-    def go_on(self, ended: asyncio.Future[None] | None = None) -> None:
-        if ended is not None:
-            # It leads back to the future, which would wait for the garbage collector.
-            del ended.set_exception
+    def __await__(self) -> Generator[Any, None, _Result]:
         try:
             future = self._work.send(None)
         except StopIteration as end:
-            self._end(end.value)
-        except BaseException as error:  # noqa: BLE001 - it is for whoever awaits the send
-            self._end(None, error)
-        else:
-            assert isinstance(future, asyncio.Future), "grpc waits for something else than a batch"
-            # The only thing that grpc does with an exception is to set it here.
-            future.set_exception = partial(self._fail, future)  # type: ignore[method-assign]
-            future.add_done_callback(self.go_on)
+            result: _Result = end.value
+            return result
+        assert isinstance(future, asyncio.Future), "grpc waits for something else than a batch"
+        self._future = future
+        future.set_exception = self._fail  # type: ignore[method-assign, assignment]  # see `_fail`
+        self._asyncio_future_blocking = True
+        try:
+            yield self
+        except BaseException:
+            if future.done():
+                self._end_unheard(future)
+            else:
+                future.add_done_callback(self._end_unheard)
+            raise
+        return self._end()
 
-    def _fail(self, future: asyncio.Future[None], error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
+        """What grpc calls where a batch has failed, and the only thing that it does with the error."""
         self._error = error
-        future.set_result(None)
+        self._future.set_result(None)
 
-    def _end(self, value: Any, error: BaseException | None = None) -> None:
-        # What the coroutine made of a success that was none is of no interest.
-        error, self._error = self._error or error, None
-        if self._done.cancelled():
+    def _end(self) -> _Result:
+        # It leads back here: what has ended would wait for the garbage collector.
+        del self._future.set_exception
+        error, self._error = self._error, None
+        try:
+            self._work.send(None)
+        except StopIteration as end:
+            if error is None:
+                result: _Result = end.value
+                return result
+            raise error from None
+        except BaseException:
+            if error is None:
+                raise
+            # What the coroutine made of a success that was none is of no interest.
+            raise error from None
+        finally:
+            del error
+        raise AssertionError("grpc waits for a second batch")
+
+    def _end_unheard(self, _: asyncio.Future[None]) -> None:
+        """Whoever waited has gone, and with it the call: no error of it is anybody's."""
+        try:
+            self._end()
+        except (grpc.aio.BaseError, asyncio.CancelledError):
             return
-        if error is None:
-            self._done.set_result(value)
-        else:
-            self._done.set_exception(error)
+
+    # --- as a task sees it ----------------------------------------------------------------------
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._future.get_loop()
+
+    def add_done_callback(self, callback: _Callback, *, context: Context | None = None) -> None:
+        self._callback, self._context = callback, context
+        self._future.add_done_callback(callback, context=context)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Wake the task by a cancellation, and leave the batch to itself."""
+        if self._future.done():
+            return False
+        self._future.remove_done_callback(self._callback)
+        cancelled = self._future.get_loop().create_future()
+        cancelled.add_done_callback(self._callback, context=self._context)
+        return cancelled.cancel(msg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
@@ -33,15 +33,18 @@ class Batches:
         return "sent"
 
 
-async def begin(work: Coroutine[Any, None, str]) -> asyncio.Task[str]:
-    task = asyncio.create_task(send(work))
+async def begin(sending: Awaitable[str]) -> asyncio.Task[str]:
+    async def wait() -> str:
+        return await sending
+
+    task = asyncio.create_task(wait())
     await asyncio.sleep(0)
     return task
 
 
 async def test_a_send_ends_with_what_its_coroutine_returns() -> None:
     batches = Batches()
-    task = await begin(batches.operation())
+    task = await begin(send(batches.operation()))
     await asyncio.sleep(0)
     assert not task.done()
     batches.begun[0].set_result(None)
@@ -53,15 +56,14 @@ async def test_a_send_begins_at_once_and_may_end_at_once() -> None:
     async def nothing_to_do() -> int:
         return 3
 
-    work = send(nothing_to_do())
     with pytest.raises(StopIteration) as ended:
-        work.send(None)
+        next(send(nothing_to_do()).__await__())
     assert ended.value.value == 3
 
 
 async def test_a_cancelled_send_frees_what_it_holds_once_its_batch_has_ended() -> None:
     batches = Batches()
-    task = await begin(batches.operation())
+    task = await begin(send(batches.operation()))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -72,10 +74,50 @@ async def test_a_cancelled_send_frees_what_it_holds_once_its_batch_has_ended() -
     assert batches.num_freed == 1
 
 
+async def test_a_task_that_is_cancelled_before_it_sends_or_just_behind_it_frees_it_too() -> None:
+    batches = Batches()
+
+    async def cancel_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await send(batches.operation())
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(cancel_itself())
+    batches.begun[0].set_result(None)
+    await asyncio.sleep(0)
+    assert batches.num_freed == 1
+    task = await begin(send(batches.operation()))
+    batches.begun[1].set_result(None)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert batches.num_freed == 2
+
+
+async def test_a_send_takes_no_more_turns_of_the_loop_than_its_coroutine() -> None:
+    batches = Batches()
+    task = await begin(send(batches.operation()))
+    batches.begun[0].set_result(None)
+    await asyncio.sleep(0)
+    assert task.done()
+
+
+async def test_a_send_that_takes_too_long_is_left() -> None:
+    batches = Batches()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await send(batches.operation())
+    batches.begun[0].set_exception(grpc.aio.InternalError("Failed execute_batch"))
+    await asyncio.sleep(0)
+    assert batches.num_freed == 1
+
+
 @pytest.mark.parametrize("is_cancelled", [False, True])
 async def test_a_failed_send_frees_what_it_holds_and_fails(is_cancelled: bool) -> None:
     batches = Batches()
-    task = await begin(batches.operation(ValueError("what comes of a success that was none")))
+    task = await begin(send(batches.operation(ValueError("what comes of a success that was none"))))
     if is_cancelled:
         task.cancel()
         await asyncio.sleep(0)
@@ -88,7 +130,7 @@ async def test_a_failed_send_frees_what_it_holds_and_fails(is_cancelled: bool) -
 
 async def test_an_error_of_the_coroutine_is_raised() -> None:
     batches = Batches()
-    task = await begin(batches.operation(grpc.aio.AbortError("Locally aborted.")))
+    task = await begin(send(batches.operation(grpc.aio.AbortError("Locally aborted."))))
     batches.begun[0].set_result(None)
     with pytest.raises(grpc.aio.AbortError):
         await task
@@ -132,8 +174,7 @@ async def test_what_is_sent_by_a_context_of_an_acceptor_s_call_is_cancelled_with
         async def flush(self) -> None: ...
 
     for context, is_cancelled in ((Context(), True), (object(), False)):
-        task = asyncio.create_task(send_by(context, batches.operation()))
-        await asyncio.sleep(0)
+        task = await begin(send_by(context, batches.operation()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -144,7 +185,7 @@ def test_a_batch_of_uvloop_can_be_sent() -> None:
     batches = Batches()
 
     async def run() -> str:
-        task = await begin(batches.operation())
+        task = await begin(send(batches.operation()))
         batches.begun[0].set_result(None)
         return await task
 
