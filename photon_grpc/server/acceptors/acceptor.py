@@ -22,6 +22,7 @@ from photon_grpc.errors import ConfigError
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import begin, leave
 from photon_grpc.processes.collector import quiet_collector
+from photon_grpc.processes.heap import share_one_heap
 from photon_grpc.processes.loop_channel import LoopChannel
 from photon_grpc.server.acceptors.messages import (
     BindFailed,
@@ -67,6 +68,8 @@ _Item = Headers | Write | Next | End
 
 def main(fd: int, parent: int) -> None:
     """Accept calls as the first message on the socket `fd` says, for the process `parent`."""
+    # Before grpc has threads. They and the event loop hand their blocks to one another.
+    share_one_heap()
     channel = begin(fd, parent)
     messages: list[Any] = []
     while not messages:
