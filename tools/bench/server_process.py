@@ -25,10 +25,11 @@ import structlog
 import uvloop
 
 import photon_grpc
-from photon_grpc import app
+from photon_grpc import app, engine_place
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.engine.process import EngineProcess
 from photon_grpc.engine.thread import EngineThread
+from photon_grpc.engine_place import has_own_process
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def _serve_model(spec: ServerSpec) -> int:
 
     if spec.row_fault_rate or spec.slow_step_rate:
         plan = FaultPlan(spec.row_fault_rate, spec.slow_step_rate, spec.fault_seed)
-        app.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
+        engine_place.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
     return app.run(spec.options(), ready=ready)
 
 
@@ -177,7 +178,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             options.limits,
             on_step=metrics.observe_step,
             on_stopped=lambda error: leave.set(),
-            make_host=EngineProcess if app.has_own_process(options) else EngineThread,
+            make_host=EngineProcess if has_own_process(options) else EngineThread,
             wakes_per_turn=app.wakes_per_turn(options),
         )
         generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)

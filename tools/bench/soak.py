@@ -36,8 +36,8 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
-from photon_grpc.app import model_folder
 from photon_grpc.client import Client
+from photon_grpc.engine_place import model_folder
 from photon_grpc.options import ModelOptions
 from photon_grpc.v1 import control_pb2, control_pb2_grpc
 from tools.bench import device, random_models, soak_log
