@@ -47,6 +47,7 @@ MAX_SKINNY_BYTES = 96 << 20
 # With the copy engine to bring x, CTAs are better off sharing it beyond so many tokens; without, beyond
 # gemv's most.
 MAX_UNSHARED_TOKENS = 4
+MAX_UNSHARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,10 @@ class CudaOps(Ops):
         weight, bias = projection
         tokens, inner = residual.shape[0], weight.shape[0] // 2
         if update is not None or not _has_few(residual, weight):
-            if bias is not None or weight.dtype is torch.float32 or not swiglu_gemm.is_faster(tokens, inner):
+            is_faster = weight.dtype is not torch.float32 and swiglu_gemm.is_faster(
+                tokens, inner, weight.shape[1]
+            )
+            if bias is not None or not is_faster:
                 return super().norm_gate_up_silu(update, residual, norm, eps, projection)
             out = weight.new_empty(tokens, inner)
             swiglu_gemm.swiglu_gemm(out, self.add_norm(update, residual, norm, eps), weight)
@@ -163,7 +167,11 @@ class CudaOps(Ops):
         weight, bias = projection
         if not _has_few(x, weight):
             return super().linear_update(x, residual, projection)
-        _multiply(linear_output.add_rows(residual, bias), x, weight)
+        # With nothing to norm, the copy engine is as fast for a token as for sixteen. gemv is faster where
+        # each multiprocessor has one of its tiles, and where there is little to read.
+        by_gemv = not skinny_gemm_tma.is_available() or gemv.is_one_round(weight.shape[0])
+        by_gemv = by_gemv or weight.numel() * weight.element_size() <= MAX_UNSHARED_BYTES
+        _multiply(linear_output.add_rows(residual, bias), x, weight, by_gemv=by_gemv)
         return None
 
     def _normed(
