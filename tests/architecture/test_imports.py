@@ -123,7 +123,7 @@ GUARDED: dict[str, frozenset[str]] = {
     "multiprocessing": frozenset(),
     "subprocess": frozenset({"processes.parent", "processes.spawn"}),
     "pickle": frozenset({"processes.channel"}),
-    "ctypes": frozenset({"processes.child"}),
+    "ctypes": frozenset({"processes.child", "processes.heap"}),
 }
 SCHEDULER_NEVER = {"time", "random", "threading", "asyncio", "socket", "os", "secrets", "datetime"}
 

@@ -49,7 +49,6 @@ from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
 from tools.bench.fault_runner import FaultPlan, FaultyFactory
-from tools.bench.grpc_loss import CutWrites
 from tools.bench.scripted_factory import Pace, ScriptedFactory
 from tools.bench.settings import with_assignments
 from tools.bench.soak_log import TASKS
@@ -88,7 +87,7 @@ class ServerSpec:
     """How likely each step has a row that fails, or is slow; with a model only. Fixed by `fault_seed`."""
     fault_seed: int = 0
     tasks_interval_s: float = 0.0
-    """How often the numbers of the event loop's tasks and of cut writes are logged; 0: never."""
+    """How often the number of the event loop's tasks is logged; 0: never."""
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -136,10 +135,8 @@ def _announce(ports: BoundPorts) -> None:
 
 
 async def _log_tasks(interval_s: float) -> None:
-    cut = CutWrites()
-    cut.watch()
     while True:
-        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()), cut_writes=cut.count)
+        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()))
         await asyncio.sleep(interval_s)
 
 
