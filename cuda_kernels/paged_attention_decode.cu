@@ -39,17 +39,22 @@
 // product. Bound by: reading K and V once; by latency below about 100 items.
 #include "photon/attention_mma.cuh"
 #include "photon/dependent_launch.cuh"
-#include "photon/vec.cuh"
+#include "photon/rotary.cuh"
 
 #if !defined(PHOTON_STORAGE) || !defined(PHOTON_HEAD_DIM) || !defined(PHOTON_KV_HEADS) || \
     !defined(PHOTON_GROUP) || !defined(PHOTON_BLOCK_SIZE) || !defined(PHOTON_CHUNK) ||    \
-    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS) || !defined(PHOTON_SHARERS)
+    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS) || !defined(PHOTON_SHARERS) || \
+    !defined(PHOTON_HEADS) || !defined(PHOTON_STEP_TILES)
 #error "shape constants must be defined"
 #endif
 
 namespace photon {
 
 typedef PHOTON_STORAGE Storage;
+
+// What q is, and whether the newest token is in the cache: see the head of this file.
+enum Heads { finished, raw };
+constexpr bool kIsRaw = PHOTON_HEADS == raw;
 
 constexpr int kHeadDim = PHOTON_HEAD_DIM;
 constexpr int kKvHeads = PHOTON_KV_HEADS;
@@ -68,7 +73,7 @@ constexpr int kTeams = kWarps / kSharers;
 constexpr int kTeamThreads = 32 * kSharers;
 constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
 // Tiles that a warp requests and reduces together; more would not fit its registers.
-constexpr int kStepTiles = 2;
+constexpr int kStepTiles = PHOTON_STEP_TILES;
 constexpr int kStepTokens = kStepTiles * kSharers * kTile;
 // Lane t of four takes 8 dims of each span of 32; lane g of eight takes 8 dims of each pass of 64.
 constexpr int kSpans = (kHeadDim + 31) / 32;
@@ -76,6 +81,11 @@ constexpr int kPasses = (kHeadDim + 63) / 64;
 constexpr int kPairs = kGroup * kHeadDim / 2;
 // Of a row in shared memory; the 8 keep two of four lanes' stores in different banks.
 constexpr int kPartialStride = kHeadDim + 8;
+// Lanes that share a head while it is finished (photon/rotary.cuh), heads that a warp finishes at once, and how often
+// it takes some: the query heads, then k and v of the newest token.
+constexpr int kHeadLanes = kHeadDim <= 16 ? 1 : kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : 8;
+constexpr int kHeadsAtOnce = 32 / kHeadLanes;
+constexpr int kHeadRounds = (kGroup + 2 + kHeadsAtOnce - 1) / kHeadsAtOnce;
 
 static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "16-byte loads; registers");
 static_assert(kGroup >= 1 && kGroup <= 8, "query heads are N = 8");
@@ -105,6 +115,24 @@ struct Shared {
     Item current[kWarps];
     Item next[kWarps];
     int is_last[kTeams];
+    // Of raw heads: k and v of the newest token of the team's item. Its q is where its partial results will be.
+    uint4 newest[kTeams][kIsRaw ? 2 : 1][kIsRaw ? kHeadDim / kVec : 1];
+};
+
+// What raw heads become what they should be by; null and unused where they are finished.
+struct Finish {
+    const Storage* q_weight;  // [head_dim] each, null where there is no norm
+    const Storage* k_weight;
+    const float* table;
+    const i64* positions;
+    const i64* slots;
+    float eps;
+};
+
+// What the newest token's place has to do with it, requested ahead of the token.
+struct Place {
+    Angles angles;
+    i64 slot;
 };
 
 struct KeyTile {
@@ -282,6 +310,133 @@ __device__ __forceinline__ void reload_values(ValueTile& values, const Storage* 
     }
 }
 
+// Whether the row's newest token is the item's last.
+__device__ __forceinline__ bool has_newest(const Shared& shared, const Item& item) {
+    return item.stop > 0 && item.stop == shared.context_lens[item.row];
+}
+
+// Where in the warp's tile the newest token is; outside of 0 .. kTile - 1 where it is not.
+__device__ __forceinline__ int newest_in_tile(const Shared& shared, const Item& item, int tile) {
+    return has_newest(shared, item) ? item.stop - 1 - tile_start(item, tile) : -1;
+}
+
+// Where the lane begins in the half of a head that it has a part of.
+__device__ __forceinline__ int half_start() {
+    return kVec * (static_cast<int>(threadIdx.x) % kHeadLanes);
+}
+
+__device__ __forceinline__ Place find_place(const Finish& finish, int row) {
+    Place place{};
+    place.slot = load_index(finish.slots + row);
+    const i64 position = load_index(finish.positions + row);
+    if (half_start() < kHeadDim / 2) {
+        place.angles = load_halves(finish.table + position * kHeadDim, half_start(), kHeadDim / 2);
+    }
+    return place;
+}
+
+__device__ __forceinline__ void store_piece(uint4* target, const Raw<Storage>& piece) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(static_cast<u32>(__cvta_generic_to_shared(target))),
+                 "r"(piece.words[0].x), "r"(piece.words[0].y), "r"(piece.words[0].z), "r"(piece.words[0].w)
+                 : "memory");
+}
+
+// In place of what is there, or nothing.
+__device__ __forceinline__ void load_piece(uint4& words, const uint4* source, bool is_wanted) {
+    asm volatile(
+        "{ .reg .pred wanted;\n"
+        "  setp.ne.s32 wanted, %5, 0;\n"
+        "  @wanted ld.shared.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "r"(static_cast<u32>(__cvta_generic_to_shared(source))), "r"(static_cast<int>(is_wanted))
+        : "memory");
+}
+
+// A finished query head of the warp's item, in the room of the partial result that it will have.
+__device__ __forceinline__ uint4* query_row(Shared& shared, int head) {
+    return reinterpret_cast<uint4*>(&shared.acc[threadIdx.x >> 5][head][0]);
+}
+
+// Norms and rotates the item's query heads for this warp, and the newest token for all: its k and v go to the
+// team's room for the warp that has it in a tile, and to the cache, which nobody reads them from in this launch.
+__device__ __forceinline__ void finish_heads(Shared& shared, const Finish& finish, const Place& place,
+                                             Storage* kv_cache, const Storage* heads, i64 row_stride,
+                                             const Item& item) {
+    constexpr int kHalfDim = kHeadDim / 2, kNumHeads = kKvHeads * kGroup;
+    const int tile = (item.stop - 1 - item.start) / kTile / kSharers;
+    const int in_tile = newest_in_tile(shared, item, tile);
+    const bool takes_newest = in_tile >= 0 && in_tile < kTile;
+    const int start = half_start(), kv_head = item.kv_head();
+    const Storage* const row = heads + item.row * row_stride;
+    Halves<Storage> halves[kHeadRounds] = {}, weights[kHeadRounds] = {};
+#pragma unroll
+    for (int i = 0; i < kHeadRounds; ++i) {
+        const int head = i * kHeadsAtOnce + static_cast<int>(threadIdx.x & 31) / kHeadLanes;
+        const int in_row = head < kGroup ? kv_head * kGroup + head : kNumHeads + (head - kGroup) * kKvHeads + kv_head;
+        const bool is_wanted = start < kHalfDim && head < kGroup + (takes_newest ? 2 : 0);
+        if (is_wanted) halves[i] = load_new_halves(row + in_row * kHeadDim, start, kHalfDim);
+        if (is_wanted && finish.q_weight != nullptr) {
+            weights[i] = load_halves(head < kGroup ? finish.q_weight : finish.k_weight, start, kHalfDim);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadRounds; ++i) {
+        const int head = i * kHeadsAtOnce + static_cast<int>(threadIdx.x & 31) / kHeadLanes;
+        Halves<Storage> done = rotate(halves[i], weights[i], finish.q_weight != nullptr, place.angles, kHeadDim,
+                                      kHeadLanes, finish.eps);
+        const int value = head - kGroup;  // 0 for K, 1 for V
+        if (value == 1) done = halves[i];
+        if (start < kHalfDim && head < kGroup + (takes_newest ? 2 : 0)) {
+            uint4* const target = value < 0 ? query_row(shared, head) : shared.newest[my_team()][value];
+            store_piece(target + start / kVec, done.low);
+            store_piece(target + (start + kHalfDim) / kVec, done.high);
+            if (value >= 0 && place.slot >= 0) {
+                store_halves(cache_head(kv_cache, place.slot, kv_head, value, kKvHeads, kBlockSize, kHeadDim), done,
+                             start, kHalfDim);
+            }
+        }
+    }
+    __syncwarp();
+}
+
+// The newest token into a tile that was requested without it; nothing where `token` is none of it.
+__device__ __forceinline__ void take_newest(KeyTile& keys, const Shared& shared, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const uint4* const source = shared.newest[my_team()][0] + t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            load_piece(keys.words[half][span], source + 4 * span, is_dim && token == g + 8 * half);
+        }
+    }
+}
+
+__device__ __forceinline__ void take_newest(ValueTile& values, const Shared& shared, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const uint4* const source = shared.newest[my_team()][kIsRaw ? 1 : 0] + g;
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
+            load_piece(values.words[slot][pass], source + 8 * pass,
+                       is_dim && token == 2 * t + (slot & 1) + 8 * (slot >> 1));
+        }
+    }
+}
+
+__device__ __forceinline__ void take_queries(uint4 (&queries)[kSpans], Shared& shared) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+        const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+        queries[span] = make_uint4(0, 0, 0, 0);
+        load_piece(queries[span], query_row(shared, g < kGroup ? g : 0) + t + 4 * span, is_dim && g < kGroup);
+    }
+}
+
 __device__ __forceinline__ u32 word(const uint4& value, int index) {
     return index == 0 ? value.x : index == 1 ? value.y : index == 2 ? value.z : value.w;
 }
@@ -365,13 +520,18 @@ __device__ void fold_splits(float* scratch, Storage* __restrict__ out, const flo
 extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerSm)
     paged_attention_decode(photon::Storage* __restrict__ out, float* __restrict__ partial_acc,
                            float* __restrict__ partial_stats, int* __restrict__ counters,
-                           const photon::Storage* __restrict__ q,
-                           const photon::Storage* __restrict__ kv_cache, const int* __restrict__ block_tables,
-                           const int* __restrict__ context_lens, int rows, int block_table_stride,
-                           photon::i64 q_row_stride, float scale_log2, int reads_early) {
+                           const photon::Storage* __restrict__ q, photon::Storage* kv_cache,
+                           const int* __restrict__ block_tables, const int* __restrict__ context_lens,
+                           const photon::Storage* __restrict__ q_weight,
+                           const photon::Storage* __restrict__ k_weight, const float* __restrict__ table,
+                           const photon::i64* __restrict__ positions, const photon::i64* __restrict__ slots,
+                           int rows, int block_table_stride, photon::i64 q_row_stride, float scale_log2,
+                           int reads_early, float eps) {
     using namespace photon;
     __shared__ Shared shared;
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+
+    const Finish finish = {q_weight, k_weight, table, positions, slots, eps};
 
     const bool early = kOverlaps && reads_early;
     // Before the wait: the product behind this requests its weights wherever there is room.
@@ -393,24 +553,30 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     KeyTile keys[kStepTiles];
     ValueTile values[kStepTiles];
 
+    // What raw heads become is not in the cache: take_newest puts it where it belongs.
+    const auto stored_stop = [&](const Item& of) { return of.stop - (kIsRaw && has_newest(shared, of)); };
     const auto request_keys = [&](const Item& of, int step) {
+        const int stop = stored_stop(of);
 #pragma unroll
         for (int i = 0; i < kStepTiles; ++i) {
             const int tile = step * kStepTiles + i;
-            load_keys(keys[i], tile_keys(kv_cache, of, tile, block_ids), of.stop - tile_start(of, tile));
+            load_keys(keys[i], tile_keys(kv_cache, of, tile, block_ids), stop - tile_start(of, tile));
         }
     };
     const auto request_values = [&](const Item& of, int step) {
+        const int stop = stored_stop(of);
 #pragma unroll
         for (int i = 0; i < kStepTiles; ++i) {
             const int tile = step * kStepTiles + i;
             load_values(values[i], tile_keys(kv_cache, of, tile, block_ids) + kBlockSize * kHeadDim,
-                        of.stop - tile_start(of, tile));
+                        stop - tile_start(of, tile));
         }
     };
 
+    Place place{};
+    if (kIsRaw) place = find_place(finish, item.row);
     // Less the newest token of the row, where the item has it: it is the last.
-    const bool waits_for_newest = early && item.stop == shared.context_lens[item.row];
+    const bool waits_for_newest = !kIsRaw && early && item.stop == shared.context_lens[item.row];
     if (waits_for_newest) --item.stop;
     request_keys(item, 0);
     request_values(item, 0);
@@ -441,6 +607,9 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         // Kept here because registers are short in the loop. Every lane stores the same.
         shared.current[warp] = item;
         __syncwarp();
+        if (kIsRaw && tile_start(item, 0) < item.stop) {
+            finish_heads(shared, finish, place, kv_cache, q, q_row_stride, item);
+        }
 
         float max_low = kLowest, max_high = kLowest;  // heads 2t and 2t+1
         float sum_low = 0.0f, sum_high = 0.0f;
@@ -449,7 +618,18 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             const bool has_step = tile_start(item, (step + 1) * kStepTiles) < item.stop;
             // Every step anew, while its keys are on their way: registers are short behind the scores.
             uint4 queries[kSpans];
-            load_queries(queries, q, q_row_stride, shared.current[warp]);
+            if (kIsRaw) {
+                take_queries(queries, shared);
+#pragma unroll
+                for (int i = 0; i < kStepTiles; ++i) {
+                    const int newest = newest_in_tile(shared, item, step * kStepTiles + i);
+                    if (newest < 0 || newest >= kTile) continue;
+                    take_newest(keys[i], shared, newest);
+                    take_newest(values[i], shared, newest);
+                }
+            } else {
+                load_queries(queries, q, q_row_stride, shared.current[warp]);
+            }
             float scores[kStepTiles][4];
 #pragma unroll
             for (int i = 0; i < kStepTiles; ++i) multiply_keys(scores[i], keys[i], queries);
@@ -595,6 +775,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
         if (!has_next) return;
         item = shared.next[warp];
+        if (kIsRaw) place = find_place(finish, item.row);
         __syncwarp();
     }
 }

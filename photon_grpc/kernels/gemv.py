@@ -13,7 +13,14 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
-from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
+from photon_grpc.kernels.linear_output import (
+    BEFORE_ATTENTION,
+    OUTPUTS,
+    POINTERS,
+    SIZES,
+    SOURCES,
+    LinearOutput,
+)
 
 TOKEN_TILES = (8, 16)
 """Tokens that a variant has room for."""
@@ -27,6 +34,10 @@ _CHUNK = 64
 _DEPTHS = (6, 5, 4)
 # What the kernel has besides.
 _STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
+# Attention begins to read beside the product of q, k and v. Of the sizes that a multiprocessor may give to
+# shared memory the driver takes the least that holds the product's CTA: this is past one of them (132 KB),
+# whose rest would be too small for attention.
+_BYTES_BESIDE = 126 << 10
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
 _MIN_STAGED_TILES = 2
 
@@ -51,9 +62,17 @@ def token_tile(tokens: int) -> int:
 
 
 def _macros(
-    storage: str, kind: str, input_kind: str, k: int, index: str = "i64", *, tokens: int = 8, depth: int = 6
+    storage: str,
+    kind: str,
+    input_kind: str,
+    k: int,
+    index: str = "i64",
+    *,
+    tokens: int = 8,
+    depth: int = 6,
+    least: int = 0,
 ) -> dict[str, int | str]:
-    shared_bytes = _shared_bytes(input_kind, k, tokens, depth)
+    shared_bytes = max(_shared_bytes(input_kind, k, tokens, depth), least)
     values = (storage, index, kind, input_kind, k, tokens, depth, shared_bytes)
     return dict(zip(_MACROS, values, strict=True))
 
@@ -169,8 +188,16 @@ def _launch(
     depth = _depth(input_kind, k, tile)
     if depth is None:
         raise ValueError(f"{tokens} tokens of {k} values do not fit into shared memory")
+    room = launcher.require_cuda().max_shared_bytes - _STATIC_BYTES[tile]
     macros = _macros(
-        storage_name(weight.dtype), output.kind, input_kind, k, output.index, tokens=tile, depth=depth
+        storage_name(weight.dtype),
+        output.kind,
+        input_kind,
+        k,
+        output.index,
+        tokens=tile,
+        depth=depth,
+        least=_BYTES_BESIDE if output.kind in BEFORE_ATTENTION and room >= _BYTES_BESIDE else 0,
     )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
