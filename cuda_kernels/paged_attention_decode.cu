@@ -20,12 +20,20 @@
 // back to the step's embedding, which does not): they are read while those run. That needs more than the order of
 // the launches: a row that begins in this step may share blocks that another row fills in it.
 //
+// With PHOTON_HEADS raw, q, k and v of the newest token are as their product leaves them, side by side in rows
+// of [q heads, k heads, v heads][head_dim], and this kernel does what rope_store_kv.cu does (photon/rotary.cuh,
+// the same bits): every warp norms and rotates the query heads of its item, rather than wait for another to do
+// it. The one warp whose tile has the newest token finishes k and v too, stores them in slots[row] (-1: nowhere),
+// and has them from shared memory for its own scores. So a slot has one writer and no reader in a launch, and no
+// kernel stands between the product and attention.
+//
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
 //
 // Preconditions: rows <= kMaxRows; pointers 16-byte aligned, q_row_stride a multiple of 8; block ids are
 // valid for positions below context_lens[row] (no other entry is read, and no cache slot behind the context).
-// context_lens[row] == 0 marks an idle row: its output is zero.
+// context_lens[row] == 0 marks an idle row: its output is zero. Raw heads: no row's context has another's newest
+// token; positions lie in the table, slots in the cache.
 //
 // A warp takes 16 cached tokens at a time, as the M operand; the query heads of one kv head are N = 8, so the
 // whole group shares one read of K and V. Both go from memory to registers 16 bytes a lane, straight into mma
@@ -33,107 +41,16 @@
 // neighbouring dims, and q is read alike), for V by interleaving two tokens' words. Nothing is staged in
 // shared memory. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM, of
 // which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
-// combined.
+// combined. The raw heads of the next item are not, for want of registers.
 //
 // float32: scores, softmax, sums, accumulators. Probabilities are rounded to the storage type for the second
 // product. Bound by: reading K and V once; by latency below about 100 items.
 #include "photon/attention_mma.cuh"
+#include "photon/decode_heads.cuh"
+#include "photon/decode_items.cuh"
 #include "photon/dependent_launch.cuh"
-#include "photon/rotary.cuh"
-
-#if !defined(PHOTON_STORAGE) || !defined(PHOTON_HEAD_DIM) || !defined(PHOTON_KV_HEADS) || \
-    !defined(PHOTON_GROUP) || !defined(PHOTON_BLOCK_SIZE) || !defined(PHOTON_CHUNK) ||    \
-    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS) || !defined(PHOTON_SHARERS) || \
-    !defined(PHOTON_HEADS) || !defined(PHOTON_STEP_TILES)
-#error "shape constants must be defined"
-#endif
 
 namespace photon {
-
-typedef PHOTON_STORAGE Storage;
-
-// What q is, and whether the newest token is in the cache: see the head of this file.
-enum Heads { finished, raw };
-constexpr bool kIsRaw = PHOTON_HEADS == raw;
-
-constexpr int kHeadDim = PHOTON_HEAD_DIM;
-constexpr int kKvHeads = PHOTON_KV_HEADS;
-constexpr int kGroup = PHOTON_GROUP;
-constexpr int kBlockSize = PHOTON_BLOCK_SIZE;
-constexpr int kChunk = PHOTON_CHUNK;
-constexpr int kMaxSplits = PHOTON_MAX_SPLITS;
-constexpr int kMaxRows = PHOTON_MAX_ROWS;
-
-constexpr int kTile = 16;
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-// Warps that share an item, a team.
-constexpr int kSharers = PHOTON_SHARERS;
-constexpr int kTeams = kWarps / kSharers;
-constexpr int kTeamThreads = 32 * kSharers;
-constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
-// Tiles that a warp requests and reduces together; more would not fit its registers.
-constexpr int kStepTiles = PHOTON_STEP_TILES;
-constexpr int kStepTokens = kStepTiles * kSharers * kTile;
-// Lane t of four takes 8 dims of each span of 32; lane g of eight takes 8 dims of each pass of 64.
-constexpr int kSpans = (kHeadDim + 31) / 32;
-constexpr int kPasses = (kHeadDim + 63) / 64;
-constexpr int kPairs = kGroup * kHeadDim / 2;
-// Of a row in shared memory; the 8 keep two of four lanes' stores in different banks.
-constexpr int kPartialStride = kHeadDim + 8;
-// Lanes that share a head while it is finished (photon/rotary.cuh), heads that a warp finishes at once, and how often
-// it takes some: the query heads, then k and v of the newest token.
-constexpr int kHeadLanes = kHeadDim <= 16 ? 1 : kHeadDim <= 32 ? 2 : kHeadDim <= 64 ? 4 : 8;
-constexpr int kHeadsAtOnce = 32 / kHeadLanes;
-constexpr int kHeadRounds = (kGroup + 2 + kHeadsAtOnce - 1) / kHeadsAtOnce;
-
-static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "16-byte loads; registers");
-static_assert(kGroup >= 1 && kGroup <= 8, "query heads are N = 8");
-static_assert(kBlockSize % kTile == 0, "a tile lies in one block");
-static_assert(kWarps % kSharers == 0, "whole teams");
-static_assert(kChunk % kStepTokens == 0, "a chunk is whole steps of a team");
-static_assert(kMaxSplits * 2 <= kSharers * kPartialStride, "the fold reuses the partials' room");
-
-// Aligned, so that a load of 16 bytes from shared memory has none of its neighbour's, which another warp writes.
-struct alignas(16) Item {
-    int index;
-    int row;
-    int start;
-    int stop;
-
-    __device__ __forceinline__ int kv_head() const { return index % kKvHeads; }
-    __device__ __forceinline__ i64 row_head() const { return static_cast<i64>(row) * kKvHeads + kv_head(); }
-};
-
-struct Shared {
-    float acc[kWarps][kGroup][kPartialStride];
-    float max[kWarps][8];
-    float sum[kWarps][8];
-    int first_split[kMaxRows + 1];
-    int context_lens[kMaxRows];
-    int warp_totals[kWarps];
-    Item current[kWarps];
-    Item next[kWarps];
-    int is_last[kTeams];
-    // Of raw heads: k and v of the newest token of the team's item. Its q is where its partial results will be.
-    uint4 newest[kTeams][kIsRaw ? 2 : 1][kIsRaw ? kHeadDim / kVec : 1];
-};
-
-// What raw heads become what they should be by; null and unused where they are finished.
-struct Finish {
-    const Storage* q_weight;  // [head_dim] each, null where there is no norm
-    const Storage* k_weight;
-    const float* table;
-    const i64* positions;
-    const i64* slots;
-    float eps;
-};
-
-// What the newest token's place has to do with it, requested ahead of the token.
-struct Place {
-    Angles angles;
-    i64 slot;
-};
 
 struct KeyTile {
     uint4 words[2][kSpans];
@@ -142,115 +59,6 @@ struct KeyTile {
 struct ValueTile {
     uint4 words[4][kPasses];
 };
-
-__device__ __forceinline__ int split_tokens(int context_len) {
-    if (context_len <= kMaxSplits * kChunk) return kChunk;
-    return ((context_len + kMaxSplits - 1) / kMaxSplits + kTile - 1) / kTile * kTile;
-}
-
-// At least one, so that an idle row has an item that writes its zeros.
-__device__ __forceinline__ int count_splits(int context_len) {
-    const int tokens = split_tokens(context_len);
-    return max((context_len + tokens - 1) / tokens, 1);
-}
-
-// Fills first_split (prefix sums) and context_lens.
-__device__ void sum_splits(Shared& shared, const int* __restrict__ context_lens, int rows) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int before = 0;
-    for (int base = 0; base < rows; base += kThreads) {
-        const int row = base + static_cast<int>(threadIdx.x);
-        const int context_len = row < rows ? load_index(context_lens + row) : 0;
-        const int splits = row < rows ? count_splits(context_len) : 0;
-        int sum = splits;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int below = __shfl_up_sync(kAllLanes, sum, distance);
-            if (lane >= distance) sum += below;
-        }
-        if (lane == 31) shared.warp_totals[warp] = sum;
-        __syncthreads();
-        int total = 0;
-#pragma unroll
-        for (int other = 0; other < kWarps; ++other) {
-            if (other == warp) sum += total;
-            total += shared.warp_totals[other];
-        }
-        if (row < rows) {
-            shared.first_split[row] = before + sum - splits;
-            shared.context_lens[row] = context_len;
-        }
-        before += total;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) shared.first_split[rows] = before;
-    __syncthreads();
-}
-
-__device__ __forceinline__ Item locate(const Shared& shared, int rows, int index) {
-    const int global_split = index / kKvHeads;
-    int low = 0, high = rows - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (shared.first_split[middle] <= global_split) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    const int context_len = shared.context_lens[low];
-    const int tokens = split_tokens(context_len);
-    Item item;
-    item.index = index;
-    item.row = low;
-    item.start = (global_split - shared.first_split[low]) * tokens;
-    item.stop = min(item.start + tokens, context_len);
-    return item;
-}
-
-__device__ __forceinline__ int my_team() {
-    return kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
-}
-
-// Its first warp.
-__device__ __forceinline__ int my_first_warp() {
-    return my_team() * kSharers;
-}
-
-__device__ __forceinline__ int thread_in_team() {
-    return static_cast<int>(threadIdx.x) % kTeamThreads;
-}
-
-// Barrier 0 is __syncthreads.
-__device__ __forceinline__ void sync_team() {
-    if (kSharers == 1) {
-        __syncwarp();
-    } else if (kTeams == 1) {
-        __syncthreads();
-    } else {
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + my_team()), "n"(kTeamThreads) : "memory");
-    }
-}
-
-// First token of a warp's tile: the warps of a team take the tiles of an item in turn.
-__device__ __forceinline__ int tile_start(const Item& item, int tile) {
-    return item.start + (tile * kSharers + static_cast<int>(threadIdx.x >> 5) % kSharers) * kTile;
-}
-
-// Lane i gets the block id of the warp's tile first_tile + i.
-__device__ __forceinline__ int load_block_ids(const Item& item, int first_tile,
-                                              const int* __restrict__ block_tables, int block_table_stride) {
-    const int token = tile_start(item, first_tile + static_cast<int>(threadIdx.x & 31));
-    if (token >= item.stop) return 0;
-    return load_index(block_tables + static_cast<i64>(item.row) * block_table_stride + token / kBlockSize);
-}
-
-__device__ __forceinline__ const Storage* tile_keys(const Storage* __restrict__ kv_cache, const Item& item,
-                                                    int tile, int block_ids) {
-    const i64 block_id = __shfl_sync(kAllLanes, block_ids, tile & 31);
-    return kv_cache + (block_id * kKvHeads + item.kv_head()) * (2 * kBlockSize * kHeadDim) +
-           tile_start(item, tile) % kBlockSize * kHeadDim;
-}
 
 // Slots behind the context are not read: they count as zero, so nothing in them reaches a product.
 __device__ __forceinline__ void load_keys(KeyTile& keys, const Storage* __restrict__ source, int num_tokens) {
@@ -310,95 +118,6 @@ __device__ __forceinline__ void reload_values(ValueTile& values, const Storage* 
     }
 }
 
-// Whether the row's newest token is the item's last.
-__device__ __forceinline__ bool has_newest(const Shared& shared, const Item& item) {
-    return item.stop > 0 && item.stop == shared.context_lens[item.row];
-}
-
-// Where in the warp's tile the newest token is; outside of 0 .. kTile - 1 where it is not.
-__device__ __forceinline__ int newest_in_tile(const Shared& shared, const Item& item, int tile) {
-    return has_newest(shared, item) ? item.stop - 1 - tile_start(item, tile) : -1;
-}
-
-// Where the lane begins in the half of a head that it has a part of.
-__device__ __forceinline__ int half_start() {
-    return kVec * (static_cast<int>(threadIdx.x) % kHeadLanes);
-}
-
-__device__ __forceinline__ Place find_place(const Finish& finish, int row) {
-    Place place{};
-    place.slot = load_index(finish.slots + row);
-    const i64 position = load_index(finish.positions + row);
-    if (half_start() < kHeadDim / 2) {
-        place.angles = load_halves(finish.table + position * kHeadDim, half_start(), kHeadDim / 2);
-    }
-    return place;
-}
-
-__device__ __forceinline__ void store_piece(uint4* target, const Raw<Storage>& piece) {
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(static_cast<u32>(__cvta_generic_to_shared(target))),
-                 "r"(piece.words[0].x), "r"(piece.words[0].y), "r"(piece.words[0].z), "r"(piece.words[0].w)
-                 : "memory");
-}
-
-// In place of what is there, or nothing.
-__device__ __forceinline__ void load_piece(uint4& words, const uint4* source, bool is_wanted) {
-    asm volatile(
-        "{ .reg .pred wanted;\n"
-        "  setp.ne.s32 wanted, %5, 0;\n"
-        "  @wanted ld.shared.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-        : "r"(static_cast<u32>(__cvta_generic_to_shared(source))), "r"(static_cast<int>(is_wanted))
-        : "memory");
-}
-
-// A finished query head of the warp's item, in the room of the partial result that it will have.
-__device__ __forceinline__ uint4* query_row(Shared& shared, int head) {
-    return reinterpret_cast<uint4*>(&shared.acc[threadIdx.x >> 5][head][0]);
-}
-
-// Norms and rotates the item's query heads for this warp, and the newest token for all: its k and v go to the
-// team's room for the warp that has it in a tile, and to the cache, which nobody reads them from in this launch.
-__device__ __forceinline__ void finish_heads(Shared& shared, const Finish& finish, const Place& place,
-                                             Storage* kv_cache, const Storage* heads, i64 row_stride,
-                                             const Item& item) {
-    constexpr int kHalfDim = kHeadDim / 2, kNumHeads = kKvHeads * kGroup;
-    const int tile = (item.stop - 1 - item.start) / kTile / kSharers;
-    const int in_tile = newest_in_tile(shared, item, tile);
-    const bool takes_newest = in_tile >= 0 && in_tile < kTile;
-    const int start = half_start(), kv_head = item.kv_head();
-    const Storage* const row = heads + item.row * row_stride;
-    Halves<Storage> halves[kHeadRounds] = {}, weights[kHeadRounds] = {};
-#pragma unroll
-    for (int i = 0; i < kHeadRounds; ++i) {
-        const int head = i * kHeadsAtOnce + static_cast<int>(threadIdx.x & 31) / kHeadLanes;
-        const int in_row = head < kGroup ? kv_head * kGroup + head : kNumHeads + (head - kGroup) * kKvHeads + kv_head;
-        const bool is_wanted = start < kHalfDim && head < kGroup + (takes_newest ? 2 : 0);
-        if (is_wanted) halves[i] = load_new_halves(row + in_row * kHeadDim, start, kHalfDim);
-        if (is_wanted && finish.q_weight != nullptr) {
-            weights[i] = load_halves(head < kGroup ? finish.q_weight : finish.k_weight, start, kHalfDim);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadRounds; ++i) {
-        const int head = i * kHeadsAtOnce + static_cast<int>(threadIdx.x & 31) / kHeadLanes;
-        Halves<Storage> done = rotate(halves[i], weights[i], finish.q_weight != nullptr, place.angles, kHeadDim,
-                                      kHeadLanes, finish.eps);
-        const int value = head - kGroup;  // 0 for K, 1 for V
-        if (value == 1) done = halves[i];
-        if (start < kHalfDim && head < kGroup + (takes_newest ? 2 : 0)) {
-            uint4* const target = value < 0 ? query_row(shared, head) : shared.newest[my_team()][value];
-            store_piece(target + start / kVec, done.low);
-            store_piece(target + (start + kHalfDim) / kVec, done.high);
-            if (value >= 0 && place.slot >= 0) {
-                store_halves(cache_head(kv_cache, place.slot, kv_head, value, kKvHeads, kBlockSize, kHeadDim), done,
-                             start, kHalfDim);
-            }
-        }
-    }
-    __syncwarp();
-}
-
 // The newest token into a tile that was requested without it; nothing where `token` is none of it.
 __device__ __forceinline__ void take_newest(KeyTile& keys, const Shared& shared, int token) {
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
@@ -424,16 +143,6 @@ __device__ __forceinline__ void take_newest(ValueTile& values, const Shared& sha
             load_piece(values.words[slot][pass], source + 8 * pass,
                        is_dim && token == 2 * t + (slot & 1) + 8 * (slot >> 1));
         }
-    }
-}
-
-__device__ __forceinline__ void take_queries(uint4 (&queries)[kSpans], Shared& shared) {
-    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-#pragma unroll
-    for (int span = 0; span < kSpans; ++span) {
-        const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
-        queries[span] = make_uint4(0, 0, 0, 0);
-        load_piece(queries[span], query_row(shared, g < kGroup ? g : 0) + t + 4 * span, is_dim && g < kGroup);
     }
 }
 

@@ -13,14 +13,7 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
-from photon_grpc.kernels.linear_output import (
-    BEFORE_ATTENTION,
-    OUTPUTS,
-    POINTERS,
-    SIZES,
-    SOURCES,
-    LinearOutput,
-)
+from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
 
 TOKEN_TILES = (8, 16)
 """Tokens that a variant has room for."""
@@ -32,12 +25,11 @@ _CHUNK = 64
 # Chunks of a thread's ring. The rings and what else is shared take more than half of a multiprocessor. Where
 # many tokens leave no room for six, four still cover the latency.
 _DEPTHS = (6, 5, 4)
+# Those that are requested before the kernel before this one has finished. The first reads of x queue behind
+# them; of one or two tokens in the rings these are few enough for more.
+_EARLY, _EAGER, _EAGER_TOKENS = 2, 5, 2
 # What the kernel has besides.
 _STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
-# Attention begins to read beside the product of q, k and v. Of the sizes that a multiprocessor may give to
-# shared memory the driver takes the least that holds the product's CTA: this is past one of them (132 KB),
-# whose rest would be too small for attention.
-_BYTES_BESIDE = 126 << 10
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
 _MIN_STAGED_TILES = 2
 
@@ -49,6 +41,7 @@ _MACROS = (
     "PHOTON_K",
     "PHOTON_TOKENS",
     "PHOTON_DEPTH",
+    "PHOTON_EARLY",
     "PHOTON_SHARED_BYTES",
 )
 
@@ -70,10 +63,10 @@ def _macros(
     *,
     tokens: int = 8,
     depth: int = 6,
-    least: int = 0,
+    early: int = _EARLY,
 ) -> dict[str, int | str]:
-    shared_bytes = max(_shared_bytes(input_kind, k, tokens, depth), least)
-    values = (storage, index, kind, input_kind, k, tokens, depth, shared_bytes)
+    shared_bytes = _shared_bytes(input_kind, k, tokens, depth)
+    values = (storage, index, kind, input_kind, k, tokens, depth, early, shared_bytes)
     return dict(zip(_MACROS, values, strict=True))
 
 
@@ -118,7 +111,11 @@ GEMV = KernelSpec(
             )
         ),
         *(_macros("bf16", "float_rows", "staged", k) for k in (2048, 3072)),
-        *(_macros("bf16", "add_rows", "direct", k) for k in (2048, 8192, 4096, 14336)),
+        *(
+            _macros("bf16", "add_rows", "direct", k, early=early)
+            for k in (2048, 8192, 4096, 14336)
+            for early in (_EARLY, _EAGER)
+        ),
         *(_macros("bf16", kind, "normed", 3072) for kind in ("rope_and_store", "silu_and_mul")),
         *(_macros("f16", kind, "normed", 896) for kind in OUTPUTS),
         *(_macros("f16", "add_rows", "direct", k) for k in (896, 4864, 18944)),
@@ -188,7 +185,7 @@ def _launch(
     depth = _depth(input_kind, k, tile)
     if depth is None:
         raise ValueError(f"{tokens} tokens of {k} values do not fit into shared memory")
-    room = launcher.require_cuda().max_shared_bytes - _STATIC_BYTES[tile]
+    eager = input_kind == "direct" and tokens <= _EAGER_TOKENS
     macros = _macros(
         storage_name(weight.dtype),
         output.kind,
@@ -197,7 +194,7 @@ def _launch(
         output.index,
         tokens=tile,
         depth=depth,
-        least=_BYTES_BESIDE if output.kind in BEFORE_ATTENTION and room >= _BYTES_BESIDE else 0,
+        early=min(_EAGER if eager else _EARLY, depth - 1),
     )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)

@@ -16,8 +16,6 @@ from photon_grpc.kernels.checks import index_name, require, require_index, requi
 from photon_grpc.kernels.launcher import Argument, Pointer
 
 OUTPUTS = ("store_rows", "add_rows", "float_rows", "silu_and_mul", "rope_and_store")
-BEFORE_ATTENTION = ("rope_and_store", "store_rows")
-"""Those that attention comes behind: of q, k and v heads, final or for attention to make so."""
 PAIRS_PER_TILE = 8
 
 POINTERS = (Pointer, Pointer)

@@ -27,7 +27,8 @@ _MAX_HEAD_DIM = 128
 # Two CTAs are resident on a multiprocessor, with half of the registers each.
 _SMALL_HEAD_DIM = 64
 _WARPS = 8
-_STEP_TILES, _RAW_STEP_TILES = 2, 1
+# A row of so many tokens has a team for every item, or raw heads are left to a kernel of their own.
+_RAW_CONTEXT = 4096
 _SHARERS = (8, 4, 2, 1)
 """Warps that share an item."""
 _CROWDING = 1.5
@@ -47,7 +48,6 @@ _MACROS = (
     "PHOTON_MAX_ROWS",
     "PHOTON_SHARERS",
     "PHOTON_HEADS",
-    "PHOTON_STEP_TILES",
 )
 
 
@@ -105,6 +105,19 @@ def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_war
     return _SHARERS[-1]
 
 
+def can_finish(rows: int, num_kv_heads: int, group: int, head_dim: int, max_context: int) -> bool:
+    """Whether `rope_store_attend` is the faster way on this device for rows of up to `max_context` tokens.
+
+    A kernel less saves 1 to 3 us, and every further item of a team costs 2, since its heads are requested
+    when the one before is done. Lengths are not known where a step is captured: so it is for rows whose items
+    have a team each, up to 4,096 tokens.
+    """
+    warps = launcher.require_cuda().num_multiprocessors * _WARPS
+    splits = min(-(-min(max_context, _RAW_CONTEXT) // CHUNK_TOKENS), max_splits(num_kv_heads))
+    sharers = num_sharers(rows, num_kv_heads, group, head_dim, warps)
+    return rows * num_kv_heads * splits * sharers <= warps
+
+
 def _macros(
     storage: str,
     num_kv_heads: int,
@@ -126,7 +139,6 @@ def _macros(
         MAX_ROWS,
         sharers,
         heads,
-        _RAW_STEP_TILES if heads == "raw" else _STEP_TILES,
     )
     return dict(zip(_MACROS, values, strict=True))
 
@@ -175,10 +187,9 @@ PAGED_ATTENTION_DECODE = KernelSpec(
         _macros(storage, *shape, heads="raw")
         for storage in ("bf16", "f16")
         for shape in (
-            *((*shape, sharers) for shape in ((8, 2, 128, 16), (8, 4, 128, 32)) for sharers in (8, 4, 2, 1)),
-            *((*shape, sharers) for shape in ((8, 5, 128, 16), (8, 8, 128, 16)) for sharers in (8, 2)),
-            (8, 1, 64, 16, 2),
-            (2, 7, 64, 16),
+            *((*shape, sharers) for shape in ((8, 2, 128, 16), (8, 4, 128, 32)) for sharers in (8, 2)),
+            (8, 5, 128, 16),
+            (8, 8, 128, 16),
             (4, 3, 80, 16),
             (4, 4, 32, 16),
         )
@@ -310,7 +321,8 @@ def _launch(
     require("stats", workspace.stats, torch.float32, max_rows, num_kv_heads, splits, group, 2)
     require_index("counters", workspace.counters, torch.int32, max_rows, num_kv_heads)
     # As many CTAs as are resident at a time, or as a batch of these rows can have items.
-    resident = launcher.require_cuda().num_multiprocessors * (2 if head_dim == _SMALL_HEAD_DIM else 1)
+    ctas_per_sm = 2 if head_dim == _SMALL_HEAD_DIM and finish is None else 1
+    resident = launcher.require_cuda().num_multiprocessors * ctas_per_sm
     sharers = num_sharers(rows, num_kv_heads, group, head_dim, resident * _WARPS)
     ctas = min(resident, -(-rows * num_kv_heads * splits * sharers // _WARPS))
     heads = "finished" if finish is None else "raw"

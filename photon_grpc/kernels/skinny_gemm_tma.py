@@ -14,15 +14,7 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, TensorMap
-from photon_grpc.kernels.linear_output import (
-    BEFORE_ATTENTION,
-    OUTPUTS,
-    PAIRS_PER_TILE,
-    POINTERS,
-    SIZES,
-    SOURCES,
-    LinearOutput,
-)
+from photon_grpc.kernels.linear_output import OUTPUTS, PAIRS_PER_TILE, POINTERS, SIZES, SOURCES, LinearOutput
 from photon_grpc.kernels.skinny_gemm import TOKEN_TILES, token_tile
 from photon_grpc.kernels.tensor_map import tensor_map
 
@@ -127,7 +119,7 @@ def _macros(
         return most // (stage_bytes + 2 * _BARRIER_BYTES)
 
     stages = room(all_bytes)
-    if kind in BEFORE_ATTENTION and cut.residents > 1:
+    if kind == "rope_and_store" and cut.residents > 1:
         beside = room(all_bytes - _NEIGHBOUR_BYTES)
         stages = beside if beside >= _MIN_STAGES_BESIDE else stages
     stages = min(stages, _MAX_STAGES) if cut.splits == 1 else min(stages, _MAX_STAGES, blocks)

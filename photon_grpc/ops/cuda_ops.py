@@ -30,6 +30,7 @@ from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.paged_attention_decode import (
     DecodeWorkspace,
     allocate_workspace,
+    can_finish,
     paged_attention_decode,
     rope_store_attend,
 )
@@ -156,11 +157,10 @@ class CudaOps(Ops):
         metadata: AttentionMetadata,
         scale: float,
     ) -> Tensor:
-        weight = projection[0]
         tokens = residual.shape[0]
         # The norm of a head needs all of it, and a CTA of the product has a part. Attention has it whole, and
-        # where there are decode rows alone nobody else in the step reads what it writes.
-        if qk_norm is None or not _all_old(metadata, tokens) or weight.dtype is torch.float32:
+        # where there are decode rows alone nobody else in the layer reads what it writes.
+        if qk_norm is None or not _finishes_heads(num_heads, layer_cache, metadata, tokens):
             return super().norm_qkv_attention(
                 update,
                 residual,
@@ -367,9 +367,20 @@ def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool 
         skinny_gemm.skinny_gemm(output, x, weight, warpgroup=True)
 
 
-def _all_old(metadata: AttentionMetadata, num_tokens: int) -> bool:
-    """Whether a step of so many tokens is of decode rows that see nothing of one another."""
-    return metadata.context_is_old and metadata.num_decodes == num_tokens > 0
+def _finishes_heads(
+    num_heads: int, layer_cache: Tensor, metadata: AttentionMetadata, num_tokens: int
+) -> bool:
+    """Whether attention norms and rotates q and k of a step of so many tokens, and stores k and v.
+
+    Where all are decode rows, of which none sees what another stores in this step, and it pays.
+    """
+    if not metadata.context_is_old or not metadata.num_decodes == num_tokens > 0:
+        return False
+    if layer_cache.dtype is torch.float32:
+        return False
+    _, num_kv_heads, _, block_size, head_dim = layer_cache.shape
+    max_context = metadata.block_tables.shape[1] * block_size
+    return can_finish(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim, max_context)
 
 
 def _plan_of(metadata: AttentionMetadata) -> _Plan:

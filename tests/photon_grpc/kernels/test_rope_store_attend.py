@@ -45,14 +45,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int16)
 
 
-@pytest.fixture
-def as_raw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launch apart adds a row's tokens in the order of the launch together."""
-    monkeypatch.setattr(module, "_STEP_TILES", module._RAW_STEP_TILES)
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("as_raw")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("normed", [True, False])
 def test_results_and_cache_have_the_bits_of_the_launches_apart(shape: Shape, normed: bool) -> None:
@@ -74,7 +67,6 @@ def test_against_float64(shape: Shape, normed: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("as_raw")
 @pytest.mark.parametrize("sharers", [8, 4, 2, 1])
 @pytest.mark.parametrize("shape", [QWEN_600M, QWEN_4B], ids=str)
 def test_teams_of_any_size_with_several_items(
@@ -196,6 +188,16 @@ def test_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eps == pytest.approx(1e-6)
     assert launch.variant.macros["PHOTON_HEADS"] == "raw"
     assert launch.variant.macros["PHOTON_GROUP"] == 4
+
+
+def test_it_is_for_rows_whose_items_have_a_team_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeLauncher().install(monkeypatch)
+    shape = (8, 2, 128)
+    rows = (1, 2, 3, 4, 16, 64, 128, 256)
+    assert [module.can_finish(count, *shape, 16_384) for count in rows] == [True, True] + [False] * 6
+    # As many rows as attention has in one go, where none can have a second split.
+    assert [module.can_finish(count, *shape, 512) for count in rows] == [True] * 7 + [False]
+    assert [module.can_finish(count, *shape, 513) for count in rows] == [True] * 4 + [False] * 4
 
 
 def test_without_a_norm_there_are_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
