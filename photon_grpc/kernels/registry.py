@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 from photon_grpc.kernels import (
     apply_updates,
+    best_token,
     embedding,
     gemv,
+    head_gemm,
     paged_attention_decode,
     paged_attention_prefill,
     rmsnorm,
@@ -26,8 +28,10 @@ from photon_grpc.kernels.launcher import KernelSpec, Variant
 
 SPECS: tuple[KernelSpec, ...] = (
     *apply_updates.SPECS,
+    *best_token.SPECS,
     *embedding.SPECS,
     *gemv.SPECS,
+    *head_gemm.SPECS,
     *paged_attention_decode.SPECS,
     *paged_attention_prefill.SPECS,
     *rmsnorm.SPECS,

@@ -186,9 +186,9 @@ def test_one_or_two_tokens_in_the_rings_leave_room_for_more_early_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launches = FakeLauncher().install(monkeypatch).launches
-    for tokens in (1, 2, 3, 8):
-        gemv(store(tokens, 32), torch.zeros(tokens, 1024).bfloat16(), torch.zeros(32, 1024).bfloat16())
-    gemv(store(1, 8192), torch.zeros(1, 1024).bfloat16(), torch.zeros(8192, 1024).bfloat16())
+    for tokens, n in ((1, 32), (2, 32), (3, 32), (8, 32), (1, 8192)):
+        residual, x = torch.zeros(tokens, n), torch.zeros(tokens, 1024).bfloat16()
+        gemv(linear_output.add_rows(residual), x, torch.zeros(n, 1024).bfloat16())
     assert [launch.variant.macros["PHOTON_EARLY"] for launch in launches] == [5, 5, 2, 2, 2]
     assert {launch.variant.macros["PHOTON_INPUT"] for launch in launches[:-1]} == {"direct"}
 
