@@ -19,7 +19,7 @@
 //
 // The rings take more than half of the shared memory, so that a multiprocessor has one of these CTAs at a time.
 // Where two fit, those of the next kernel gather where this one leaves room, and whoever shares a multiprocessor
-// is late by as much as the overlap gains, and more. kEarly chunks are requested before the kernel before
+// is late by as much as the overlap gains, and more. PHOTON_EARLY chunks are requested before the kernel before
 // this one has finished. The others come behind the first reads of x, which would queue behind them otherwise.
 //
 // Launch: grid of any size (one CTA per multiprocessor keeps room for the next kernel), kThreads threads,
@@ -37,8 +37,8 @@
 #include "photon/reduce.cuh"
 
 #if !defined(PHOTON_K) || !defined(PHOTON_INPUT) || !defined(PHOTON_TOKENS) || !defined(PHOTON_DEPTH) || \
-    !defined(PHOTON_SHARED_BYTES)
-#error "PHOTON_K, PHOTON_INPUT, PHOTON_TOKENS, PHOTON_DEPTH and PHOTON_SHARED_BYTES must be defined"
+    !defined(PHOTON_EARLY) || !defined(PHOTON_SHARED_BYTES)
+#error "a macro of photon_grpc/kernels/gemv.py is not defined"
 #endif
 
 namespace photon {
@@ -68,7 +68,7 @@ constexpr int kTokensTogether = 4;
 constexpr int kWeightPieces = 4;
 constexpr int kPieces = kWeightPieces + (kInput == direct ? 2 * kTokenTiles : 0);
 constexpr int kDepth = PHOTON_DEPTH;
-constexpr int kEarly = 2;
+constexpr int kEarly = PHOTON_EARLY;
 constexpr int kPieceBytes = 16 * kThreads;
 constexpr int kSlotBytes = kPieces * kPieceBytes;
 constexpr int kRingBytes = kDepth * kSlotBytes;

@@ -20,12 +20,20 @@
 // back to the step's embedding, which does not): they are read while those run. That needs more than the order of
 // the launches: a row that begins in this step may share blocks that another row fills in it.
 //
+// With PHOTON_HEADS raw, q, k and v of the newest token are as their product leaves them, side by side in rows
+// of [q heads, k heads, v heads][head_dim], and this kernel does what rope_store_kv.cu does (photon/rotary.cuh,
+// the same bits): every warp norms and rotates the query heads of its item, rather than wait for another to do
+// it. The one warp whose tile has the newest token finishes k and v too, stores them in slots[row] (-1: nowhere),
+// and has them from shared memory for its own scores. So a slot has one writer and no reader in a launch, and no
+// kernel stands between the product and attention.
+//
 // Launch: grid of any size (multiprocessors * kCtasPerSm fills the machine), kThreads threads, no dynamic
 // shared memory. Two launches that share workspace and counters must not overlap.
 //
 // Preconditions: rows <= kMaxRows; pointers 16-byte aligned, q_row_stride a multiple of 8; block ids are
 // valid for positions below context_lens[row] (no other entry is read, and no cache slot behind the context).
-// context_lens[row] == 0 marks an idle row: its output is zero.
+// context_lens[row] == 0 marks an idle row: its output is zero. Raw heads: no row's context has another's newest
+// token; positions lie in the table, slots in the cache.
 //
 // A warp takes 16 cached tokens at a time, as the M operand; the query heads of one kv head are N = 8, so the
 // whole group shares one read of K and V. Both go from memory to registers 16 bytes a lane, straight into mma
@@ -33,79 +41,16 @@
 // neighbouring dims, and q is read alike), for V by interleaving two tokens' words. Nothing is staged in
 // shared memory. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM, of
 // which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
-// combined.
+// combined. The raw heads of the next item are not, for want of registers.
 //
 // float32: scores, softmax, sums, accumulators. Probabilities are rounded to the storage type for the second
 // product. Bound by: reading K and V once; by latency below about 100 items.
 #include "photon/attention_mma.cuh"
+#include "photon/decode_heads.cuh"
+#include "photon/decode_items.cuh"
 #include "photon/dependent_launch.cuh"
-#include "photon/vec.cuh"
-
-#if !defined(PHOTON_STORAGE) || !defined(PHOTON_HEAD_DIM) || !defined(PHOTON_KV_HEADS) || \
-    !defined(PHOTON_GROUP) || !defined(PHOTON_BLOCK_SIZE) || !defined(PHOTON_CHUNK) ||    \
-    !defined(PHOTON_MAX_SPLITS) || !defined(PHOTON_MAX_ROWS) || !defined(PHOTON_SHARERS)
-#error "shape constants must be defined"
-#endif
 
 namespace photon {
-
-typedef PHOTON_STORAGE Storage;
-
-constexpr int kHeadDim = PHOTON_HEAD_DIM;
-constexpr int kKvHeads = PHOTON_KV_HEADS;
-constexpr int kGroup = PHOTON_GROUP;
-constexpr int kBlockSize = PHOTON_BLOCK_SIZE;
-constexpr int kChunk = PHOTON_CHUNK;
-constexpr int kMaxSplits = PHOTON_MAX_SPLITS;
-constexpr int kMaxRows = PHOTON_MAX_ROWS;
-
-constexpr int kTile = 16;
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-// Warps that share an item, a team.
-constexpr int kSharers = PHOTON_SHARERS;
-constexpr int kTeams = kWarps / kSharers;
-constexpr int kTeamThreads = 32 * kSharers;
-constexpr int kCtasPerSm = kHeadDim == 64 ? 2 : 1;
-// Tiles that a warp requests and reduces together; more would not fit its registers.
-constexpr int kStepTiles = 2;
-constexpr int kStepTokens = kStepTiles * kSharers * kTile;
-// Lane t of four takes 8 dims of each span of 32; lane g of eight takes 8 dims of each pass of 64.
-constexpr int kSpans = (kHeadDim + 31) / 32;
-constexpr int kPasses = (kHeadDim + 63) / 64;
-constexpr int kPairs = kGroup * kHeadDim / 2;
-// Of a row in shared memory; the 8 keep two of four lanes' stores in different banks.
-constexpr int kPartialStride = kHeadDim + 8;
-
-static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "16-byte loads; registers");
-static_assert(kGroup >= 1 && kGroup <= 8, "query heads are N = 8");
-static_assert(kBlockSize % kTile == 0, "a tile lies in one block");
-static_assert(kWarps % kSharers == 0, "whole teams");
-static_assert(kChunk % kStepTokens == 0, "a chunk is whole steps of a team");
-static_assert(kMaxSplits * 2 <= kSharers * kPartialStride, "the fold reuses the partials' room");
-
-// Aligned, so that a load of 16 bytes from shared memory has none of its neighbour's, which another warp writes.
-struct alignas(16) Item {
-    int index;
-    int row;
-    int start;
-    int stop;
-
-    __device__ __forceinline__ int kv_head() const { return index % kKvHeads; }
-    __device__ __forceinline__ i64 row_head() const { return static_cast<i64>(row) * kKvHeads + kv_head(); }
-};
-
-struct Shared {
-    float acc[kWarps][kGroup][kPartialStride];
-    float max[kWarps][8];
-    float sum[kWarps][8];
-    int first_split[kMaxRows + 1];
-    int context_lens[kMaxRows];
-    int warp_totals[kWarps];
-    Item current[kWarps];
-    Item next[kWarps];
-    int is_last[kTeams];
-};
 
 struct KeyTile {
     uint4 words[2][kSpans];
@@ -114,115 +59,6 @@ struct KeyTile {
 struct ValueTile {
     uint4 words[4][kPasses];
 };
-
-__device__ __forceinline__ int split_tokens(int context_len) {
-    if (context_len <= kMaxSplits * kChunk) return kChunk;
-    return ((context_len + kMaxSplits - 1) / kMaxSplits + kTile - 1) / kTile * kTile;
-}
-
-// At least one, so that an idle row has an item that writes its zeros.
-__device__ __forceinline__ int count_splits(int context_len) {
-    const int tokens = split_tokens(context_len);
-    return max((context_len + tokens - 1) / tokens, 1);
-}
-
-// Fills first_split (prefix sums) and context_lens.
-__device__ void sum_splits(Shared& shared, const int* __restrict__ context_lens, int rows) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int before = 0;
-    for (int base = 0; base < rows; base += kThreads) {
-        const int row = base + static_cast<int>(threadIdx.x);
-        const int context_len = row < rows ? load_index(context_lens + row) : 0;
-        const int splits = row < rows ? count_splits(context_len) : 0;
-        int sum = splits;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int below = __shfl_up_sync(kAllLanes, sum, distance);
-            if (lane >= distance) sum += below;
-        }
-        if (lane == 31) shared.warp_totals[warp] = sum;
-        __syncthreads();
-        int total = 0;
-#pragma unroll
-        for (int other = 0; other < kWarps; ++other) {
-            if (other == warp) sum += total;
-            total += shared.warp_totals[other];
-        }
-        if (row < rows) {
-            shared.first_split[row] = before + sum - splits;
-            shared.context_lens[row] = context_len;
-        }
-        before += total;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) shared.first_split[rows] = before;
-    __syncthreads();
-}
-
-__device__ __forceinline__ Item locate(const Shared& shared, int rows, int index) {
-    const int global_split = index / kKvHeads;
-    int low = 0, high = rows - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (shared.first_split[middle] <= global_split) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    const int context_len = shared.context_lens[low];
-    const int tokens = split_tokens(context_len);
-    Item item;
-    item.index = index;
-    item.row = low;
-    item.start = (global_split - shared.first_split[low]) * tokens;
-    item.stop = min(item.start + tokens, context_len);
-    return item;
-}
-
-__device__ __forceinline__ int my_team() {
-    return kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
-}
-
-// Its first warp.
-__device__ __forceinline__ int my_first_warp() {
-    return my_team() * kSharers;
-}
-
-__device__ __forceinline__ int thread_in_team() {
-    return static_cast<int>(threadIdx.x) % kTeamThreads;
-}
-
-// Barrier 0 is __syncthreads.
-__device__ __forceinline__ void sync_team() {
-    if (kSharers == 1) {
-        __syncwarp();
-    } else if (kTeams == 1) {
-        __syncthreads();
-    } else {
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + my_team()), "n"(kTeamThreads) : "memory");
-    }
-}
-
-// First token of a warp's tile: the warps of a team take the tiles of an item in turn.
-__device__ __forceinline__ int tile_start(const Item& item, int tile) {
-    return item.start + (tile * kSharers + static_cast<int>(threadIdx.x >> 5) % kSharers) * kTile;
-}
-
-// Lane i gets the block id of the warp's tile first_tile + i.
-__device__ __forceinline__ int load_block_ids(const Item& item, int first_tile,
-                                              const int* __restrict__ block_tables, int block_table_stride) {
-    const int token = tile_start(item, first_tile + static_cast<int>(threadIdx.x & 31));
-    if (token >= item.stop) return 0;
-    return load_index(block_tables + static_cast<i64>(item.row) * block_table_stride + token / kBlockSize);
-}
-
-__device__ __forceinline__ const Storage* tile_keys(const Storage* __restrict__ kv_cache, const Item& item,
-                                                    int tile, int block_ids) {
-    const i64 block_id = __shfl_sync(kAllLanes, block_ids, tile & 31);
-    return kv_cache + (block_id * kKvHeads + item.kv_head()) * (2 * kBlockSize * kHeadDim) +
-           tile_start(item, tile) % kBlockSize * kHeadDim;
-}
 
 // Slots behind the context are not read: they count as zero, so nothing in them reaches a product.
 __device__ __forceinline__ void load_keys(KeyTile& keys, const Storage* __restrict__ source, int num_tokens) {
@@ -278,6 +114,34 @@ __device__ __forceinline__ void reload_values(ValueTile& values, const Storage* 
             const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
             reload_streaming(values.words[slot][pass], source + token * kHeadDim + 8 * g + 64 * pass,
                              is_dim && token == 2 * t + (slot & 1) + 8 * (slot >> 1));
+        }
+    }
+}
+
+// The newest token into a tile that was requested without it; nothing where `token` is none of it.
+__device__ __forceinline__ void take_newest(KeyTile& keys, const Shared& shared, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const uint4* const source = shared.newest[my_team()][0] + t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            load_piece(keys.words[half][span], source + 4 * span, is_dim && token == g + 8 * half);
+        }
+    }
+}
+
+__device__ __forceinline__ void take_newest(ValueTile& values, const Shared& shared, int token) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const uint4* const source = shared.newest[my_team()][kIsRaw ? 1 : 0] + g;
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const bool is_dim = 64 * (pass + 1) <= kHeadDim || 64 * pass + 8 * g < kHeadDim;
+            load_piece(values.words[slot][pass], source + 8 * pass,
+                       is_dim && token == 2 * t + (slot & 1) + 8 * (slot >> 1));
         }
     }
 }
@@ -365,13 +229,18 @@ __device__ void fold_splits(float* scratch, Storage* __restrict__ out, const flo
 extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerSm)
     paged_attention_decode(photon::Storage* __restrict__ out, float* __restrict__ partial_acc,
                            float* __restrict__ partial_stats, int* __restrict__ counters,
-                           const photon::Storage* __restrict__ q,
-                           const photon::Storage* __restrict__ kv_cache, const int* __restrict__ block_tables,
-                           const int* __restrict__ context_lens, int rows, int block_table_stride,
-                           photon::i64 q_row_stride, float scale_log2, int reads_early) {
+                           const photon::Storage* __restrict__ q, photon::Storage* kv_cache,
+                           const int* __restrict__ block_tables, const int* __restrict__ context_lens,
+                           const photon::Storage* __restrict__ q_weight,
+                           const photon::Storage* __restrict__ k_weight, const float* __restrict__ table,
+                           const photon::i64* __restrict__ positions, const photon::i64* __restrict__ slots,
+                           int rows, int block_table_stride, photon::i64 q_row_stride, float scale_log2,
+                           int reads_early, float eps) {
     using namespace photon;
     __shared__ Shared shared;
     const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+
+    const Finish finish = {q_weight, k_weight, table, positions, slots, eps};
 
     const bool early = kOverlaps && reads_early;
     // Before the wait: the product behind this requests its weights wherever there is room.
@@ -393,24 +262,30 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     KeyTile keys[kStepTiles];
     ValueTile values[kStepTiles];
 
+    // What raw heads become is not in the cache: take_newest puts it where it belongs.
+    const auto stored_stop = [&](const Item& of) { return of.stop - (kIsRaw && has_newest(shared, of)); };
     const auto request_keys = [&](const Item& of, int step) {
+        const int stop = stored_stop(of);
 #pragma unroll
         for (int i = 0; i < kStepTiles; ++i) {
             const int tile = step * kStepTiles + i;
-            load_keys(keys[i], tile_keys(kv_cache, of, tile, block_ids), of.stop - tile_start(of, tile));
+            load_keys(keys[i], tile_keys(kv_cache, of, tile, block_ids), stop - tile_start(of, tile));
         }
     };
     const auto request_values = [&](const Item& of, int step) {
+        const int stop = stored_stop(of);
 #pragma unroll
         for (int i = 0; i < kStepTiles; ++i) {
             const int tile = step * kStepTiles + i;
             load_values(values[i], tile_keys(kv_cache, of, tile, block_ids) + kBlockSize * kHeadDim,
-                        of.stop - tile_start(of, tile));
+                        stop - tile_start(of, tile));
         }
     };
 
+    Place place{};
+    if (kIsRaw) place = find_place(finish, item.row);
     // Less the newest token of the row, where the item has it: it is the last.
-    const bool waits_for_newest = early && item.stop == shared.context_lens[item.row];
+    const bool waits_for_newest = !kIsRaw && early && item.stop == shared.context_lens[item.row];
     if (waits_for_newest) --item.stop;
     request_keys(item, 0);
     request_values(item, 0);
@@ -441,6 +316,9 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         // Kept here because registers are short in the loop. Every lane stores the same.
         shared.current[warp] = item;
         __syncwarp();
+        if (kIsRaw && tile_start(item, 0) < item.stop) {
+            finish_heads(shared, finish, place, kv_cache, q, q_row_stride, item);
+        }
 
         float max_low = kLowest, max_high = kLowest;  // heads 2t and 2t+1
         float sum_low = 0.0f, sum_high = 0.0f;
@@ -449,7 +327,18 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
             const bool has_step = tile_start(item, (step + 1) * kStepTiles) < item.stop;
             // Every step anew, while its keys are on their way: registers are short behind the scores.
             uint4 queries[kSpans];
-            load_queries(queries, q, q_row_stride, shared.current[warp]);
+            if (kIsRaw) {
+                take_queries(queries, shared);
+#pragma unroll
+                for (int i = 0; i < kStepTiles; ++i) {
+                    const int newest = newest_in_tile(shared, item, step * kStepTiles + i);
+                    if (newest < 0 || newest >= kTile) continue;
+                    take_newest(keys[i], shared, newest);
+                    take_newest(values[i], shared, newest);
+                }
+            } else {
+                load_queries(queries, q, q_row_stride, shared.current[warp]);
+            }
             float scores[kStepTiles][4];
 #pragma unroll
             for (int i = 0; i < kStepTiles; ++i) multiply_keys(scores[i], keys[i], queries);
@@ -595,6 +484,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
         if (!has_next) return;
         item = shared.next[warp];
+        if (kIsRaw) place = find_place(finish, item.row);
         __syncwarp();
     }
 }

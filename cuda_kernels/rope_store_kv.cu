@@ -17,11 +17,11 @@
 // the power of two at or above d / 16. With num_kv_heads = 0 only q is rotated.
 // Preconditions: d a multiple of 16, at most 512; rows 16-byte aligned; positions inside the table, slots
 // inside the cache.
-// Arithmetic: float32, rounded once. A thread holds eight pairs, so nothing goes through shared memory.
+// Arithmetic: photon/rotary.cuh, in float32, rounded once. A thread holds eight pairs, so nothing goes through
+// shared memory.
 // Bound by latency at decode sizes, above by the reads and writes.
 #include "photon/dependent_launch.cuh"
-#include "photon/reduce.cuh"
-#include "photon/vec.cuh"
+#include "photon/rotary.cuh"
 
 #if !defined(PHOTON_STORAGE) || !defined(PHOTON_INDEX)
 #error "PHOTON_STORAGE and PHOTON_INDEX must be defined"
@@ -33,61 +33,6 @@ typedef PHOTON_STORAGE Storage;
 typedef PHOTON_INDEX Index;
 
 constexpr int kThreads = 128;
-
-// The two halves of a head that one thread holds: elements start .. start + 7 and those d/2 later.
-struct Halves {
-    Raw<Storage> low, high;
-};
-
-__device__ __forceinline__ void store_halves(Storage* head, const Halves& halves, int start, int half_dim) {
-    store(head + start, halves.low);
-    store(head + start + half_dim, halves.high);
-}
-
-// The head of `slot` in the cache: `value` 0 for K, 1 for V.
-__device__ __forceinline__ Storage* cache_head(Storage* kv_cache, i64 slot, int head, int value,
-                                               int num_kv_heads, int block_size, int head_dim) {
-    // There are fewer than 2^31 slots, and a 64-bit division is slow.
-    const u32 block = static_cast<u32>(slot) / static_cast<u32>(block_size);
-    const u32 offset = static_cast<u32>(slot) % static_cast<u32>(block_size);
-    return kv_cache + (((static_cast<i64>(block) * num_kv_heads + head) * 2 + value) * block_size + offset) *
-                          head_dim;
-}
-
-__device__ __forceinline__ Halves rotate(const Halves& raw, const Halves& weight, bool normed,
-                                         const float* angles, int start, int head_dim, int lanes, float eps) {
-    const int half_dim = head_dim / 2;
-    float low[kVec] = {}, high[kVec] = {};
-    if (start < half_dim) {
-        unpack(raw.low, low);
-        unpack(raw.high, high);
-    }
-    if (normed) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) sum += low[i] * low[i] + high[i] * high[i];
-        const float scale = 1.0f / sqrtf(warp_sum(sum, lanes) / static_cast<float>(head_dim) + eps);
-        float factors[kVec] = {};
-        if (start < half_dim) unpack(weight.low, factors);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) low[i] *= scale * factors[i];
-        if (start < half_dim) unpack(weight.high, factors);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) high[i] *= scale * factors[i];
-    }
-    float cosines[kVec] = {}, sines[kVec] = {};
-    if (start < half_dim) {
-        unpack(load_weights(angles + start), cosines);
-        unpack(load_weights(angles + half_dim + start), sines);
-    }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        const float first = low[i] * cosines[i] - high[i] * sines[i];
-        high[i] = high[i] * cosines[i] + low[i] * sines[i];
-        low[i] = first;
-    }
-    return {pack<Storage>(low), pack<Storage>(high)};
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     rope_store_kv(Storage* q_out, Storage* kv_cache, const Storage* qkv,
@@ -104,20 +49,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const bool active = head < num_heads + 2 * num_kv_heads && start < half_dim;
     const Storage* norm = is_q ? q_weight : k_weight;
 
-    Halves weight{};
-    if (norm != nullptr && active) {
-        weight = {load_weights(norm + start), load_weights(norm + start + half_dim)};
-    }
+    Halves<Storage> weight{};
+    if (norm != nullptr && active) weight = load_halves(norm, start, half_dim);
     wait_for_previous();
     let_next_start();
 
-    Halves raw{};
+    Halves<Storage> raw{};
+    Angles angles{};
     if (active) {
-        const Storage* in = qkv + token * qkv_row_stride + static_cast<i64>(head) * head_dim;
-        raw = {load_activations(in + start), load_activations(in + start + half_dim)};
+        raw = load_new_halves(qkv + token * qkv_row_stride + static_cast<i64>(head) * head_dim, start, half_dim);
+        angles = load_halves(table + static_cast<i64>(load_index(positions + token)) * head_dim, start, half_dim);
     }
-    const float* angles = table + static_cast<i64>(load_index(positions + token)) * head_dim;
-    const Halves rotated = rotate(raw, weight, norm != nullptr, angles, start, head_dim, lanes, eps);
+    const Halves<Storage> rotated = rotate(raw, weight, norm != nullptr, angles, head_dim, lanes, eps);
     if (!active) return;
     if (is_q) {
         store_halves(q_out + token * q_row_stride + static_cast<i64>(head) * head_dim, rotated, start,
@@ -146,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const i64 slot = load_index(slots + token);
     if (slot < 0) return;
     const Storage* in = kv + token * kv_row_stride + static_cast<i64>(head) * head_dim;
-    const Halves raw = {load_activations(in + start), load_activations(in + start + half_dim)};
+    const Halves<Storage> raw = load_new_halves(in, start, half_dim);
     const int value = head >= num_kv_heads;
     store_halves(
         cache_head(kv_cache, slot, head - value * num_kv_heads, value, num_kv_heads, block_size, head_dim), raw,

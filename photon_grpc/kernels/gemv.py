@@ -33,6 +33,9 @@ _CHUNK = 64
 # Chunks of a thread's ring. The rings and what else is shared take more than half of a multiprocessor. Where
 # many tokens leave no room for six, four still cover the latency.
 _DEPTHS = (6, 5, 4)
+# Those that are requested before the kernel before this one has finished. The first reads of x queue behind
+# them; of one or two tokens in the rings these are few enough for more.
+_EARLY, _EAGER, _EAGER_TOKENS = 2, 5, 2
 # What the kernel has besides.
 _STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
@@ -47,6 +50,7 @@ _MACROS = (
     "PHOTON_K",
     "PHOTON_TOKENS",
     "PHOTON_DEPTH",
+    "PHOTON_EARLY",
     "PHOTON_SHARED_BYTES",
 )
 
@@ -60,10 +64,18 @@ def token_tile(tokens: int) -> int:
 
 
 def _macros(
-    storage: str, kind: str, input_kind: str, k: int, index: str = "i64", *, tokens: int = 8, depth: int = 6
+    storage: str,
+    kind: str,
+    input_kind: str,
+    k: int,
+    index: str = "i64",
+    *,
+    tokens: int = 8,
+    depth: int = 6,
+    early: int = _EARLY,
 ) -> dict[str, int | str]:
     shared_bytes = _shared_bytes(input_kind, k, tokens, depth)
-    values = (storage, index, kind, input_kind, k, tokens, depth, shared_bytes)
+    values = (storage, index, kind, input_kind, k, tokens, depth, early, shared_bytes)
     return dict(zip(_MACROS, values, strict=True))
 
 
@@ -110,7 +122,11 @@ GEMV = KernelSpec(
         *(_macros("bf16", kind, "staged", k) for kind in ("float_rows", BEST_ROWS) for k in (2048, 3072)),
         _macros("f16", BEST_ROWS, "direct", 896),
         _macros("bf16", BEST_ROWS, "staged", 2048, tokens=16, depth=6),
-        *(_macros("bf16", "add_rows", "direct", k) for k in (2048, 8192, 4096, 14336)),
+        *(
+            _macros("bf16", "add_rows", "direct", k, early=early)
+            for k in (2048, 8192, 4096, 14336)
+            for early in (_EARLY, _EAGER)
+        ),
         *(_macros("bf16", kind, "normed", 3072) for kind in ("rope_and_store", "silu_and_mul")),
         *(_macros("f16", kind, "normed", 896) for kind in OUTPUTS),
         *(_macros("f16", "add_rows", "direct", k) for k in (896, 4864, 18944)),
@@ -198,8 +214,16 @@ def _launch(
     depth = _depth(input_kind, k, tile)
     if depth is None:
         raise ValueError(f"{tokens} tokens of {k} values do not fit into shared memory")
+    eager = output.kind == "add_rows" and input_kind == "direct" and tokens <= _EAGER_TOKENS
     macros = _macros(
-        storage_name(weight.dtype), output.kind, input_kind, k, output.index, tokens=tile, depth=depth
+        storage_name(weight.dtype),
+        output.kind,
+        input_kind,
+        k,
+        output.index,
+        tokens=tile,
+        depth=depth,
+        early=min(_EAGER if eager else _EARLY, depth - 1),
     )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)

@@ -27,6 +27,8 @@ _MAX_HEAD_DIM = 128
 # Two CTAs are resident on a multiprocessor, with half of the registers each.
 _SMALL_HEAD_DIM = 64
 _WARPS = 8
+# A row of so many tokens has a team for every item, or raw heads are left to a kernel of their own.
+_RAW_CONTEXT = 4096
 _SHARERS = (8, 4, 2, 1)
 """Warps that share an item."""
 _CROWDING = 1.5
@@ -45,6 +47,7 @@ _MACROS = (
     "PHOTON_MAX_SPLITS",
     "PHOTON_MAX_ROWS",
     "PHOTON_SHARERS",
+    "PHOTON_HEADS",
 )
 
 
@@ -102,8 +105,28 @@ def num_sharers(rows: int, num_kv_heads: int, group: int, head_dim: int, num_war
     return _SHARERS[-1]
 
 
+def can_finish(rows: int, num_kv_heads: int, group: int, head_dim: int, max_context: int) -> bool:
+    """Whether `rope_store_attend` is the faster way on this device for rows of up to `max_context` tokens.
+
+    A kernel less saves 1 to 3 us, and every further item of a team costs 2, since its heads are requested
+    when the one before is done. Lengths are not known where a step is captured: so it is for rows whose items
+    have a team each, up to 4,096 tokens.
+    """
+    warps = launcher.require_cuda().num_multiprocessors * _WARPS
+    splits = min(-(-min(max_context, _RAW_CONTEXT) // CHUNK_TOKENS), max_splits(num_kv_heads))
+    sharers = num_sharers(rows, num_kv_heads, group, head_dim, warps)
+    return rows * num_kv_heads * splits * sharers <= warps
+
+
 def _macros(
-    storage: str, num_kv_heads: int, group: int, head_dim: int, block_size: int, sharers: int = _WARPS
+    storage: str,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    sharers: int = _WARPS,
+    *,
+    heads: str = "finished",
 ) -> dict[str, int | str]:
     values = (
         storage,
@@ -115,6 +138,7 @@ def _macros(
         max_splits(num_kv_heads),
         MAX_ROWS,
         sharers,
+        heads,
     )
     return dict(zip(_MACROS, values, strict=True))
 
@@ -122,7 +146,16 @@ def _macros(
 PAGED_ATTENTION_DECODE = KernelSpec(
     name="paged_attention_decode",
     source="paged_attention_decode",
-    parameters=(*(Pointer,) * 8, np.int32, np.int32, np.int64, np.float32, np.int32),
+    parameters=(
+        *(Pointer,) * 8,
+        *(Pointer,) * 5,
+        np.int32,
+        np.int32,
+        np.int64,
+        np.float32,
+        np.int32,
+        np.float32,
+    ),
     max_threads=_THREADS,
     macros=_MACROS,
     # Llama 3.2 1B and 3B, Llama 3 8B, Qwen2.5 0.5B and 7B, Llama 2 7B, and the other groups and dims.
@@ -147,6 +180,18 @@ PAGED_ATTENTION_DECODE = KernelSpec(
             *((4, 7, 128, 16, sharers) for sharers in (4, 2)),
             (32, 1, 128, 16, 1),
             (4, 2, 80, 16, 2),
+        )
+    )
+    # Qwen3 0.6B and 1.7B, 4B and 8B, 14B, 32B, and the other dims.
+    + tuple(
+        _macros(storage, *shape, heads="raw")
+        for storage in ("bf16", "f16")
+        for shape in (
+            *((*shape, sharers) for shape in ((8, 2, 128, 16), (8, 4, 128, 32)) for sharers in (8, 2)),
+            (8, 5, 128, 16),
+            (8, 8, 128, 16),
+            (4, 3, 80, 16),
+            (4, 4, 32, 16),
         )
     ),
     # The loads in flight are held in registers.
@@ -182,6 +227,75 @@ def paged_attention_decode(
     Raises ValueError for shapes that the kernel has not: bfloat16 and float16, up to 8 query heads per
     kv head, head_dim a multiple of 16 up to 128, block_size a multiple of 16.
     """
+    _launch(out, workspace, q, kv_cache, block_tables, context_lens, scale, reads_early, None)
+
+
+def rope_store_attend(
+    out: Tensor,
+    workspace: DecodeWorkspace,
+    qkv: Tensor,
+    kv_cache: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    table: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    *,
+    reads_early: bool = False,
+) -> None:
+    """`kernels.rope_store_kv.rope_store_kv` of each row's newest token and `paged_attention_decode` in one.
+
+    `qkv` [rows, num_heads + 2 * num_kv_heads, head_dim], rows may lie apart; `norms`, `eps`, `table` and
+    `slot_mapping` as there, `positions` int64 [rows]; the rest as here. Of a row with a context the slot is
+    that of its newest token, or -1, which then is stored nowhere. What goes to the cache has the same bits as
+    from there, and so have the results. No row may read the newest token of another: what a row sees was
+    written by earlier launches. Raises ValueError as both do.
+    """
+    rows, all_heads, head_dim = qkv.shape
+    num_kv_heads = kv_cache.shape[1]
+    require_rows("qkv", qkv, qkv.dtype, rows, all_heads, head_dim)
+    for weight in norms or ():
+        require("norm weight", weight, qkv.dtype, head_dim)
+    require("table", table, torch.float32, table.shape[0], head_dim)
+    require_index("positions", positions, torch.int64, rows)
+    require_index("slot_mapping", slot_mapping, torch.int64, rows)
+    q_weight, k_weight = norms or (None, None)
+    finish = _Finish(q_weight, k_weight, table, positions, slot_mapping, eps)
+    q = qkv[:, : all_heads - 2 * num_kv_heads]
+    _launch(out, workspace, q, kv_cache, block_tables, context_lens, scale, reads_early, finish)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """What the kernel makes raw heads final by."""
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    table: Tensor
+    positions: Tensor
+    slots: Tensor
+    eps: float
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        tensors = (self.q_weight, self.k_weight, self.table, self.positions, self.slots)
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _launch(
+    out: Tensor,
+    workspace: DecodeWorkspace,
+    q: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    reads_early: bool,
+    finish: _Finish | None,
+) -> None:
     rows, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, _, block_size, _ = kv_cache.shape
     group = _group(num_heads, num_kv_heads)
@@ -207,12 +321,13 @@ def paged_attention_decode(
     require("stats", workspace.stats, torch.float32, max_rows, num_kv_heads, splits, group, 2)
     require_index("counters", workspace.counters, torch.int32, max_rows, num_kv_heads)
     # As many CTAs as are resident at a time, or as a batch of these rows can have items.
-    resident = launcher.require_cuda().num_multiprocessors * (2 if head_dim == _SMALL_HEAD_DIM else 1)
+    ctas_per_sm = 2 if head_dim == _SMALL_HEAD_DIM and finish is None else 1
+    resident = launcher.require_cuda().num_multiprocessors * ctas_per_sm
     sharers = num_sharers(rows, num_kv_heads, group, head_dim, resident * _WARPS)
     ctas = min(resident, -(-rows * num_kv_heads * splits * sharers // _WARPS))
-    kernel = launcher.load(
-        PAGED_ATTENTION_DECODE.variant(**_macros(storage, num_kv_heads, group, head_dim, block_size, sharers))
-    )
+    heads = "finished" if finish is None else "raw"
+    macros = _macros(storage, num_kv_heads, group, head_dim, block_size, sharers, heads=heads)
+    kernel = launcher.load(PAGED_ATTENTION_DECODE.variant(**macros))
     kernel(
         (ctas, 1, 1),
         _THREADS,
@@ -224,11 +339,13 @@ def paged_attention_decode(
         kv_cache.data_ptr(),
         block_tables.data_ptr(),
         context_lens.data_ptr(),
+        *((0,) * 5 if finish is None else finish.addresses),
         np.int32(rows),
         np.int32(block_tables.shape[1]),
         np.int64(stride),
         np.float32(scale * math.log2(math.e)),
         np.int32(reads_early),
+        np.float32(0.0 if finish is None else finish.eps),
     )
 
 

@@ -29,6 +29,8 @@ ROPE_STORE_KV = KernelSpec(
     checked=tuple(
         {"PHOTON_STORAGE": storage, "PHOTON_INDEX": index} for storage in _STORAGE for index in ("int", "i64")
     ),
+    # float32 has twice the words.
+    max_registers=80,
     overlaps=True,
 )
 STORE_KV = KernelSpec(

@@ -181,7 +181,7 @@ class _Attention:
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor | None:
-        q, kv = self._ops.norm_qkv_rope_store_kv(
+        attended = self._ops.norm_qkv_attention(
             update,
             residual,
             norm,
@@ -193,8 +193,8 @@ class _Attention:
             rotary,
             layer_cache,
             metadata,
+            self._scale,
         )
-        attended = self._ops.attention(q, kv, layer_cache, metadata, self._scale)
         return self._ops.linear_update(attended, residual, self._output.projection)
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:

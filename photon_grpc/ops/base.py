@@ -201,6 +201,37 @@ class Ops(ABC):
         heads = self.linear(x, *projection).view(x.shape[0], -1, head_dim)
         return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
 
+    def norm_qkv_attention(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        projection: Projection,
+        num_heads: int,
+        head_dim: int,
+        qk_norm: tuple[Tensor, Tensor] | None,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> Tensor:
+        """`norm_qkv_rope_store_kv`, and `attention` of what that returns."""
+        q, kv = self.norm_qkv_rope_store_kv(
+            update,
+            residual,
+            norm,
+            eps,
+            projection,
+            num_heads,
+            head_dim,
+            qk_norm,
+            rotary,
+            layer_cache,
+            metadata,
+        )
+        return self.attention(q, kv, layer_cache, metadata, scale)
+
     def norm_gate_up_silu(
         self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
     ) -> Tensor:

@@ -31,7 +31,9 @@ from photon_grpc.kernels.linear_output import LinearOutput
 from photon_grpc.kernels.paged_attention_decode import (
     DecodeWorkspace,
     allocate_workspace,
+    can_finish,
     paged_attention_decode,
+    rope_store_attend,
 )
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
@@ -134,16 +136,76 @@ class CudaOps(Ops):
             )
         tokens = residual.shape[0]
         if qk_norm is not None:
-            # The norm of a head needs all of it, and a CTA of the product has a part.
-            heads = weight.new_empty(tokens, weight.shape[0])
-            self._normed(linear_output.store_rows(heads, bias), residual, norm, eps, weight)
-            heads = heads.view(tokens, -1, head_dim)
+            heads = self._heads(update, residual, norm, eps, projection).view(tokens, -1, head_dim)
             return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
         q = weight.new_empty(tokens, num_heads, head_dim)
         output = linear_output.rope_and_store(q, layer_cache, *rotary, metadata.slot_mapping, bias)
         self._normed(output, residual, norm, eps, weight)
         # Attention reads the cache alone.
         return q, q
+
+    def norm_qkv_attention(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        projection: Projection,
+        num_heads: int,
+        head_dim: int,
+        qk_norm: tuple[Tensor, Tensor] | None,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> Tensor:
+        tokens = residual.shape[0]
+        # The norm of a head needs all of it, and a CTA of the product has a part. Attention has it whole, and
+        # where there are decode rows alone nobody else in the layer reads what it writes.
+        if qk_norm is None or not _finishes_heads(num_heads, layer_cache, metadata, tokens):
+            return super().norm_qkv_attention(
+                update,
+                residual,
+                norm,
+                eps,
+                projection,
+                num_heads,
+                head_dim,
+                qk_norm,
+                rotary,
+                layer_cache,
+                metadata,
+                scale,
+            )
+        heads = self._heads(update, residual, norm, eps, projection).view(tokens, -1, head_dim)
+        out = heads.new_empty(tokens, num_heads, head_dim)
+        plan = _plan_of(metadata)
+        rope_store_attend(
+            out,
+            self._workspace_for(out, layer_cache),
+            heads,
+            layer_cache,
+            qk_norm,
+            eps,
+            *rotary,
+            metadata.slot_mapping,
+            plan.block_tables,
+            plan.context_lens,
+            scale,
+            reads_early=tokens <= _max_skinny_tokens(),
+        )
+        return out.flatten(1)
+
+    def _heads(
+        self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
+    ) -> Tensor:
+        """q, k and v heads as the product leaves them: [num_tokens, out]."""
+        weight, bias = projection
+        if update is not None or not _has_few(residual, weight):
+            return self.linear(self.add_norm(update, residual, norm, eps), weight, bias)
+        heads = weight.new_empty(residual.shape[0], weight.shape[0])
+        self._normed(linear_output.store_rows(heads, bias), residual, norm, eps, weight)
+        return heads
 
     def norm_gate_up_silu(
         self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
@@ -276,9 +338,7 @@ class CudaOps(Ops):
         if q.dtype is torch.float32:
             _attend_float32(out, q, layer_cache, metadata, scale)
             return out.flatten(1)
-        plan: _Plan | None = metadata.plan
-        if plan is None:
-            plan = metadata.plan = _make_plan(metadata)
+        plan = _plan_of(metadata)
         decodes = metadata.num_decodes
         if decodes:
             paged_attention_decode(
@@ -365,6 +425,29 @@ def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool 
     else:
         # wgmma where there is one: 2 to 7 % faster, and the same bits for any number of tokens.
         skinny_gemm.skinny_gemm(output, x, weight, warpgroup=True)
+
+
+def _finishes_heads(
+    num_heads: int, layer_cache: Tensor, metadata: AttentionMetadata, num_tokens: int
+) -> bool:
+    """Whether attention norms and rotates q and k of a step of so many tokens, and stores k and v.
+
+    Where all are decode rows, of which none sees what another stores in this step, and it pays.
+    """
+    if not metadata.context_is_old or not metadata.num_decodes == num_tokens > 0:
+        return False
+    if layer_cache.dtype is torch.float32:
+        return False
+    _, num_kv_heads, _, block_size, head_dim = layer_cache.shape
+    max_context = metadata.block_tables.shape[1] * block_size
+    return can_finish(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim, max_context)
+
+
+def _plan_of(metadata: AttentionMetadata) -> _Plan:
+    plan: _Plan | None = metadata.plan
+    if plan is None:
+        plan = metadata.plan = _make_plan(metadata)
+    return plan
 
 
 def _make_plan(metadata: AttentionMetadata) -> _Plan:

@@ -15,7 +15,11 @@ from photon_grpc.kernels.best_token import best_token
 from photon_grpc.kernels.embedding import embedding
 from photon_grpc.kernels.gemv import gemv, normed_gemv
 from photon_grpc.kernels.head_gemm import head_gemm
-from photon_grpc.kernels.paged_attention_decode import allocate_workspace, paged_attention_decode
+from photon_grpc.kernels.paged_attention_decode import (
+    allocate_workspace,
+    paged_attention_decode,
+    rope_store_attend,
+)
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.kernels.registry import SPECS
 from photon_grpc.kernels.rmsnorm import add_rms_norm, rms_norm
@@ -89,6 +93,9 @@ def run_decode(made: Memory) -> None:
     workspace = allocate_workspace(4, 8, 2, 64, cache.device)
     q, lens = made(0, 8, 64), made(0, dtype=torch.int32)
     paged_attention_decode(made(0, 8, 64), workspace, q, cache, tables, lens, 0.125)
+    indices, table = made(0, dtype=torch.int64), made(9, 64, dtype=torch.float32)
+    given = (made(0, 12, 64), cache, None, 1e-5, table, indices, indices)
+    rope_store_attend(made(0, 8, 64), workspace, *given, tables, lens, 0.125)
     assert not workspace.counters.any()
 
 

@@ -182,6 +182,17 @@ def test_one_cta_per_multiprocessor_at_most(monkeypatch: pytest.MonkeyPatch) -> 
         assert launch.shared_bytes + (8 << 10) > 114 << 10, "a second CTA would fit"
 
 
+def test_one_or_two_tokens_in_the_rings_leave_room_for_more_early_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launches = FakeLauncher().install(monkeypatch).launches
+    for tokens, n in ((1, 32), (2, 32), (3, 32), (8, 32), (1, 8192)):
+        residual, x = torch.zeros(tokens, n), torch.zeros(tokens, 1024).bfloat16()
+        gemv(linear_output.add_rows(residual), x, torch.zeros(n, 1024).bfloat16())
+    assert [launch.variant.macros["PHOTON_EARLY"] for launch in launches] == [5, 5, 2, 2, 2]
+    assert {launch.variant.macros["PHOTON_INPUT"] for launch in launches[:-1]} == {"direct"}
+
+
 @pytest.mark.parametrize("k", [896, 2048, 3072, 4096, 5120])
 def test_more_than_eight_tokens_have_a_variant_that_fits(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     launches = FakeLauncher().install(monkeypatch).launches

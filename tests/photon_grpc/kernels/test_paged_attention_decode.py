@@ -429,7 +429,8 @@ def test_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = fake.launches[0]
     assert launch.grid == (264, 1, 1)
     assert launch.num_threads == 256
-    rows, stride, q_stride, scale, reads_early = launch.arguments[-5:]
+    assert list(launch.arguments[8:13]) == [0] * 5, "what would finish heads"
+    rows, stride, q_stride, scale, reads_early = launch.arguments[13:18]
     assert (rows, stride, q_stride, reads_early) == (3, 5, 512, 0)
     assert scale == pytest.approx(0.125 * math.log2(math.e))
     assert launch.variant.macros["PHOTON_GROUP"] == 4

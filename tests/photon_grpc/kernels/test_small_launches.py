@@ -47,6 +47,7 @@ from tests.support.builders import sampling
 from tests.support.kernels import ALL_TYPES, Fenced, assert_ulps, randn
 from tests.support.linear import Heads, make_weight
 from tests.support.paged_attention import Rows, Shape, assert_close, attend, make_rows
+from tests.support.raw_heads import RawStep
 from tests.support.rotary import CANCELLED, EPS, Case, rotated
 from tests.support.step_device import step_inputs_oracle
 
@@ -270,6 +271,18 @@ def decode_case(shape: Shape, lens: tuple[int, ...], sharers: int, reads_early: 
     return launch
 
 
+def raw_case(shape: Shape, sharers: int, normed: bool, reads_early: bool) -> Launch:
+    """q, k and v finished by attention."""
+
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(decode_module, "num_sharers", lambda *_: sharers)
+        step = RawStep(make_rows(shape, LENS, "cuda"), normed)
+        for _ in range(2):
+            step.check(step.together(reads_early=reads_early)[0])
+
+    return launch
+
+
 def prefill_case(shape: Shape, pairs: tuple[tuple[int, int], ...], *, wgmma: bool) -> Launch:
     """`pairs` are new tokens and context length of each row."""
 
@@ -307,6 +320,11 @@ for sharers in (8, 4, 2, 1):
 for shape in (Shape(1, 7, 64, 16, F16), Shape(1, 8, 128, 32), Shape(1, 1, 16, 16), Shape(1, 5, 80, 64)):
     case("paged_attention_decode", str(shape), decode_case(shape, (2, 300), 8, False))
 case("paged_attention_decode", "long-splits", decode_case(Shape(32, 1, 16, 16), (4200, 3), 8, False))
+for sharers in (8, 4, 2, 1):
+    normed = raw_case(Shape(1, 2, 128, 16), sharers, True, sharers % 4 == 0)
+    case("paged_attention_decode", f"raw-teams-of-{sharers}", normed)
+for shape in (Shape(1, 7, 64, 16, F16), Shape(1, 1, 16, 16), Shape(2, 3, 80, 64)):
+    case("paged_attention_decode", f"raw-{shape}", raw_case(shape, 8, shape.head_dim == 64, True))
 PAIRS = ((17, 17), (0, 40), (33, 97), (1, 70), (64, 64), (0, 0), (130, 300))
 for shape in (Shape(2, 4, 64, 16), Shape(1, 7, 128, 32, F16), Shape(1, 1, 16, 16), Shape(1, 16, 80, 64)):
     case("paged_attention_prefill", str(shape), prefill_case(shape, PAIRS, wgmma=False))

@@ -166,3 +166,59 @@ def test_shapes_without_a_kernel_are_refused_at_the_start() -> None:
             ops.kv_layer_shape(4, 16, 2, head_dim)
     with pytest.raises(ConfigError, match="block_size is 8"):
         ops.kv_layer_shape(4, 8, 2, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 60, 140])
+@pytest.mark.parametrize("is_normed", [True, False])
+@pytest.mark.parametrize("context_is_old", [True, False])
+def test_a_decode_step_is_what_its_parts_are(rows: int, is_normed: bool, context_is_old: bool) -> None:
+    """From the residual to attention's result: the same cache, bit for bit, and results as good."""
+    from photon_grpc.ops.base import Ops
+    from photon_grpc.ops.cuda_ops import CudaOps
+
+    shape, hidden, dtype = (16, 8, 128), 256, torch.bfloat16
+    step = Step(shape, dtype, 16, [(1, 1 + 37 * row % 300) for row in range(rows)], rows)
+    num_heads, num_kv_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).cuda()
+
+    heads = num_heads + 2 * num_kv_heads
+    residual, norm = draw(rows, hidden), (1 + draw(hidden) / 8).to(dtype)
+    projection = (draw(heads * head_dim, hidden) / 16).to(dtype), (draw(heads * head_dim) / 8).to(dtype)
+    qk_norm = ((1 + draw(128) / 8).to(dtype), (1 + draw(128) / 8).to(dtype)) if is_normed else None
+    rotary = draw(400, head_dim), step.metadata.context_lens - 1
+    ends = step.metadata.context_lens - 1
+    blocks = step.metadata.block_tables.gather(1, (ends // 16)[:, None])[:, 0]
+    step.metadata.slot_mapping = blocks * 16 + ends % 16
+    ops = CudaOps(max_decodes=rows)
+
+    def run(kind: type[Ops], context_is_old: bool) -> tuple[Tensor, Tensor]:
+        cache = step.cache.clone()
+        step.metadata.plan, step.metadata.context_is_old = None, context_is_old
+        attended = kind.norm_qkv_attention(
+            ops,
+            None,
+            residual.clone(),
+            norm,
+            1e-6,
+            projection,
+            num_heads,
+            head_dim,
+            qk_norm,
+            rotary,
+            cache,
+            step.metadata,
+            head_dim**-0.5,
+        )
+        assert attended.shape == (rows, num_heads * head_dim)
+        return attended, cache
+
+    found, stored = run(CudaOps, context_is_old)
+    expected, cache = run(Ops, False)
+    assert torch.equal(stored.view(torch.int16), cache.view(torch.int16))
+    values = cache[:, :, 1].double()
+    assert float((found.double() - expected.double()).abs().max()) <= 2**-7 * float(
+        values.nan_to_num().abs().max()
+    )
