@@ -47,6 +47,11 @@ class SchedulerOptions:
     max_num_batched_tokens: int = _opt(
         0, "tokens computed in one step, prefill and decode together; 0: 512 on the CPU, 2048 on CUDA"
     )
+    mixed_chunk_tokens: int = _opt(
+        0,
+        "prompt tokens of a step beside sequences that decode already, and one more for each of these; more "
+        "where most wait for their first token; -1: no such limit; 0: 448 on CUDA, none on the CPU",
+    )
     priority_boost_s: float = _opt(30.0, "one priority step counts as having arrived this much earlier")
 
 
