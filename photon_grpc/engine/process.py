@@ -18,6 +18,9 @@ from photon_grpc.processes.parent import ChildProcess
 
 _log = structlog.get_logger(__name__)
 
+# Prompts of this many calls make a step; the loop takes a few milliseconds for as many.
+_MOST_POSTED = 8
+
 
 class EngineProcess:
     """Implements `engine.host.EngineHost`. `deliver` is called on the event loop that `start` ran on."""
@@ -36,7 +39,9 @@ class EngineProcess:
     ) -> None:
         self._setup = EngineSetup(runner_factory, scheduler_options, cache_options, step_timeout_s)
         self._deliver = deliver
-        self._child = ChildProcess("engine", "photon_grpc.engine.child", self._receive, self._on_end)
+        self._child = ChildProcess(
+            "engine", "photon_grpc.engine.child", self._receive, self._on_end, most_posted=_MOST_POSTED
+        )
         self._is_ready = False
         self._is_discarded = False
         self._has_stopped = False

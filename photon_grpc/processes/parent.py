@@ -19,7 +19,7 @@ import structlog
 
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import PARENTS_SIGNALS
-from photon_grpc.processes.loop_channel import Ended, LoopChannel, Receive
+from photon_grpc.processes.loop_channel import MOST_POSTED, Ended, LoopChannel, Receive
 
 _log = structlog.get_logger(__name__)
 
@@ -29,9 +29,13 @@ _KILLED_S = 2.0
 
 
 class ChildProcess:
-    """One child that runs `main` of `module`. `name` is what the log calls it."""
+    """One child that runs `main` of `module`. `name` is what the log calls it; for `most_posted` see
+    `LoopChannel`."""
 
-    def __init__(self, name: str, module: str, receive: Receive, ended: Ended) -> None:
+    def __init__(
+        self, name: str, module: str, receive: Receive, ended: Ended, *, most_posted: int = MOST_POSTED
+    ) -> None:
+        self._most_posted = most_posted
         self._name = name
         self._module = module
         self._receive = receive
@@ -59,7 +63,7 @@ class ChildProcess:
             except OSError:
                 channel.close()
                 raise
-        self._channel = LoopChannel(channel, self._receive, self._ended)
+        self._channel = LoopChannel(channel, self._receive, self._ended, most_posted=self._most_posted)
 
     def post(self, message: Any) -> None:
         """Send a message, together with whatever else this turn of the loop posts. Harmless after the end."""
