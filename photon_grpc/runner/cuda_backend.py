@@ -26,8 +26,8 @@ from photon_grpc.types import ModelInfo
 
 _log = structlog.get_logger(__name__)
 
-# See `scheduler.mixed_steps`. With one more for each of 64 decodes it fills a captured shape (`buckets.py`).
-_MIXED_CHUNK_TOKENS = 448
+# See `scheduler.mixed_steps`. It and its multiples fill captured shapes (`buckets.py`).
+_MIXED_CHUNK_TOKENS = 512
 # What the driver keeps of one captured step.
 _GRAPH_BYTES = 1 << 20
 # A captured step allocates in a pool of its own, where shapes that follow one another leave holes.

@@ -7,14 +7,16 @@ each piece, for which the rest of the prompts waits.
 
 With pieces of p tokens, a step of c + a * p seconds and D sequences that decode, the squares of the pauses
 that P prompt tokens bring add up to D * P / p * (c + a * p)^2, which is least where a * p = c: where the
-prompts take as long as the decodes beside them. A decode step takes as long as so many tokens of prompts as
-its weights take to read (`chunk_tokens`, of device and model), and about one more for each sequence. It need
-not be exact: twice or half as many bring a quarter more.
+prompts take as long as the decodes beside them, and what every step of prompts costs on top. That is one
+piece of `chunk_tokens`, of device and model, and one more for every `SEQUENCES_PER_PIECE` of the D. It need
+not be exact, twice or half as many bring a quarter more, but it should be the tokens of a captured step: what
+those lack is computed all the same.
 
 That is the limit in a step which holds sequences up. Held up are those whose first token had come before the
 present wait began. Whoever came together with those that wait, and had its first token before them, has
 nothing to complain of: prompts that come together to an idle engine take full steps to the last. And a few do
-not hold up many: where k times as many wait as are held up, a step has k times as many tokens of prompts.
+not hold up many: where k times as many have come since the wait began, those counted that have their first
+token by now, a step has k times as many tokens of prompts, to the last of them.
 
 The wait begins when the earliest of those who wait arrives, or with the last step that had room to spare if
 that is later: until then they waited for a place in the batch or for blocks. So a queue that never empties
@@ -26,6 +28,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from photon_grpc.scheduler.request import Request
+
+# About half of a piece's tokens: one of a sequence that decodes, with its attention, takes as long as two.
+SEQUENCES_PER_PIECE = 128
 
 
 class MixedSteps:
@@ -46,11 +51,11 @@ class MixedSteps:
         if not self._chunk_tokens:
             return most
         since = float("inf") if arrival is None else arrival
-        num_waiting = num_admissible
+        num_all = num_admissible
         begun: list[float] = []
         for request in running:
+            num_all += 1
             if request.num_computed_tokens >= request.steady_until and not request.decodes:
-                num_waiting += 1
                 since = min(since, request.arrival_time)
             elif request.first_token_time is not None:
                 begun.append(request.first_token_time)
@@ -58,8 +63,9 @@ class MixedSteps:
         num_held_up = sum(moment < since for moment in begun)
         if not num_held_up:
             return most
-        piece = self._chunk_tokens + num_held_up
-        return min(most, piece * max(1, num_waiting // num_held_up))
+        num_pieces = 1 + num_held_up // SEQUENCES_PER_PIECE
+        num_pieces *= max(1, (num_all - num_held_up) // num_held_up)
+        return min(most, self._chunk_tokens * num_pieces)
 
     def had_room(self, now: float) -> None:
         """A step planned at `now` had room for more prompt tokens: nobody waits for that."""
