@@ -78,6 +78,8 @@ constexpr int kNormStart = kTokens * kStagedStride;
 constexpr int kStagedValues = kInput == direct ? 0 : kNormStart + (kInput == normed ? kStagedK : 0);
 static_assert(kRingBytes + 2 * kStagedValues == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
 static_assert(kK % 8 == 0, "16-byte loads");
+// The warps that finish tiles; for best_rows each of them has a part, its number is blockIdx.x * kBestWarps + warp.
+constexpr int kBestWarps = kTokens * kPairs / 32;
 static_assert(kTokens % kMmaTokens == 0 && kTokens * kPairs <= kThreads, "whole mma tiles; a thread for each pair");
 static_assert(kEarly < kDepth, "one slot is in use");
 
@@ -410,6 +412,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
                              ? inverse_root(shared, my_token, num_sharers(tokens), eps)
                              : 1.0f;
 
+    BestEntry best;
     u32 slot = ring;
     int parity = 0;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
@@ -445,8 +448,21 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, 1)
                 low += shared.sums[parity][other][my_pair][my_token];
                 high += shared.sums[parity][other][my_pair + kPairs][my_token];
             }
-            finish_pair(output, tile * kPairs + my_pair, my_token, place, operands, low * factor, high * factor);
+            if (kOutput == best_rows) {
+                see_pair(best, output, tile * kPairs + my_pair, low * factor, high * factor);
+            } else {
+                finish_pair(output, tile * kPairs + my_pair, my_token, place, operands, low * factor, high * factor);
+            }
         }
         parity ^= 1;
+    }
+    // Whole warps finish, or none of their lanes; the tokens of a warp stand in its first kTokens lanes.
+    if (kOutput == best_rows && my_pair < kPairs) {
+        u64 rank = best.rank();
+#pragma unroll
+        for (int distance = kTokens; distance < 32; distance *= 2) {
+            rank = min(rank, __shfl_xor_sync(0xffffffffu, rank, distance));
+        }
+        if (finishes && threadIdx.x % 32 < kTokens) store_rank(output, my_token, blockIdx.x * kBestWarps + warp, rank);
     }
 }

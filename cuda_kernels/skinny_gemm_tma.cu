@@ -19,6 +19,8 @@
 // The result of a token is the same whatever the other tokens, their number and PHOTON_TOKENS: k runs in the
 // same order, and which part of it a CTA takes follows from the weight's shape alone.
 //
+// best_rows: a part is a CTA, whose number is blockIdx.y * gridDim.x + blockIdx.x; without splits alone.
+//
 // Launch: grid (PHOTON_CLUSTER, groups of tiles), without splits any number of groups up to that; kThreads
 // threads; PHOTON_SHARED_BYTES of dynamic shared memory.
 // Preconditions: 1 <= tokens <= PHOTON_TOKENS; k a multiple of 8. Compute capability 9.0 alone; elsewhere it is
@@ -69,6 +71,8 @@ constexpr int kBarriers = 2 * kStages + 1;
 
 static_assert(kRows % kWarpgroupRows == 0 && kTokens % 16 == 0, "what wgmma takes");
 static_assert(kSharedTokens % 8 == 0, "whole blocks of the swizzle");
+static_assert(PHOTON_OUTPUT != best_rows || (kSplits == 1 && kTokens <= kMultipliers), "whole sums; a thread a token");
+static_assert(PHOTON_OUTPUT != best_rows || kMultipliers / 4 * kTokens <= kStageBytes, "room for the ranks");
 static_assert(kBarriersStart + 8 * kBarriers == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
 #if __CUDA_ARCH__ >= 900
 static_assert(kCluster == kSplits * kSharers, "Python and the kernel disagree");
@@ -103,7 +107,7 @@ __device__ __forceinline__ int my_sharer() {
     return kSharers == 1 ? 0 : blockIdx.x / kSplits;
 }
 
-__device__ __forceinline__ u32 rank_of(int split, int sharer) {
+__device__ __forceinline__ u32 cta_of(int split, int sharer) {
     return split + kSplits * sharer;
 }
 
@@ -154,7 +158,7 @@ __device__ __forceinline__ void copy_tokens(const TensorMap& x, u32 shared, int 
     }
     u32 ranks = 0;
 #pragma unroll
-    for (int sharer = 0; sharer < kSharers; ++sharer) ranks |= 1u << rank_of(my_split(), sharer);
+    for (int sharer = 0; sharer < kSharers; ++sharer) ranks |= 1u << cta_of(my_split(), sharer);
     copy_box_to(static_cast<unsigned short>(ranks), target, x, at.block * kDepth, first,
                 full_barrier(shared, stage));
 }
@@ -217,6 +221,51 @@ __device__ __forceinline__ void finish_own(const Output& output, Sums& sums, int
     }
 }
 
+// The best of the rows that this thread has seen, for each token whose sums it holds.
+typedef BestEntry Bests[kFragments][2];
+
+// The sums that this thread holds, seen; zeros take their place.
+__device__ __forceinline__ void see_own(Bests& bests, const Output& output, Sums& sums, int tile) {
+    const int pair = tile * (kRows / 2) + pair_of(threadIdx.x);
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            see_pair(bests[j][odd], output, pair, sums[j][odd], sums[j][odd + 2]);
+            sums[j][odd] = sums[j][odd + 2] = 0.0f;
+        }
+    }
+}
+
+__device__ __forceinline__ void sync_multipliers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory");
+}
+
+// A rank for each token of all that this CTA's threads have seen, by way of the stages, which are used up.
+__device__ __forceinline__ void write_bests(const Output& output, const Bests& bests, uint4* memory, int tokens) {
+    u64(*const ranks)[kTokens] = reinterpret_cast<u64(*)[kTokens]>(memory);
+    sync_multipliers();
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            u64 rank = bests[j][odd].rank();
+            // Lanes that hold the same tokens.
+#pragma unroll
+            for (int distance = 4; distance < 32; distance *= 2) {
+                rank = min(rank, __shfl_xor_sync(0xffffffffu, rank, distance));
+            }
+            if (threadIdx.x % 32 < 4) ranks[threadIdx.x / 32][token_of(threadIdx.x, j) + odd] = rank;
+        }
+    }
+    sync_multipliers();
+    if (static_cast<int>(threadIdx.x) >= tokens) return;
+    u64 rank = ranks[0][threadIdx.x];
+#pragma unroll
+    for (int warp = 1; warp < kMultiplierWarps; ++warp) rank = min(rank, ranks[warp][threadIdx.x]);
+    store_rank(output, threadIdx.x, blockIdx.y * gridDim.x + blockIdx.x, rank);
+}
+
 // What this CTA finishes of a tile that it shares: fragments whose sums come from every split.
 struct Share {
     Place places[kItems][2];
@@ -262,7 +311,7 @@ struct Share {
         for (int j = 0; j < kFragments; ++j) {
             const int all = j * kMultipliers + threadIdx.x, split = all / kShare;
             const u32 place = shared + kSumsStart + (my_split() * kShare + all % kShare) * 16;
-            const u32 rank = rank_of(split, my_sharer());
+            const u32 rank = cta_of(split, my_sharer());
             store_counted(peer_address(place, rank), peer_address(sums_barrier(shared), rank), sums[j]);
         }
     }
@@ -373,6 +422,7 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
     const u64 rows = matrix_descriptor(shared + warpgroup * (kWarpgroupRows * kRowBytes));
     const u64 columns = matrix_descriptor(shared + kWeightBytes);
     Sums sums = {};
+    Bests bests;
     Turn turn;
     int tile = start.tile, done = 0;
 #pragma unroll 1
@@ -382,15 +432,20 @@ extern "C" __global__ void PHOTON_ROW_CLUSTER __launch_bounds__(photon::kThreads
         multiply(sums, rows + offset, columns + offset);
         // Not where nobody waits for it: the CTA may be gone.
         if (i + kStages < total && threadIdx.x % 32 < kSharers) {
-            arrive_at_peer(free_barrier(shared, turn.stage), rank_of(my_split(), threadIdx.x % 32));
+            arrive_at_peer(free_barrier(shared, turn.stage), cta_of(my_split(), threadIdx.x % 32));
         }
         turn.advance();
         if (kSplits == 1 && ++done == end_block - first_block) {
-            finish_own(output, sums, tile, tokens);
+            if (kOutput == best_rows) {
+                see_own(bests, output, sums, tile);
+            } else {
+                finish_own(output, sums, tile, tokens);
+            }
             done = 0;
             tile += static_cast<int>(gridDim.y) * kSharers;
         }
     }
+    if (kOutput == best_rows) write_bests(output, bests, memory, tokens);
     if (kSplits > 1) {
         Share::send(sums, shared);
         share.finish(output, reinterpret_cast<const float4*>(memory) + kSumsStart / 16, shared, tile, tokens);

@@ -13,7 +13,15 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require, require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, Pointer
-from photon_grpc.kernels.linear_output import OUTPUTS, POINTERS, SIZES, SOURCES, LinearOutput
+from photon_grpc.kernels.linear_output import (
+    BEST_ROWS,
+    OUTPUTS,
+    PAIRS_PER_TILE,
+    POINTERS,
+    SIZES,
+    SOURCES,
+    LinearOutput,
+)
 
 TOKEN_TILES = (8, 16)
 """Tokens that a variant has room for."""
@@ -98,7 +106,9 @@ GEMV = KernelSpec(
                 ("store_rows", "i64"),
             )
         ),
-        *(_macros("bf16", "float_rows", "staged", k) for k in (2048, 3072)),
+        *(_macros("bf16", kind, "staged", k) for kind in ("float_rows", BEST_ROWS) for k in (2048, 3072)),
+        _macros("f16", BEST_ROWS, "direct", 896),
+        _macros("bf16", BEST_ROWS, "staged", 2048, tokens=16, depth=6),
         *(_macros("bf16", "add_rows", "direct", k) for k in (2048, 8192, 4096, 14336)),
         *(_macros("bf16", kind, "normed", 3072) for kind in ("rope_and_store", "silu_and_mul")),
         *(_macros("f16", kind, "normed", 896) for kind in OUTPUTS),
@@ -141,6 +151,16 @@ def normed_gemv(output: LinearOutput, residual: Tensor, norm: Tensor, eps: float
     _launch(output, "normed", residual, stride, weight, norm, eps)
 
 
+def num_parts(tokens: int, n: int) -> int:
+    """How many ranks of `best_rows` there are for each token, on the current device."""
+    warps = token_tile(tokens) * PAIRS_PER_TILE // 32
+    return _num_ctas(-(-n // (2 * PAIRS_PER_TILE))) * warps
+
+
+def _num_ctas(num_tiles: int) -> int:
+    return min(num_tiles, launcher.require_cuda().num_multiprocessors)
+
+
 def can_norm(tokens: int, k: int) -> bool:
     """Whether so many tokens are kept by `normed_gemv` on the current device."""
     return tokens <= MAX_TOKENS and _depth("normed", k, token_tile(tokens)) is not None
@@ -166,6 +186,8 @@ def _launch(
     if not tokens:
         return
     input_kind = input_kind or _input_kind(output, k)
+    if output.kind == BEST_ROWS and output.row_stride != num_parts(tokens, output.n):
+        raise ValueError(f"ranks have {num_parts(tokens, output.n)} parts, not {output.row_stride}")
     depth = _depth(input_kind, k, tile)
     if depth is None:
         raise ValueError(f"{tokens} tokens of {k} values do not fit into shared memory")
@@ -176,7 +198,7 @@ def _launch(
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(GEMV.variant(**macros), shared_bytes)
     kernel(
-        (min(output.num_tiles, kernel.device.num_multiprocessors), 1, 1),
+        (_num_ctas(output.num_tiles), 1, 1),
         _THREADS,
         *output.targets,
         x.data_ptr(),

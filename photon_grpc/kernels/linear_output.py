@@ -16,6 +16,8 @@ from photon_grpc.kernels.checks import index_name, require, require_index, requi
 from photon_grpc.kernels.launcher import Argument, Pointer
 
 OUTPUTS = ("store_rows", "add_rows", "float_rows", "silu_and_mul", "rope_and_store")
+BEST_ROWS = "best_rows"
+"""One more, of `gemv` and `skinny_gemm_tma` alone."""
 PAIRS_PER_TILE = 8
 
 POINTERS = (Pointer, Pointer)
@@ -30,7 +32,7 @@ _HEAD_DIM_STEP = 16
 
 @dataclass(frozen=True, slots=True)
 class LinearOutput:
-    """One of OUTPUTS with its tensors. Make it with one of the functions below; `kind` names it.
+    """One of OUTPUTS, or BEST_ROWS, with its tensors; `kind` names it. Made by one of the functions below.
 
     `n` is the number of rows of the weight, `tokens` that of the tokens, `row_stride` the elements between
     the rows of `out`.
@@ -117,6 +119,16 @@ def float_rows(out: Tensor) -> LinearOutput:
     if out.dtype is not torch.float32 or out.stride(1) != 1:
         raise ValueError(f"out must be float32 in contiguous rows, not {out.dtype} with {out.stride()}")
     return LinearOutput("float_rows", out, n, tokens, out.stride(0) if tokens > 1 else n)
+
+
+def best_rows(ranks: Tensor, n: int) -> LinearOutput:
+    """ranks [tokens, parts] int64 = the best of the n entries of y, by parts; for `best_token`.
+
+    How many parts there are the kernel says: `num_parts` of its module.
+    """
+    tokens, parts = ranks.shape
+    require("ranks", ranks, torch.int64, tokens, parts)
+    return LinearOutput(BEST_ROWS, ranks, n, tokens, parts)
 
 
 def silu_and_mul(out: Tensor, bias: Tensor | None = None) -> LinearOutput:

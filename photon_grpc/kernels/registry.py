@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from photon_grpc.kernels import (
     apply_updates,
+    best_token,
     embedding,
     gemv,
     paged_attention_decode,
@@ -26,6 +27,7 @@ from photon_grpc.kernels.launcher import KernelSpec, Variant
 
 SPECS: tuple[KernelSpec, ...] = (
     *apply_updates.SPECS,
+    *best_token.SPECS,
     *embedding.SPECS,
     *gemv.SPECS,
     *paged_attention_decode.SPECS,

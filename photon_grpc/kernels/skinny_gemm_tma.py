@@ -14,7 +14,15 @@ from torch import Tensor
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels.checks import require_rows, storage_name
 from photon_grpc.kernels.launcher import KernelSpec, TensorMap
-from photon_grpc.kernels.linear_output import OUTPUTS, PAIRS_PER_TILE, POINTERS, SIZES, SOURCES, LinearOutput
+from photon_grpc.kernels.linear_output import (
+    BEST_ROWS,
+    OUTPUTS,
+    PAIRS_PER_TILE,
+    POINTERS,
+    SIZES,
+    SOURCES,
+    LinearOutput,
+)
 from photon_grpc.kernels.skinny_gemm import TOKEN_TILES, token_tile
 from photon_grpc.kernels.tensor_map import tensor_map
 
@@ -164,6 +172,8 @@ SKINNY_GEMM_TMA = KernelSpec(
         *(_macros("bf16", "rope_and_store", Cut(128, 2, 2), tokens) for tokens in TOKEN_TILES),
         _macros("bf16", "rope_and_store", Cut(128, 2, 2), 64, "int"),
         *(_macros("bf16", "float_rows", Cut(128, 1, 2), tokens) for tokens in (16, 64, 128)),
+        *(_macros("bf16", BEST_ROWS, Cut(128, 1, 2), tokens) for tokens in TOKEN_TILES),
+        _macros("f16", BEST_ROWS, Cut(64, 1, 2, 2), 128),
         *(
             _macros("bf16", "store_rows", Cut(64, splits, 1, 2), tokens)
             for splits in (2, 8)
@@ -188,7 +198,10 @@ def is_available() -> bool:
 
 
 def can_multiply(output: LinearOutput, weight: Tensor) -> bool:
-    """Whether it is available, and one box of `weight` holds the pairs of a tile; odd sizes do not."""
+    """Whether it is available, and one box of `weight` holds the pairs of a tile; odd sizes do not.
+
+    A weight of few rows has no `best_rows`.
+    """
     return is_available() and _misfit(output, cut(*weight.shape)) is None
 
 
@@ -214,6 +227,8 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     misfit = _misfit(output, by)
     if misfit is not None:
         raise ValueError(misfit)
+    if output.kind == BEST_ROWS and output.row_stride != _num_groups(n, by) * by.cluster:
+        raise ValueError(f"ranks have {_num_groups(n, by) * by.cluster} parts, not {output.row_stride}")
     blocks = -(-k // _DEPTH)
     macros = _macros(
         storage_name(weight.dtype), output.kind, by, padded, output.index, -(-blocks // by.splits)
@@ -221,9 +236,7 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
     kernel = launcher.load(SKINNY_GEMM_TMA.variant(**macros), shared_bytes)
-    groups = -(-n // (by.rows * by.sharers))
-    if by.splits == 1:
-        groups = min(groups, device.num_multiprocessors * by.residents // by.sharers)
+    groups = _num_groups(n, by)
     kernel(
         (by.cluster, groups, 1),
         by.threads,
@@ -238,8 +251,24 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
     )
 
 
+def num_parts(n: int, k: int) -> int:
+    """How many ranks of `best_rows` there are for each token, on the current device."""
+    by = cut(n, k)
+    return _num_groups(n, by) * by.cluster
+
+
+def _num_groups(n: int, by: Cut) -> int:
+    """Of a launch: the second dimension of its grid."""
+    groups = -(-n // (by.rows * by.sharers))
+    if by.splits > 1:
+        return groups
+    return min(groups, launcher.require_cuda().num_multiprocessors * by.residents // by.sharers)
+
+
 def _misfit(output: LinearOutput, by: Cut) -> str | None:
-    """What keeps the pairs of a tile from being one box of the weight."""
+    """What keeps the pairs of a tile from being one box of the weight, or its sums from being whole."""
+    if output.kind == BEST_ROWS and by.splits > 1:
+        return f"tiles whose sums {by.splits} CTAs share have no best row"
     if output.kind == "silu_and_mul" and output.n // 2 % PAIRS_PER_TILE:
         return f"{output.n // 2} gates do not come in eights"
     if output.kind == "rope_and_store":

@@ -58,6 +58,10 @@ class DecoderModel:
         """Scores of every token of the vocabulary: [rows, hidden_size] -> [rows, vocab_size] float32."""
         return self._ops.logits(hidden, self._head)
 
+    def find_best_logits(self, hidden: Tensor) -> Tensor | None:
+        """The best of each row's logits as `Ops.best_logits` has them; None where it takes the logits."""
+        return self._ops.best_logits(hidden, self._head)
+
     def checkpoint_tensors(self) -> CheckpointTensors:
         """Every tensor that a checkpoint must have, with the storage that it fills."""
         yield "model.embed_tokens.weight", self._embedding

@@ -214,3 +214,10 @@ class Ops(ABC):
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Scores of `hidden` [rows, hidden] against `weight` [vocab, hidden]: [rows, vocab] float32."""
         return self.linear(hidden, weight).float()
+
+    def best_logits(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        """What `kernels.best_token` needs of `logits`: [rows, parts] int64, the best of each row by parts.
+
+        None where no kernel finds them on the way, and the logits themselves have to be looked at.
+        """
+        return None

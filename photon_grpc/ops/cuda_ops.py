@@ -187,6 +187,24 @@ class CudaOps(Ops):
         # The product's own accumulator, not rounded to 16 bits on the way.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
+    def best_logits(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        rows, (n, k) = hidden.shape[0], weight.shape
+        if hidden.dtype is torch.float32 or not 0 < rows <= _max_skinny_tokens():
+            return None
+        # Each by the kernel that multiplies it for `logits`, so that they are the best of the same sums.
+        if _is_by_gemv(hidden, by_gemv=rows <= gemv.TOKEN_TILES[0]):
+            ranks = _new_ranks(hidden, gemv.num_parts(rows, n))
+            gemv.gemv(linear_output.best_rows(ranks, n), hidden, weight)
+            return ranks
+        if not skinny_gemm_tma.is_available():
+            return None
+        ranks = _new_ranks(hidden, skinny_gemm_tma.num_parts(n, k))
+        output = linear_output.best_rows(ranks, n)
+        if not skinny_gemm_tma.can_multiply(output, weight):
+            return None
+        skinny_gemm_tma.skinny_gemm_tma(output, hidden, weight)
+        return ranks
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
         rmsnorm.rms_norm(out.flatten(0, -2), x.flatten(0, -2), weight, eps)
@@ -297,8 +315,16 @@ def _max_gemv_tokens() -> int:
     return MAX_UNSHARED_TOKENS if skinny_gemm_tma.is_available() else gemv.MAX_TOKENS
 
 
+def _is_by_gemv(x: Tensor, *, by_gemv: bool) -> bool:
+    return by_gemv and x.shape[0] <= _max_gemv_tokens()
+
+
+def _new_ranks(hidden: Tensor, parts: int) -> Tensor:
+    return torch.empty(hidden.shape[0], parts, dtype=torch.int64, device=hidden.device)
+
+
 def _multiply(output: LinearOutput, x: Tensor, weight: Tensor, *, by_gemv: bool = True) -> None:
-    if by_gemv and x.shape[0] <= _max_gemv_tokens():
+    if _is_by_gemv(x, by_gemv=by_gemv):
         gemv.gemv(output, x, weight)
     elif skinny_gemm_tma.can_multiply(output, weight):
         skinny_gemm_tma.skinny_gemm_tma(output, x, weight)

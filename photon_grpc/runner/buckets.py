@@ -55,7 +55,7 @@ class StepKind:
 
     shape: StepShape
     greedy: bool
-    """Every row is; the kernel for it is shorter."""
+    """Every row takes the largest of its logits as they are, which need not be written then."""
     logprobs: bool
     """Some row may have asked for log-probabilities."""
 

@@ -71,6 +71,8 @@ class DeviceSampler(PromptScorer, Protocol):
 
     def launch(self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False) -> None: ...
 
+    def launch_best(self, best: Tensor) -> None: ...
+
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows: ...
 
     def copy_out(self, host: HostRows, num_rows: int, *, logprobs: bool) -> None: ...
@@ -459,6 +461,10 @@ class CudaRunner:
             return
         if shape.num_prefills:
             hidden = hidden.index_select(0, inputs.last_tokens)
+        best = self._decoder.find_best_logits(hidden) if kind.greedy and not kind.logprobs else None
+        if best is not None:
+            self._sampler.launch_best(best)
+            return
         logits = self._decoder.compute_logits(hidden)
         self._sampler.launch(logits, greedy=kind.greedy, logprobs=kind.logprobs)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from photon_grpc.kernels import sampling as kernels
 from photon_grpc.kernels import sampling_state as layout
+from photon_grpc.kernels.best_token import best_token
 from photon_grpc.runner.philox import NOISE_RANGE
 from photon_grpc.runner.sampler import NO_TOKEN, SampledRows, effective_ban
 from photon_grpc.scheduler.output import RowFault, SamplerSpec
@@ -102,7 +103,8 @@ def pack_sequence(
 class _Sequence:
     slot: int
     marks: Tensor | None
-    greedy: bool
+    is_greedy: bool
+    """Temperature 0, and nothing that changes a logit."""
     top_logprobs: int | None
 
 
@@ -226,7 +228,10 @@ class CudaSampler:
         if token_ids:
             self._write(state.last_token_ids, slot, np.array([token_ids[-1]], dtype=np.int32))
         self._sequences[seq_id] = _Sequence(
-            slot, marks, greedy=spec.sampling.temperature == 0, top_logprobs=spec.top_logprobs
+            slot,
+            marks,
+            is_greedy=spec.sampling.temperature == 0 and marks is None,
+            top_logprobs=spec.top_logprobs,
         )
 
     def remove(self, seq_id: int) -> None:
@@ -249,8 +254,8 @@ class CudaSampler:
         return self._sequences[seq_id].slot
 
     def are_greedy(self, seq_ids: Sequence[int]) -> bool:
-        """Whether `launch` may be told so."""
-        return all(self._sequences[seq_id].greedy for seq_id in seq_ids)
+        """Whether each takes the largest of its logits as they are: for `launch` and `launch_best`."""
+        return all(self._sequences[seq_id].is_greedy for seq_id in seq_ids)
 
     def want_logprobs(self, seq_ids: Sequence[int]) -> bool:
         """Whether `launch` has to be told so."""
@@ -288,6 +293,11 @@ class CudaSampler:
                 token_ids,
                 (row_slots, self.state),
             )
+
+    def launch_best(self, best: Tensor) -> None:
+        """The same for rows that are all greedy, from the best of their logits (`Ops.best_logits`)."""
+        rows = len(best)
+        best_token(self.token_ids[:rows], best, self.row_slots[:rows], self.state)
 
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows:
         """Room for the results of a launch, in memory that `buffer(dtype, *shape)` makes."""

@@ -24,7 +24,7 @@ from photon_grpc.ops.base import AttentionMetadata
 from photon_grpc.ops.torch_ops import TorchOps
 from photon_grpc.runner.cuda_runner import StepKernels
 from photon_grpc.runner.cuda_sampler import HostRows, WriteState
-from photon_grpc.runner.sampler import NO_TOKEN, Sampler
+from photon_grpc.runner.sampler import NO_TOKEN, Sampler, effective_ban
 from photon_grpc.runner.stream import Work
 from photon_grpc.scheduler.output import SamplerSpec
 from photon_grpc.types import TokenLogprobs
@@ -136,8 +136,13 @@ TORCH_STEP_KERNELS = StepKernels(apply_updates_oracle, step_inputs_oracle)
 class PaddedTorchOps(TorchOps):
     """TorchOps that reads a step's lengths from its tensors, skips idle rows and stores slot -1 nowhere.
 
-    What attention leaves unwritten is NaN, as it may be on a GPU.
+    What attention leaves unwritten is NaN, as it may be on a GPU. The best of a row's logits is its largest
+    one and where it stands, for `LaneSampler.launch_best`.
     """
+
+    def best_logits(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        best = self.logits(hidden, weight).max(-1)
+        return torch.stack([best.values.double(), best.indices.double()], dim=-1)
 
     def store_kv(self, kv: Tensor, layer_cache: Tensor, slot_mapping: Tensor) -> None:
         stored = slot_mapping >= 0
@@ -189,7 +194,9 @@ class LaneSampler:
         )
         self.row_slots = torch.full((max_rows,), -1, dtype=torch.int32)
         self._write = write
+        self._vocab_size = vocab_size
         self._sampler = Sampler(vocab_size, CPU)
+        self.num_best_launches = 0
         self._free = list(range(max_num_seqs))
         self._sequences: dict[int, tuple[int, SamplerSpec]] = {}
         self._num_lanes = 0
@@ -216,7 +223,14 @@ class LaneSampler:
         return self._sequences[seq_id][0]
 
     def are_greedy(self, seq_ids: Sequence[int]) -> bool:
-        return all(self._sequences[seq_id][1].sampling.temperature == 0 for seq_id in seq_ids)
+        return all(self._takes_largest(self._sequences[seq_id][1]) for seq_id in seq_ids)
+
+    def _takes_largest(self, spec: SamplerSpec) -> bool:
+        params = spec.sampling
+        changes = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+        limits = params.logit_bias or params.allowed_token_ids
+        banned = effective_ban(spec, self._vocab_size)
+        return params.temperature == 0 and not (changes or limits) and banned is None
 
     def top_logprobs(self, seq_id: int) -> int | None:
         return self._sequences[seq_id][1].top_logprobs
@@ -238,6 +252,13 @@ class LaneSampler:
                 for place, (token, value) in enumerate(entry.top):
                     self._out.top_ids[row, place] = token
                     self._out.top_values[row, place] = value
+
+    def launch_best(self, best: Tensor) -> None:
+        logits = torch.full((len(best), self._vocab_size), -torch.inf)
+        for row, (value, token_id) in enumerate(best.tolist()):
+            logits[row, int(token_id)] = value
+        self.num_best_launches += 1
+        self.launch(logits, greedy=True)
 
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows:
         return HostRows(buffer, *self._out.top_ids.shape)

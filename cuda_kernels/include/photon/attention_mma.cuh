@@ -15,10 +15,6 @@ constexpr u32 kAllLanes = 0xffffffffu;
 // Where a running maximum starts: finite, so that no exponent becomes -inf + inf while all scores are -inf.
 constexpr float kLowest = -3.402823466e+38f;
 
-__device__ __forceinline__ float minus_infinity() {
-    return __int_as_float(static_cast<int>(0xff800000u));
-}
-
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
 

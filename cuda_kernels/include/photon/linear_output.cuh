@@ -10,12 +10,16 @@
 //     float_rows       out[token][row] = y, float32 (logits)               the same
 //     silu_and_mul     out[token][p] = silu(y_low) * y_high                gate row p, up row p + n / 2
 //     rope_and_store   q heads to q[token], k and v heads to their slots   dimensions i and i + d / 2 of a head
+//     best_rows        out[token][part] = rank of the largest y of a part  rows 16 i + g and 16 i + 8 + g
 //
 // The last one rotates q and k as photon_grpc/kernels/rope_store_kv.py says, and has its layouts; there is
-// no q/k norm here. Everything is computed in float32 and rounded once. PHOTON_OUTPUT is one of the names,
+// no q/k norm here. best_rows is for a head whose logits nobody needs: a kernel keeps the best of the rows that
+// come by (`see_pair`) and writes one rank (photon/rank.cuh) for each token and each part of the rows, which are
+// its own affair. Everything is computed in float32 and rounded once. PHOTON_OUTPUT is one of the names,
 // PHOTON_STORAGE bf16 or f16, PHOTON_INDEX (int, i64) the type of positions.
 #pragma once
 
+#include "photon/rank.cuh"
 #include "photon/vec.cuh"
 
 #if !defined(PHOTON_STORAGE) || !defined(PHOTON_OUTPUT) || !defined(PHOTON_INDEX)
@@ -27,13 +31,13 @@ namespace photon {
 typedef PHOTON_STORAGE Storage;
 typedef PHOTON_INDEX Index;
 
-enum OutputKind { store_rows, add_rows, float_rows, silu_and_mul, rope_and_store };
+enum OutputKind { store_rows, add_rows, float_rows, silu_and_mul, rope_and_store, best_rows };
 constexpr OutputKind kOutput = PHOTON_OUTPUT;
 
 // Arguments of the kernel that are the output's business, gathered in one place. Pointers that a kind does
 // not need are null.
 struct Output {
-    void* out;                // [tokens] rows, row_stride elements apart: results, residual or q
+    void* out;                // [tokens] rows, row_stride elements apart: results, residual, q or ranks
     const Storage* bias;      // [n] or null
     Storage* kv_cache;        // [blocks][kv heads][K, V][block_size][d]
     const float* angles;      // [positions][d]: cos of all d / 2 pairs, then sin
@@ -169,6 +173,17 @@ __device__ __forceinline__ void finish_pair(const Output& output, int pair, int 
             store_value(target + half_dim, high);
         }
     }
+}
+
+// For best_rows in the place of finish_pair, pair after pair in ascending order.
+__device__ __forceinline__ void see_pair(BestEntry& best, const Output& output, int pair, float low, float high) {
+    const int low_index = low_row(output, pair), high_index = high_row(output, pair);
+    best.see(low_index < output.n ? low : minus_infinity(), low_index);
+    best.see(high_index < output.n ? high : minus_infinity(), high_index);
+}
+
+__device__ __forceinline__ void store_rank(const Output& output, int token, int part, u64 rank) {
+    static_cast<u64*>(output.out)[token * output.row_stride + part] = rank;
 }
 
 }  // namespace photon

@@ -1,13 +1,13 @@
 // Ranks the entries of one row that the CTAs of a cluster share: histograms over keys, the boundary at a
 // count or a mass, and the few best entries in order.
 //
-// An entry is a 32-bit key, where less is better, and its id; `rank = key << 24 | id` is unique, so that
-// every order here is total: better keys first, the lower id among equals. Sums are integers, so neither
+// Entries and their ranks are those of photon/rank.cuh: every order here is total. Sums are integers, so neither
 // the order of atomics nor the number of CTAs can change a result.
 //
 // All functions are for whole CTAs of kThreads; those named `cluster_` for all CTAs of the row.
 #pragma once
 
+#include "photon/rank.cuh"
 #include "photon/row_cluster.cuh"
 #include "photon/types.cuh"
 
@@ -18,31 +18,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 1024;
 constexpr int kCountBins = 256;
 constexpr int kCandidates = 1024;
-constexpr int kIdBits = 24;
 constexpr u32 kFull = 0xFFFFFFFFu;
-constexpr u32 kNoId = (1u << kIdBits) - 1;
-constexpr u64 kNoRank = ~0ull;
 static_assert(kBins <= 2 * kThreads && kCandidates <= 2 * kThreads, "two per thread in every scan");
 static_assert(kBins >= 256, "a radix digit has eight bits");
-
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
-
-// Keys of float32 values, greater values first; -0.0 must have been made 0.0 before.
-__device__ __forceinline__ u32 descending_key(float value) {
-    const u32 bits = __float_as_uint(value);
-    return bits & 0x80000000u ? bits : ~bits & 0x7FFFFFFFu;
-}
-
-__device__ __forceinline__ float value_of_key(u32 key) {
-    return __uint_as_float(key & 0x80000000u ? key : ~key & 0x7FFFFFFFu);
-}
-
-constexpr u32 kKeyOfInfinity = 0x007FFFFFu;         // and everything below is +NaN
-constexpr u32 kKeyOfMinusInfinity = 0xFF800000u;    // and everything above is -NaN
-
-__device__ __forceinline__ u64 rank_of(u32 key, u32 id) {
-    return static_cast<u64>(key) << kIdBits | id;
-}
 
 // Where a running count or mass, in rank order, reaches its target.
 struct Crossing {

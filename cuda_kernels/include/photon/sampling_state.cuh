@@ -42,6 +42,5 @@ constexpr u32 kMarkAllowed = PHOTON_MARK_ALLOWED;
 constexpr u32 kMarkBanned = PHOTON_MARK_BANNED;
 constexpr u32 kMarkBiased = PHOTON_MARK_BIASED;
 
-constexpr int kNoToken = -1;
 
 }  // namespace photon

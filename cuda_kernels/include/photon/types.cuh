@@ -56,4 +56,8 @@ __device__ __forceinline__ u32 pack_pair<f16>(float first, float second) {
     return word;
 }
 
+__device__ __forceinline__ float minus_infinity() {
+    return __uint_as_float(0xFF800000u);
+}
+
 }  // namespace photon

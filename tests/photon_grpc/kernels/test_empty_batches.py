@@ -11,6 +11,7 @@ from torch import Tensor
 from photon_grpc.kernels import linear_output
 from photon_grpc.kernels import sampling as sampling_kernels
 from photon_grpc.kernels.apply_updates import apply_updates
+from photon_grpc.kernels.best_token import best_token
 from photon_grpc.kernels.embedding import embedding
 from photon_grpc.kernels.gemv import gemv, normed_gemv
 from photon_grpc.kernels.paged_attention_decode import allocate_workspace, paged_attention_decode
@@ -68,6 +69,13 @@ def run_skinny_gemm(made: Memory) -> None:
 
 def run_skinny_gemm_tma(made: Memory) -> None:
     skinny_gemm_tma(linear_output.store_rows(made(0, 64)), made(0, 64), made(64, 64))
+
+
+def run_best_token(made: Memory) -> None:
+    ranks = made(0, 5, dtype=torch.int64)
+    state = SamplingState.allocate(4, 8, ranks.device)
+    best_token(made(0, dtype=torch.int32), ranks, made(0, dtype=torch.int32), state)
+    assert not state.num_outputs.any()
 
 
 def run_decode(made: Memory) -> None:
@@ -145,6 +153,7 @@ def run_logprobs(made: Memory) -> None:
 
 EMPTY: dict[str, Callable[[Memory], None]] = {
     "apply_updates": run_apply_updates,
+    "best_token": run_best_token,
     "embedding": run_embedding,
     "gemv": run_gemv,
     "skinny_gemm": run_skinny_gemm,

@@ -24,10 +24,12 @@ from photon_grpc.kernels import paged_attention_decode as decode_module
 from photon_grpc.kernels import paged_attention_prefill as prefill_module
 from photon_grpc.kernels import sampling as sampling_module
 from photon_grpc.kernels import skinny_gemm as skinny_module
+from photon_grpc.kernels import skinny_gemm_tma as tma_module
 from photon_grpc.kernels.apply_updates import SEGMENT_DTYPE, apply_updates
+from photon_grpc.kernels.best_token import best_token
 from photon_grpc.kernels.embedding import embedding
 from photon_grpc.kernels.launcher import Variant
-from photon_grpc.kernels.linear_output import OUTPUTS, LinearOutput
+from photon_grpc.kernels.linear_output import OUTPUTS, LinearOutput, best_rows
 from photon_grpc.kernels.registry import SPECS
 from photon_grpc.kernels.rmsnorm import add_rms_norm, rms_norm
 from photon_grpc.kernels.rope_store_kv import qk_norm_rope, rope_store_kv, store_kv
@@ -83,6 +85,42 @@ def gemv_case(kind: str, tokens: int, dtype: torch.dtype, staged: bool) -> Launc
         # Six tiles, of which each CTA has several: x is staged, unless that never pays.
         patch.setattr(gemv_module, "_MIN_STAGED_TILES", 1 if staged else 1 << 20)
         run_product(kind, 96, 1096, tokens, dtype, gemv_module.gemv, bias=tokens % 2 == 1)
+
+    return launch
+
+
+def best_case(tokens: int, dtype: torch.dtype, by: Cut | None, *, staged: bool = False) -> Launch:
+    """The best row of a product by parts, and the token of all of them."""
+
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(gemv_module, "_MIN_STAGED_TILES", 1 if staged else 1 << 20)
+        n, k = (4 * by.rows * by.sharers + 24, 200) if by else (90, 1096)
+        weight = make_weight(n, k, dtype)
+        weight[n - 1] = weight[5]
+        x = randn(tokens, k, dtype=dtype, seed=2)
+        x[tokens - 1] = weight[5] * 8
+        if by is None:
+            num_parts = gemv_module.num_parts(tokens, n)
+        else:
+            patch.setattr(tma_module, "cut", lambda n, k: by)
+            num_parts = tma_module.num_parts(n, k)
+        memory = Fenced()
+        ranks = memory.empty(tokens, num_parts, dtype=torch.int64)
+        output = best_rows(ranks, n)
+        arguments = memory.copy(x), memory.copy(weight)
+        if by is None:
+            gemv_module.gemv(output, *arguments)
+        else:
+            skinny_gemm_tma(output, *arguments)
+        state = SamplingState.allocate(tokens, 4, torch.device("cuda"))
+        slots = memory.copy(torch.arange(tokens, dtype=torch.int32))
+        token_ids = memory.empty(tokens, dtype=torch.int32)
+        best_token(token_ids, ranks, slots, state)
+        memory.check()
+        exact = x.double() @ weight.double().T
+        found = token_ids.cpu().long()
+        assert int(found[tokens - 1]) == 5
+        assert bool((exact.max(-1).values - exact.gather(1, found[:, None])[:, 0] < 1e-3).all())
 
     return launch
 
@@ -148,6 +186,11 @@ for i, kind in enumerate(OUTPUTS):
         dtype = F16 if (i + j) % 4 == 3 else BF16
         name = f"{kind}-{tokens}-{by.rows}x{by.splits}x{by.sharers}x{by.residents}"
         case("skinny_gemm_tma", name, skinny_tma_case(kind, tokens, dtype, by))
+for tokens, dtype, by in ((16, BF16, CUTS[0]), (61, BF16, CUTS[0]), (128, F16, CUTS[3]), (3, BF16, CUTS[4])):
+    case("skinny_gemm_tma", f"best_rows-{tokens}-{by.rows}x{by.residents}", best_case(tokens, dtype, by))
+case("gemv", "best_rows-3-direct", best_case(3, BF16, None))
+case("gemv", "best_rows-16-staged", best_case(16, F16, None, staged=True))
+case("best_token", "behind-gemv", best_case(8, BF16, None, staged=True))
 # Of two CTAs that share tiles: both full and one empty, several rounds, k with a tail and less than a stage.
 case("swiglu_gemm", "one-cta", swiglu_case(F16, 3, 128, 72))
 case("swiglu_gemm", "rounds", swiglu_case(BF16, 300, 256, 1032))
@@ -474,7 +517,9 @@ def sampling_case(greedy: bool, cluster: int, vocab: int, dtype: torch.dtype) ->
         for logits in (plain.round() if cluster == 2 else plain, plain * 1e-3)[cluster == 8 :]:
             given = logits.to(dtype)
             expected = on_cpu.sample(range(len(changes)), given.float())
-            result = on_gpu.sample(range(len(changes)), given.cuda())
+            on_gpu.set_rows(range(len(changes)))
+            on_gpu.launch(given.cuda(), greedy=greedy)
+            result = on_gpu.collect(range(len(changes)))
             assert result.token_ids == expected.token_ids
             assert result.faults == expected.faults
 

@@ -177,6 +177,27 @@ def test_sampled_rows_beside_greedy_ones(models: Models) -> None:
     assert_same(models, [*requests, request(prompt(33))], gap=1)
 
 
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.7, "seed": 5},
+    {"repetition_penalty": 1.3},
+    {"logit_bias": ((7, 3.0),)},
+    {"allowed_token_ids": (3, 5, 8)},
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(change) or "none")
+def test_logits_are_skipped_where_every_row_takes_the_largest(models: Models, change: dict[str, Any]) -> None:
+    requests = [request(prompt(9), 12), request(prompt(10), 12, sampling=sampling(**change))]
+    core = models.cores()[1]
+    runner = core.runner
+    assert isinstance(runner, CudaRunner)
+    outputs = tokens_of(results(core, requests))
+    assert outputs == tokens_of(results(models.cores()[0], requests))
+    skipped = runner._sampler.num_best_launches  # type: ignore[attr-defined]  # the fake's
+    assert bool(skipped) == (not change)
+
+
 def test_logprobs_of_outputs_and_prompts(models: Models) -> None:
     requests = [
         request(prompt(45), 6, top_logprobs=3, prompt_top_logprobs=2),
@@ -207,19 +228,21 @@ def test_fault_06_a_row_of_nan_ends_its_request_alone(
     core = models.cores()[1]
     runner = core.runner
     assert isinstance(runner, CudaRunner)
-    compute = runner._decoder.compute_logits
+    # What both ways of a decode step ask for their logits.
+    ops = runner._decoder._ops
+    compute = ops.logits
     calls = 0
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+    def poisoned(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        logits = compute(hidden)
+        logits = compute(hidden, weight)
         if bool(runner._sampler.row_slots[0] >= 0):
             calls += 1
             if calls == 5:
                 logits[0, 3] = float("nan")
         return logits
 
-    monkeypatch.setattr(runner._decoder, "compute_logits", poisoned)
+    monkeypatch.setattr(ops, "logits", poisoned)
     outputs = results(core, [request(prompt(20)), request(prompt(25))])
     assert [o.failure is not None for o in outputs if o.key == 0 and o.is_last] == [True]
     (expected,) = tokens_of(results(models.cores()[0], [request(prompt(25))])).values()
