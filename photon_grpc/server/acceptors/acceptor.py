@@ -24,13 +24,11 @@ from photon_grpc.processes.child import begin, leave
 from photon_grpc.processes.collector import quiet_collector
 from photon_grpc.processes.loop_channel import LoopChannel
 from photon_grpc.server.acceptors.messages import (
-    MOST_ON_THE_WAY,
     BindFailed,
     Bound,
     CertificateAccepted,
     CertificateRefused,
     End,
-    Flush,
     Headers,
     Left,
     Metadata,
@@ -54,17 +52,16 @@ _STATUS_S = 2.0
 _LAST_WORDS_S = 0.1
 # How much later than a write that the transport gave back grpc may cancel a call.
 _CLOSE_S = 2.0
-# How long what was written may wait to be told of together with more, and how much of one call. Each time
-# wakes the event loop, and nobody waits for it but a call that writes faster, or one that says so.
-_TOLD_AFTER_S = 0.005
-_MOST_UNTOLD = MOST_ON_THE_WAY // 2
+# How long what was written may wait for more of it to be told of together. Nobody waits for it but a call
+# that writes faster than that.
+_TOLD_AFTER_S = 0.001
 _OK = grpc.StatusCode.OK.value[0]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _log = structlog.get_logger(__name__)
 
 _Result = TypeVar("_Result")
-_Item = Headers | Write | Flush | Next | End
+_Item = Headers | Write | Next | End
 
 
 def main(fd: int, parent: int) -> None:
@@ -98,15 +95,13 @@ class _Status(NamedTuple):
 class _Call:
     """What the event loop has said of one call and its handler has not done yet."""
 
-    __slots__ = ("_is_busy", "_items", "_task", "_waiter", "_was_interrupted", "num_untold", "number")
+    __slots__ = ("_is_busy", "_items", "_task", "_waiter", "_was_interrupted", "number")
 
     # Of a `turns.Sleeper`: whether it goes before others.
     is_urgent = False
 
     def __init__(self, number: int) -> None:
         self.number = number
-        # Responses that were written since the event loop was told of those before.
-        self.num_untold = 0
         self._items: deque[_Item] = deque()
         self._waiter: asyncio.Future[None] | None = None
         task = asyncio.current_task()
@@ -191,8 +186,7 @@ class Acceptor:
         self._channel = LoopChannel(channel, self.receive, self._on_end)
         self._calls: dict[int, _Call] = {}
         self._last_call = 0
-        self._written: list[_Call] = []
-        self._telling: asyncio.TimerHandle | None = None
+        self._written: list[int] = []
         self._num_cut_writes = 0
         # Whoever has something to write waits for a turn, so that calls are accepted meanwhile.
         self._waker: Waker[_Call] = Waker()
@@ -291,9 +285,7 @@ class Acceptor:
                             # The client has left meanwhile. grpc loses some memory with each.
                             self._num_cut_writes += 1
                             raise
-                        self._count_written(call)
-                    case Flush():
-                        self._tell_written()
+                        self._count_written(number)
                     case Headers(_, metadata):
                         await call.send_headers(context, metadata)
                     case Next():
@@ -309,23 +301,14 @@ class Acceptor:
             if not is_over:
                 self._channel.post(Left(number))
 
-    def _count_written(self, call: _Call) -> None:
-        self._written.append(call)
-        call.num_untold += 1
-        if call.num_untold >= _MOST_UNTOLD:
-            self._tell_written()
-        elif self._telling is None:
-            self._telling = self._loop.call_later(_TOLD_AFTER_S, self._tell_written)
+    def _count_written(self, number: int) -> None:
+        if not self._written:
+            self._loop.call_later(_TOLD_AFTER_S, self._tell_written)
+        self._written.append(number)
 
     def _tell_written(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
-            self._telling = None
         written, self._written = self._written, []
-        for call in written:
-            call.num_untold = 0
-        if written:
-            self._channel.post(Written([call.number for call in written]))
+        self._channel.post(Written(written))
 
     # --- the channel ----------------------------------------------------------------------------
 

@@ -16,20 +16,14 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from photon_grpc.server.acceptors.messages import (
-    MOST_ON_THE_WAY,
-    End,
-    Flush,
-    Headers,
-    Metadata,
-    Method,
-    Next,
-    Opened,
-    Write,
-)
+from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened, Write
 from photon_grpc.server.status import RpcStatus
 
 _log = structlog.get_logger(__name__)
+
+# Responses of a call that an acceptor may have before the next one waits. One that does not wait saves the
+# event loop a turn of the call's task; a client that does not read is noticed all the same.
+_MOST_ON_THE_WAY = 2
 
 Post = Callable[[Any], None]
 """Sends a message to the acceptor of a call; harmless when it has gone."""
@@ -95,14 +89,12 @@ class CallContext:
         """Send a response; waits while too many of the call are on their way."""
         self._num_unwritten += 1
         self._post(Write(self._opened.call, self._serialize(response)))
-        if self._num_unwritten > MOST_ON_THE_WAY:
-            await self._until_at_most(MOST_ON_THE_WAY)
+        if self._num_unwritten > _MOST_ON_THE_WAY:
+            await self._until_at_most(_MOST_ON_THE_WAY)
 
     async def flush(self) -> None:
         """Wait until the transport has taken every response."""
-        if self._num_unwritten:
-            self._post(Flush(self._opened.call))
-            await self._until_at_most(0)
+        await self._until_at_most(0)
 
     async def _until_at_most(self, num_unwritten: int) -> None:
         while self._num_unwritten > num_unwritten:

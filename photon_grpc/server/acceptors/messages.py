@@ -22,11 +22,6 @@ class Method(NamedTuple):
     response_streaming: bool
 
 
-# Responses of a call that an acceptor may have before the next one waits. One that does not wait saves the
-# event loop a turn of the call's task; a client that does not read is noticed all the same.
-MOST_ON_THE_WAY = 8
-
-
 class Setup(NamedTuple):
     """The first message to an acceptor: where to listen, as what, and for whom."""
 
@@ -72,10 +67,7 @@ class Request(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The transport has taken a response of each of these calls; one that is named twice, two.
-
-    Told some time later, for many at once, but long before MOST_ON_THE_WAY are untold; and after Flush.
-    """
+    """The transport has taken a response of each of these calls; one that is named twice, two."""
 
     calls: list[int]
 
@@ -115,12 +107,6 @@ class Write(NamedTuple):
 
     call: int
     response: bytes
-
-
-class Flush(NamedTuple):
-    """Tell at once when everything is written that was sent of a call before. Answered by Written or Left."""
-
-    call: int
 
 
 class Next(NamedTuple):
