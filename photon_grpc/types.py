@@ -227,5 +227,3 @@ class ModelInfo:
     """Sequences that run at the same time, where the settings leave it open."""
     max_num_batched_tokens: int = 512
     """Tokens computed in one step, likewise."""
-    mixed_chunk_tokens: int = 0
-    """Prompt tokens of a step that holds up decodes, likewise; 0: no limit of its own."""

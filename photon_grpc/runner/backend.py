@@ -50,8 +50,6 @@ class Backend:
     make_runner: MakeRunner
     pool_bytes: Callable[[ForwardPass, int], int]
     """Memory for a KV pool, measured after the largest steps have run; given the size of the vocabulary."""
-    mixed_chunk_tokens: int = 0
-    """Prompt tokens of a step that holds up decodes, where the settings leave it open; 0: no limit."""
 
 
 def choose_backend(options: Options) -> Backend:

@@ -26,8 +26,6 @@ from photon_grpc.types import ModelInfo
 
 _log = structlog.get_logger(__name__)
 
-# See `scheduler.mixed_steps`. It and its multiples fill captured shapes (`buckets.py`).
-_MIXED_CHUNK_TOKENS = 512
 # What the driver keeps of one captured step.
 _GRAPH_BYTES = 1 << 20
 # A captured step allocates in a pool of its own, where shapes that follow one another leave holes.
@@ -101,7 +99,7 @@ def cuda_backend(options: Options) -> Backend:
             )
         return left
 
-    return Backend("cuda", device, ops, num_seqs, num_tokens, make_runner, pool_bytes, _MIXED_CHUNK_TOKENS)
+    return Backend("cuda", device, ops, num_seqs, num_tokens, make_runner, pool_bytes)
 
 
 def _captured_bytes(run: ForwardPass, buckets: Buckets) -> int:

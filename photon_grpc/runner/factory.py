@@ -63,7 +63,6 @@ def build_runner(
         model_info(folder, options, config, max_model_len),
         max_num_seqs=backend.max_num_seqs,
         max_num_batched_tokens=backend.max_num_batched_tokens,
-        mixed_chunk_tokens=backend.mixed_chunk_tokens,
     )
     runner = backend.make_runner(decoder, model, kv_cache)
     if options.engine.warmup:

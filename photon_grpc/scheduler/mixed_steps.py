@@ -39,7 +39,7 @@ class MixedSteps:
     def __init__(self, chunk_tokens: int) -> None:
         if chunk_tokens < 0:
             raise ValueError("chunk_tokens must not be negative")
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._had_room_at = float("-inf")
 
     def limit(self, most: int, running: Iterable[Request], num_admissible: int, arrival: float | None) -> int:
@@ -48,7 +48,7 @@ class MixedSteps:
         `num_admissible` are those that could enter the batch now, and `arrival` is the earliest of all that
         wait to; None where nobody does.
         """
-        if not self._chunk_tokens:
+        if not self.chunk_tokens:
             return most
         since = float("inf") if arrival is None else arrival
         num_all = num_admissible
@@ -65,7 +65,7 @@ class MixedSteps:
             return most
         num_pieces = 1 + num_held_up // SEQUENCES_PER_PIECE
         num_pieces *= max(1, (num_all - num_held_up) // num_held_up)
-        return min(most, self._chunk_tokens * num_pieces)
+        return min(most, self.chunk_tokens * num_pieces)
 
     def had_room(self, now: float) -> None:
         """A step planned at `now` had room for more prompt tokens: nobody waits for that."""

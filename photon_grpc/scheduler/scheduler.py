@@ -187,6 +187,8 @@ class Scheduler:
     def _most_prompt_tokens(self) -> int:
         """What the next step may have of prompts; looked at closely only where somebody waits for it."""
         most = self._max_num_batched_tokens
+        if not self._mixed_steps.chunk_tokens:
+            return most
         num_places = self._num_places - len(self._running)
         if not self._is_prefilling and not (self._waiting and num_places > 0):
             return most

@@ -189,7 +189,7 @@ class _Maker:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=max(self.max_num_seqs, rng.choice((1, 2, 4, 8, 16, 64))),
             # Drawn apart, so that it changes nothing else of a seed.
-            mixed_chunk_tokens=random.Random(f"chunks of {self.seed}").choice((-1, -1, 1, 2, 5, 16)),
+            mixed_chunk_tokens=random.Random(f"chunks of {self.seed}").choice((0, 0, 1, 2, 5, 16)),
             max_queued=rng.choice((1, 4, 1024, 1024)),
             max_in_flight=rng.choice((1, 2, 2, 3)),
             prefix_caching=self.chance(0.85),

@@ -19,8 +19,6 @@ from tests.support.builders import (
     FakeClock,
     RecordingRunner,
     engine_request,
-    live_requests,
-    model_info,
     scripted_core,
 )
 
@@ -209,7 +207,7 @@ def test_every_call_gets_its_tokens_whatever_the_chunk(
 def test_prompts_that_come_together_take_the_steps_they_would_take_without_it(
     arrivals: list[tuple[int, int, int]],
 ) -> None:
-    assert run(arrivals, CHUNK).rows == run(arrivals, -1).rows
+    assert run(arrivals, CHUNK).rows == run(arrivals, 0).rows
 
 
 @settings(deadline=None, max_examples=50)
@@ -255,24 +253,7 @@ def test_a_full_batch_with_a_queue_is_not_taken_for_a_burst() -> None:
     assert max(later) <= CHUNK
 
 
-@pytest.mark.parametrize(
-    ("setting", "of_model", "expected"),
-    [(0, 0, MOST - 4), (0, CHUNK, CHUNK), (-1, CHUNK, MOST - 4), (3, CHUNK, 3), (3, 0, 3)],
-)
-def test_the_setting_goes_before_what_suits_the_backend(setting: int, of_model: int, expected: int) -> None:
-    class Runner(RecordingRunner):
-        def __init__(self, model: object, **values: int) -> None:
-            super().__init__(model_info(mixed_chunk_tokens=of_model), **values)
-
-    clock = FakeClock(0.0)
-    core = scripted_core(
-        num_blocks=500, mixed_chunk_tokens=setting, make_runner=Runner, prefix_caching=False, clock=clock
-    )
-    for key in range(1, 5):
-        core.submit(Submit(key, engine_request((key + 1,) * 3, 20, arrival_time=0.0)))
-    for _ in range(3):
-        core.step()
-        clock.advance(1.0)
-    core.submit(Submit(9, engine_request(prompt_of(9, 200), 2, arrival_time=clock())))
-    core.step()
-    assert live_requests(core)[5].num_computed_tokens == expected
+def test_without_the_setting_a_prompt_takes_all_that_is_left() -> None:
+    arrivals = [(0, 3, 20)] * 4 + [(5, 300, 2)]
+    assert max(run(arrivals, 0).prompt_tokens[5:]) == MOST - 4
+    assert max(run(arrivals, 3).prompt_tokens[5:15]) == 3
