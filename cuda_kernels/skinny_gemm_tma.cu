@@ -3,7 +3,8 @@
 //     y[t, r] = sum over k of x[t, k] * weight[r, k]                        and on to photon/linear_output.cuh
 //
 // Layouts: x [tokens][k], weight [n][k], both behind tensor maps that photon_grpc/kernels/skinny_gemm_tma.py
-// makes: a box of the weight is a tile, PHOTON_ROWS rows in the order of linear_output.cuh's pairs.
+// makes: a tile is PHOTON_ROWS rows in the order of linear_output.cuh's pairs, a box of the weight all of it, or
+// PHOTON_BOX_ROWS where whole heads and tiles end in different places.
 //
 // Work: a warp of its own has the copy engine fill PHOTON_STAGES stages of shared memory, each with 64 k of a
 // tile and of all tokens; the other warps, four for every 64 rows, multiply them. A cluster has PHOTON_SPLITS
@@ -35,7 +36,7 @@
 #include "photon/warpgroup_mma.cuh"
 
 #if !defined(PHOTON_ROWS) || !defined(PHOTON_TOKENS) || !defined(PHOTON_SPLITS) || !defined(PHOTON_SHARERS) || \
-    !defined(PHOTON_RESIDENTS) || !defined(PHOTON_STAGES) || !defined(PHOTON_SHARED_BYTES)
+    !defined(PHOTON_RESIDENTS) || !defined(PHOTON_STAGES) || !defined(PHOTON_SHARED_BYTES) || !defined(PHOTON_BOX_ROWS)
 #error "a macro of photon_grpc/kernels/skinny_gemm_tma.py is not defined"
 #endif
 
@@ -46,6 +47,7 @@ constexpr int kTokens = PHOTON_TOKENS;
 constexpr int kSplits = PHOTON_SPLITS;
 constexpr int kSharers = PHOTON_SHARERS;
 constexpr int kStages = PHOTON_STAGES;
+constexpr int kBoxRows = PHOTON_BOX_ROWS;
 
 constexpr int kWarpgroupRows = 64;
 constexpr int kMultipliers = kRows / kWarpgroupRows * 128;
@@ -71,6 +73,7 @@ constexpr int kBarriers = 2 * kStages + 1;
 
 static_assert(kRows % kWarpgroupRows == 0 && kTokens % 16 == 0, "what wgmma takes");
 static_assert(kSharedTokens % 8 == 0, "whole blocks of the swizzle");
+static_assert(kRows % kBoxRows == 0 && kBoxRows % 16 == 0, "whole boxes of whole pairs");
 static_assert(PHOTON_OUTPUT != best_rows || (kSplits == 1 && kTokens <= kMultipliers), "whole sums; a thread a token");
 static_assert(PHOTON_OUTPUT != best_rows || kMultipliers / 4 * kTokens <= kStageBytes, "room for the ranks");
 static_assert(kBarriersStart + 8 * kBarriers == PHOTON_SHARED_BYTES, "Python and the kernel disagree");
@@ -141,9 +144,13 @@ __device__ __forceinline__ void copy_weights(const TensorMap& weight, const Outp
     if (kOutput == silu_and_mul) {
         copy_box(target, weight, at.block * kDepth, 0, 0, at.tile * (kRows / 16), 0, barrier, kReadOnce);
     } else if (kOutput == rope_and_store) {
-        const int group = at.tile * (kRows / 16), groups_of_head = output.head_dim / 16;
-        copy_box(target, weight, at.block * kDepth, 0, 0, group % groups_of_head, group / groups_of_head, barrier,
-                 kReadOnce);
+        const int groups_of_head = output.head_dim / 16;
+#pragma unroll
+        for (int row = 0; row < kRows; row += kBoxRows) {
+            const int group = (at.tile * kRows + row) / 16;
+            copy_box(target + row * kRowBytes, weight, at.block * kDepth, 0, 0, group % groups_of_head,
+                     group / groups_of_head, barrier, kReadOnce);
+        }
     } else {
         copy_box(target, weight, at.block * kDepth, at.tile * kRows, barrier, kReadOnce);
     }

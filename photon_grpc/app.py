@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -24,25 +24,27 @@ import photon_grpc
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.engine.host import Progress
 from photon_grpc.engine.messages import EngineReady
-from photon_grpc.engine.process import EngineProcess
+from photon_grpc.engine.process import EngineProcess, SpawnedChild
 from photon_grpc.engine.thread import EngineThread
 from photon_grpc.engine.watchdog import LATE_S, STDERR, longest_step_s
-from photon_grpc.errors import ConfigError, ModelLoadError, PhotonError
+from photon_grpc.engine_place import engine_setup, has_own_process, model_folder
+from photon_grpc.errors import PhotonError
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.text_pool import TextPool
 from photon_grpc.frontend.tokenizer import Tokenizer
-from photon_grpc.options import ModelOptions, Options
-from photon_grpc.processes.collector import quiet_collector
-from photon_grpc.runner_factory import RunnerFactory
+from photon_grpc.options import Options
+from photon_grpc.processes.collector import paused_collector, quiet_collector
 from photon_grpc.server.server import BoundPorts, Server
+from photon_grpc.stages import Stages, process_begun
 from photon_grpc.telemetry.call_record import CallRecord
-from photon_grpc.telemetry.call_trace import CallTrace
 from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
-from photon_grpc.telemetry.otlp import OtlpExport
 from photon_grpc.turns import WAKES_PER_TURN
+
+if TYPE_CHECKING:
+    from photon_grpc.telemetry.otlp import OtlpExport
 
 _log = structlog.get_logger(__name__)
 
@@ -57,9 +59,6 @@ _GUARD_INTERVAL_S = 1.0
 _MIN_CORES, _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS = 8, 4, 4
 # Readers that are woken in a turn of the loop where calls are accepted elsewhere.
 _WAKES_BESIDE_ACCEPTORS = 128
-_DEMO_MODEL = Path(__file__).parent / "demo_model"
-# What a driver of NVIDIA's shows to a process that may use a GPU; the second is that of WSL.
-_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +68,6 @@ class RunningService:
     ports: BoundPorts
     metrics_port: int | None
     engine: EngineReady
-
-
-def model_folder(options: ModelOptions) -> Path:
-    """The folder of the model that the options name. Raises ConfigError or ModelLoadError."""
-    if not options.path:
-        raise ConfigError("model.path is empty: name a model folder, or `demo`")
-    folder = _DEMO_MODEL if options.path == "demo" else Path(options.path)
-    if not folder.is_dir():
-        raise ModelLoadError(f"{folder}: no such folder")
-    return folder
-
-
-def has_own_process(options: Options) -> bool:
-    """Whether the engine gets a process of its own.
-
-    On a GPU a step takes about a millisecond, and whoever waits for the interpreter lock in it holds up
-    every stream. Found out without torch, which would take longer to import than everything else here.
-    """
-    match options.engine.process:
-        case "own":
-            return True
-        case "shared":
-            return False
-        case _:
-            may_use_gpu = options.model.backend == "auto" and any(path.exists() for path in _GPU_DEVICES)
-            return options.model.backend == "cuda" or may_use_gpu
 
 
 def num_acceptors(options: Options) -> int:
@@ -132,27 +105,35 @@ class InferenceStack:
         metrics: Metrics,
         field_root: str = "spec.",
         progress: Progress | None = None,
+        spawned_engine: SpawnedChild | None = None,
+        spare_torch: bool = False,
     ) -> None:
+        """`spawned_engine` is of `engine_place.early_engine`. With `spare_torch` nothing in this process but
+        the engine has a use for torch.
+        """
+        setup = engine_setup(options)
         self._folder = model_folder(options.model)
-        self._has_own_process = has_own_process(options)
+        self.has_own_process = has_own_process(options)
+        self._spare_torch = spare_torch or self.has_own_process
         self._text_pool = TextPool(options.server.text_threads)
         self.engine = AsyncEngine(
-            RunnerFactory(self._folder, options, self._has_own_process),
-            options.scheduler,
-            options.cache,
+            setup.runner_factory,
+            setup.scheduler_options,
+            setup.cache_options,
             options.limits,
             on_step=metrics.observe_step,
             on_iteration=metrics.observe_iteration,
             on_stopped=on_stopped,
             on_progress=progress,
-            make_host=partial(
-                EngineProcess if self._has_own_process else EngineThread,
-                step_timeout_s=options.engine.step_timeout_s,
+            make_host=(
+                partial(EngineProcess, step_timeout_s=options.engine.step_timeout_s, spawned=spawned_engine)
+                if self.has_own_process
+                else partial(EngineThread, step_timeout_s=options.engine.step_timeout_s)
             ),
             wakes_per_turn=wakes_per_turn(options),
         )
         metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
-        if self._has_own_process:
+        if self.has_own_process:
             metrics.watch_engine_process(lambda: self.engine.process_id)
         self._metrics = metrics
         self._cache_options = options.cache
@@ -165,11 +146,18 @@ class InferenceStack:
             field_root=field_root,
         )
 
-    async def start(self) -> EngineReady:
-        """Load tokenizer and model and warm up. Raises StartupError."""
-        if self._has_own_process:
+    async def start(self, on_text_loaded: Callable[[], None] | None = None) -> EngineReady:
+        """Load tokenizer and model and warm up. Raises StartupError.
+
+        `on_text_loaded` is called where there is nothing more to do in this process but to wait for another.
+        """
+        if self.has_own_process:
             # Side by side: the two processes need nothing of each other, and only the engine's imports torch.
-            tokenizer, ready = await asyncio.gather(self._load_tokenizer(), self.engine.start())
+            starting = self.engine.start()
+            loading = asyncio.ensure_future(self._load_tokenizer())
+            if on_text_loaded is not None:
+                loading.add_done_callback(lambda _: on_text_loaded())
+            tokenizer, ready = await asyncio.gather(loading, starting)
         else:
             tokenizer = await self._load_tokenizer()
             ready = await self.engine.start()
@@ -182,7 +170,7 @@ class InferenceStack:
         return ready
 
     async def _load_tokenizer(self) -> Tokenizer:
-        load = partial(Tokenizer.load, self._folder, spare_torch=self._has_own_process)
+        load = partial(Tokenizer.load, self._folder, spare_torch=self._spare_torch)
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, load)
 
     async def stop(self, timeout_s: float = _ENGINE_STOP_S) -> bool:
@@ -197,12 +185,18 @@ async def serve(
     *,
     ready: Callable[[RunningService], None] | None = None,
     progress: Progress | None = None,
+    spawned_engine: SpawnedChild | None = None,
+    begun: float | None = None,
 ) -> int:
     """Run the service until SIGTERM, SIGINT or the engine's death; the exit code.
 
-    0 after a drain, 1 when the engine died. `ready` is called once the service answers. Raises
-    StartupError, with nothing left running, when it never comes to that.
+    0 after a drain, 1 when the engine died. `ready` is called once the service answers. `spawned_engine` is
+    of `engine_place.early_engine` with the same options, `begun` the monotonic moment that its start is
+    counted from. Raises StartupError, with nothing left running, when
+    it never comes to that.
     """
+    stages = Stages(begun)
+    stages.ended("process")
     leave = asyncio.Event()
     died: list[PhotonError] = []
     metrics = Metrics(photon_grpc.__version__)
@@ -213,10 +207,21 @@ async def serve(
             server.set_dead()
         leave.set()
 
-    stack = InferenceStack(options, on_stopped=engine_stopped, metrics=metrics, progress=progress)
+    stack = InferenceStack(
+        options,
+        on_stopped=engine_stopped,
+        metrics=metrics,
+        progress=progress,
+        spawned_engine=spawned_engine,
+        spare_torch=True,
+    )
     otlp: OtlpExport | None = None
     observers: list[Callable[[CallRecord], None]] = [metrics.observe_call]
     if options.telemetry.otlp_endpoint:
+        # Imported for those alone who want it.
+        from photon_grpc.telemetry.call_trace import CallTrace
+        from photon_grpc.telemetry.otlp import OtlpExport
+
         otlp = OtlpExport(options.telemetry.otlp_endpoint, photon_grpc.__version__)
         metrics.watch_spans(otlp.num_dropped_spans)
         place = options.server
@@ -238,20 +243,30 @@ async def serve(
     exposition: MetricsServer | None = None
     guard: asyncio.Task[None] | None = None
     engine: EngineReady | None = None
+    starting: asyncio.Future[EngineReady] | None = None
     _on_signals(leave, server)
-    ports = await server.start()
     try:
+        if stack.has_own_process:
+            # What takes longest comes first, and the listeners come up beside it.
+            starting = asyncio.ensure_future(stack.start(quiet_collector))
+            await asyncio.sleep(0)
+        ports = await server.start()
+        stages.ended("listeners")
         if options.server.metrics_port >= 0:
             exposition = MetricsServer(metrics, options.server.metrics_host, options.server.metrics_port)
-        engine = await _start_or_leave(stack, leave, died)
+        starting = starting or asyncio.ensure_future(stack.start())
+        engine = await _ready_or_left(starting, leave, died)
         if engine is not None:
             quiet_collector()
             server.set_serving()
+            stages.ended("engine")
             _log.info(
                 "serving",
                 model=engine.model.name,
                 port=ports.public,
                 kv_tokens=engine.num_blocks * engine.block_size,
+                seconds=stages.total_s,
+                stages=stages.seconds(),
             )
             guard = asyncio.create_task(_guard(stack.engine, options.engine.step_timeout_s))
             if ready is not None:
@@ -264,6 +279,8 @@ async def serve(
         else:
             await server.drain()
     finally:
+        if starting is not None:
+            _abandon(starting)
         if guard is not None:
             guard.cancel()
         _end_within(_LEAVE_S)
@@ -299,11 +316,10 @@ def _end_within(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
 
-async def _start_or_leave(
-    stack: InferenceStack, leave: asyncio.Event, died: list[PhotonError]
+async def _ready_or_left(
+    starting: asyncio.Future[EngineReady], leave: asyncio.Event, died: list[PhotonError]
 ) -> EngineReady | None:
-    """Start the stack; None if a signal came first. Raises StartupError."""
-    starting = asyncio.ensure_future(stack.start())
+    """What the stack's start brings; None if a signal came first. Raises StartupError."""
     leaving = asyncio.ensure_future(leave.wait())
     try:
         await asyncio.wait((starting, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -311,7 +327,13 @@ async def _start_or_leave(
         return await starting if starting.done() or died else None
     finally:
         leaving.cancel()
-        starting.cancel()
+
+
+def _abandon(starting: asyncio.Future[EngineReady]) -> None:
+    """Wait for it no longer, whatever came of it: there may be an error that says more."""
+    starting.cancel()
+    if starting.done() and not starting.cancelled():
+        starting.exception()
 
 
 def _on_signals(leave: asyncio.Event, server: Server) -> None:
@@ -333,9 +355,19 @@ def run(
     *,
     ready: Callable[[RunningService], None] | None = None,
     progress: Progress | None = None,
+    spawned_engine: SpawnedChild | None = None,
 ) -> int:
     """`serve` on a new uvloop event loop; the exit code. Raises StartupError."""
-    code: int = uvloop.run(serve(options, ready=ready, progress=progress))
+    with paused_collector():
+        code: int = uvloop.run(
+            serve(
+                options,
+                ready=ready,
+                progress=progress,
+                spawned_engine=spawned_engine,
+                begun=process_begun(),
+            )
+        )
     if code:
         # The interpreter's own end can hang too, on a device that does; on one that is lost it aborts.
         _end_within(_LEAVE_S)

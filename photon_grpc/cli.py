@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -44,6 +44,9 @@ from photon_grpc.config import (
 from photon_grpc.errors import ConfigError, PhotonError, RequestError, StartupError
 from photon_grpc.options import Options
 from photon_grpc.telemetry.logging import configure_logging
+
+if TYPE_CHECKING:
+    from photon_grpc.engine.process import SpawnedChild
 
 __all__ = ["app", "main"]
 
@@ -220,6 +223,7 @@ class TextSource(Protocol):
 
 @app.command(rich_help_panel="Serve")
 def serve(
+    context: typer.Context,
     model: ModelFlag = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Address to listen on [127.0.0.1].", show_default=False)
@@ -260,6 +264,16 @@ def serve(
         reflection="public" if dev else None,
     )
     configure_logging(options.telemetry)
+    from photon_grpc.engine_place import early_engine
+
+    with early_engine(options, context.obj) as engine:
+        code = _serve(options, engine)
+    raise typer.Exit(code)
+
+
+def _serve(options: Options, engine: SpawnedChild | None) -> int:
+    """Run the service; the exit code."""
+    # With the engine's process under way, which takes longer than all of this.
     from photon_grpc.app import RunningService, run
 
     def announce(service: RunningService) -> None:
@@ -273,8 +287,7 @@ def serve(
 
     with ExitStack() as loading:
         progress = loading.enter_context(_loading_bar())
-        code = run(options, ready=announce, progress=progress)
-    raise typer.Exit(code)
+        return run(options, ready=announce, progress=progress, spawned_engine=engine)
 
 
 @app.command(rich_help_panel="Generate")
@@ -498,7 +511,7 @@ def tokenize(
     tls = _tls(tls_ca, tls_cert, tls_key)
     if address is None:
         _refuse_without_address(tls, token_file)
-        from photon_grpc.app import model_folder
+        from photon_grpc.engine_place import model_folder
         from photon_grpc.frontend.tokenizer import Tokenizer
 
         folder = model_folder(_load(config, assignments, model=model).model)
@@ -531,7 +544,7 @@ def info(
     assignments: SetFlag = None,
 ) -> None:
     """Describe a model folder and what of it fits into the memory that is free now. Loads no weights."""
-    from photon_grpc.app import model_folder
+    from photon_grpc.engine_place import model_folder
     from photon_grpc.model_report import describe_model
 
     options = _load(
@@ -697,10 +710,13 @@ def version() -> None:
     print(f"photon-grpc {__version__}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: runs a command and ends the process with its exit code."""
+def main(arguments: Sequence[str] | None = None, *, engine: SpawnedChild | None = None) -> None:
+    """Run a command and end the process with its exit code.
+
+    `engine` is a process that `engine_ahead.begin` has begun for these arguments.
+    """
     try:
-        app(arguments)
+        app(arguments, obj=engine)
     except StartupError as error:
         _print_red(f"photon-grpc: {error.message}")
         sys.exit(2)

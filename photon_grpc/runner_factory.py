@@ -11,8 +11,9 @@ from pathlib import Path
 
 from photon_grpc.engine.host import Progress
 from photon_grpc.options import Options
-from photon_grpc.processes.collector import quiet_collector
+from photon_grpc.processes.collector import keep_imports
 from photon_grpc.runner.base import Runner
+from photon_grpc.stages import Stages, process_begun
 from photon_grpc.telemetry.logging import configure_logging
 
 
@@ -21,7 +22,7 @@ class RunnerFactory:
     """Implements `engine.host.RunnerFactory` for the model in `folder`.
 
     With `own_process` it also does what the server's process has done for itself: logs go where and how
-    its logs go, and the collector is quieted once everything stands.
+    its logs go.
     """
 
     folder: Path
@@ -30,11 +31,17 @@ class RunnerFactory:
 
     def __call__(self, progress: Progress) -> Runner:
         """Raises StartupError."""
+        stages = Stages(process_begun() if self.own_process else None)
         if self.own_process:
             configure_logging(self.options.telemetry)
+            if self.options.model.backend != "cpu":
+                from photon_grpc.kernels.early_context import begin_context
+
+                begin_context()
+        stages.ended("process")
         from photon_grpc.runner.factory import build_runner
 
-        runner = build_runner(self.folder, self.options, progress)
         if self.own_process:
-            quiet_collector()
-        return runner
+            keep_imports()
+        stages.ended("imports")
+        return build_runner(self.folder, self.options, progress, stages)

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from photon_grpc.engine.host import RunnerFactory
+from photon_grpc.engine.host import Progress, RunnerFactory
 from photon_grpc.engine.loop import run_engine
 from photon_grpc.engine.messages import EngineMessage, LoopMessage
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import begin, leave
+from photon_grpc.processes.collector import quiet_collector
+from photon_grpc.runner.base import Runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,14 @@ def main(fd: int, parent: int) -> None:
     """Run the engine that the first message on the socket `fd` describes, for the process `parent`."""
     inbox = _ChannelInbox(begin(fd, parent))
     setup = inbox.take_setup()
+
+    def build_runner(progress: Progress) -> Runner:
+        runner = setup.runner_factory(progress)
+        quiet_collector()
+        return runner
+
     run_engine(
-        setup.runner_factory,
+        build_runner,
         setup.scheduler_options,
         setup.cache_options,
         inbox,

@@ -273,13 +273,13 @@ class AsyncEngine:
         self._dead = False
         self._draining = False
 
-    async def start(self) -> EngineReady:
-        """Build the runner where the engine runs. Raises StartupError as the runner's factory does."""
+    def start(self) -> asyncio.Future[EngineReady]:
+        """Begin to build the runner where the engine runs; what comes of it, a StartupError maybe."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._stopped = asyncio.Event()
         self._host.start()
-        return await self._ready
+        return self._ready
 
     @property
     def info(self) -> EngineReady:

@@ -15,11 +15,30 @@ from photon_grpc.engine.messages import EngineMessage, EngineReady, EngineStoppe
 from photon_grpc.errors import EngineDeadError, StartupError
 from photon_grpc.options import KVCacheOptions, SchedulerOptions
 from photon_grpc.processes.parent import ChildProcess
+from photon_grpc.processes.spawn import SpawnedChild, spawn
+
+__all__ = ["EngineProcess", "SpawnedChild", "spawn_engine"]
 
 _log = structlog.get_logger(__name__)
 
-# Prompts of this many calls make a step; the loop takes a few milliseconds for as many.
+_CHILD = "photon_grpc.engine.child"
+# The engine can begin with the prompts of so many calls; the loop takes a few milliseconds for them.
 _MOST_POSTED = 8
+
+
+def spawn_engine(setup: EngineSetup, ahead: SpawnedChild | None = None) -> SpawnedChild:
+    """Begin an engine's process before there is an event loop to serve it. Raises StartupError.
+
+    With `ahead`, which waits for a setup, it is that one.
+    """
+    try:
+        if ahead is None:
+            return spawn(_CHILD, (setup,))
+        ahead.send((setup,))
+        return ahead
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StartupError(f"the engine's process cannot start: {reason}") from error
 
 
 class EngineProcess:
@@ -36,12 +55,13 @@ class EngineProcess:
         deliver: Deliver,
         *,
         step_timeout_s: float = 0.0,
+        spawned: SpawnedChild | None = None,
     ) -> None:
+        """`spawned` is a process that was begun ahead with this very setup."""
+        self._spawned = spawned
         self._setup = EngineSetup(runner_factory, scheduler_options, cache_options, step_timeout_s)
         self._deliver = deliver
-        self._child = ChildProcess(
-            "engine", "photon_grpc.engine.child", self._receive, self._on_end, most_posted=_MOST_POSTED
-        )
+        self._child = ChildProcess("engine", _CHILD, self._receive, self._on_end, most_posted=_MOST_POSTED)
         self._is_ready = False
         self._is_discarded = False
         self._has_stopped = False
@@ -52,12 +72,11 @@ class EngineProcess:
         return self._child.process_id
 
     def start(self) -> None:
-        """Spawn the child; EngineReady or EngineStopped follows."""
+        """Spawn the child where it was not; EngineReady or EngineStopped follows."""
         try:
-            self._child.start((self._setup,))
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            self._deliver(EngineStopped(StartupError(f"the engine's process cannot start: {reason}")))
+            self._child.adopt(self._spawned or spawn_engine(self._setup))
+        except StartupError as error:
+            self._deliver(EngineStopped(error))
 
     def post(self, message: EngineMessage) -> None:
         """Send a message, together with whatever else this turn of the loop posts."""

@@ -68,9 +68,9 @@ class Tokenizer:
     def load(cls, folder: str | Path, *, spare_torch: bool = False) -> Tokenizer:
         """Load from a model folder. Raises ModelLoadError naming the file that is missing or damaged.
 
-        With `spare_torch` the process does not import torch for it, which takes seconds. For a process
-        that uses neither torch nor transformers' models afterwards: transformers remembers that it has
-        found no torch. No other thread may be importing torch meanwhile.
+        With `spare_torch` transformers finds no torch, whose import for it, and of what it wants beside it,
+        takes seconds. For a process that does not use transformers' models afterwards: transformers remembers
+        what it has not found. No other thread may be importing torch meanwhile.
         """
         folder = Path(folder)
         if not (folder / TOKENIZER_FILE).is_file():

@@ -37,6 +37,7 @@ _DEPTHS = (6, 5, 4)
 _STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.
 _MIN_STAGED_TILES = 2
+_MIN_FILL = 0.95
 
 _MACROS = (
     "PHOTON_STORAGE",
@@ -164,6 +165,12 @@ def _num_ctas(num_tiles: int) -> int:
 def can_norm(tokens: int, k: int) -> bool:
     """Whether so many tokens are kept by `normed_gemv` on the current device."""
     return tokens <= MAX_TOKENS and _depth("normed", k, token_tile(tokens)) is not None
+
+
+def is_one_round(n: int) -> bool:
+    """Whether a weight of `n` rows has a tile for nearly every multiprocessor and no second one for any."""
+    tiles, places = -(-n // (2 * PAIRS_PER_TILE)), launcher.require_cuda().num_multiprocessors
+    return _MIN_FILL * places <= tiles <= places
 
 
 def _input_kind(output: LinearOutput, k: int) -> str:

@@ -78,8 +78,7 @@ class KernelSpec:
 
     def variant(self, **macros: int | str) -> Variant:
         """The variant with these macros, all of those declared."""
-        assert set(macros) == set(self.macros), f"{self.name}: {macros} is no variant"
-        return Variant(self, tuple(sorted(macros.items())))
+        return _variant(self, **macros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +116,13 @@ class Device:
     def can_overlap(self) -> bool:
         """Whether programmatic dependent launch does anything here."""
         return self.compute_capability >= (9, 0)
+
+
+@cache
+def _variant(spec: KernelSpec, **macros: int | str) -> Variant:
+    """Kept, since every launch names its kernel so."""
+    assert set(macros) == set(spec.macros), f"{spec.name}: {macros} is no variant"
+    return Variant(spec, tuple(sorted(macros.items())))
 
 
 class Kernel:
@@ -173,7 +179,8 @@ class Kernel:
         config = self._config
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX = num_threads
-        config.hStream = torch.cuda.current_stream(self.device.index).cuda_stream
+        # torch.cuda.current_stream makes an object for it, a tenth of what a launch costs the host.
+        config.hStream = torch._C._cuda_getCurrentRawStream(self.device.index)
         # The driver copies the arguments before it returns.
         (result,) = self._launch(config, self._handle, self._arguments, 0)
         if int(result) != 0:

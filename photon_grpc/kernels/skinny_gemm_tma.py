@@ -6,6 +6,7 @@ tokens there are beside it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +45,22 @@ _NEIGHBOUR_BYTES, _MIN_STAGES_BESIDE = 20 << 10, 4
 _FRAGMENT_BYTES = 16
 _MAX_STAGES = 12
 
-_WIDE_ROWS, _NARROW_ROWS = 128, 64
+_WIDEST_ROWS, _WIDE_ROWS, _NARROW_ROWS = 192, 128, 64
 # A cluster lies in one part of the GPU, and those of the largest have 16 or 18 multiprocessors: this many
-# CTAs find room whatever the size of their clusters, where 128 in fours do not.
+# CTAs find room whatever the size of their clusters, where 128 in fours do not; but 112 in fours do.
 _SURE_CTAS = 96
+_SMALL_CLUSTER, _SMALL_CLUSTERS_CTAS = 4, 112
+_RESIDENT_CTAS = 132
 _WANTED_CTAS = 120
+# Of small weights, whose CTAs are two to a multiprocessor.
+_WANTED_SMALL_CTAS = 150
+# Of tiles of 128 rows, after which the last one hardly counts.
+_FEW_ROUNDS = 3
+# The k of a CTA that is worth 192 rows.
+_WIDEST_DEPTH = 768
 _MAX_CLUSTER = 8
+# Less would be too many copies to a stage.
+_MIN_BOX_ROWS = 64
 _MIN_SPLIT_DEPTH = 2 * _DEPTH
 # Elements of a weight that the shared memory of all multiprocessors can nearly hold.
 _SMALL_WEIGHT = 1 << 23
@@ -64,6 +75,7 @@ _MACROS = (
     "PHOTON_SHARERS",
     "PHOTON_CLUSTER",
     "PHOTON_RESIDENTS",
+    "PHOTON_BOX_ROWS",
     "PHOTON_STAGES",
     "PHOTON_SHARED_BYTES",
 )
@@ -95,17 +107,43 @@ def cut(n: int, k: int) -> Cut:
     Where there are tiles of 128 rows for most multiprocessors, each has some for itself, and neighbours
     share their x. Of a weight that nearly fits shared memory, all is requested before x is there: narrow
     tiles, many splits, and two CTAs to a multiprocessor, one of which may be the next kernel's. In between
-    the most splits for which clusters of any size find room at once.
+    the most splits for which clusters of that size find room at once. With many tokens a multiprocessor waits
+    for what it takes in, so tiles of 192 rows, which need less x, are better wherever they occupy as many.
     """
     wide, narrow = (-(-n // rows) for rows in (_WIDE_ROWS, _NARROW_ROWS))
-    if wide >= _SURE_CTAS or k < 2 * _MIN_SPLIT_DEPTH:
+    if wide >= _SURE_CTAS:
+        is_fuller = wide <= _FEW_ROUNDS * _RESIDENT_CTAS and _fill(n, _WIDEST_ROWS) > _fill(n, _WIDE_ROWS)
+        return Cut(_WIDEST_ROWS if is_fuller else _WIDE_ROWS, 1, 2)
+    if k < 2 * _MIN_SPLIT_DEPTH:
         return Cut(_WIDE_ROWS, 1, 2)
     most = min(_MAX_CLUSTER, k // _MIN_SPLIT_DEPTH)
     if n * k <= _SMALL_WEIGHT:
-        splits = next((size for size in (1, 2, 4, 8) if narrow * size >= _WANTED_CTAS or 2 * size > most), 1)
-        return Cut(_NARROW_ROWS, splits, 2 if splits == 1 else 1, 2)
-    splits = max(1, min(most, _SURE_CTAS // wide))
-    return Cut(_WIDE_ROWS, splits, 2 if splits <= 2 else 1)
+        if narrow >= _WANTED_CTAS:
+            return Cut(_NARROW_ROWS, 1, 2, 2)
+        enough = (size for size in range(2, most) if narrow * size >= _WANTED_SMALL_CTAS)
+        return Cut(_NARROW_ROWS, next(enough, most), 1, 2)
+    splits = _most_splits(wide, most)
+    widest = -(-n // _WIDEST_ROWS)
+    more = _most_splits(widest, min(most, _SMALL_CLUSTER))
+    if wide * splits < _SURE_CTAS <= widest * more and k // more >= _WIDEST_DEPTH:
+        return Cut(_WIDEST_ROWS, more, 1)
+    return Cut(_WIDE_ROWS, splits, 2 if splits <= 2 and wide * splits <= _SURE_CTAS else 1)
+
+
+def _most_splits(tiles: int, most: int) -> int:
+    """CTAs that share each of so many tiles: as many as surely find room."""
+    return next((size for size in range(most, 1, -1) if tiles * size <= _room(size)), 1)
+
+
+def _room(cluster: int) -> int:
+    """CTAs in clusters of that size that surely find room, one to a multiprocessor."""
+    return _SMALL_CLUSTERS_CTAS if cluster <= _SMALL_CLUSTER else _SURE_CTAS
+
+
+def _fill(n: int, rows: int) -> float:
+    """Share of the places for tiles, in twos, that have work, over all rounds."""
+    tiles = 2 * -(-n // (2 * rows))
+    return tiles / (-(-tiles // _RESIDENT_CTAS) * _RESIDENT_CTAS)
 
 
 def _share(cut: Cut, tokens: int) -> int:
@@ -115,9 +153,17 @@ def _share(cut: Cut, tokens: int) -> int:
 
 
 def _macros(
-    storage: str, kind: str, cut: Cut, tokens: int, index: str = "i64", blocks: int = _MAX_STAGES
+    storage: str,
+    kind: str,
+    cut: Cut,
+    tokens: int,
+    index: str = "i64",
+    blocks: int = _MAX_STAGES,
+    box_rows: int = 0,
 ) -> dict[str, int | str]:
-    """`blocks`: stages that a CTA fills for a tile; it needs no room for more where that is its only one."""
+    """`blocks`: stages that a CTA fills for a tile; it needs no room for more where that is its only one.
+    `box_rows`: of a tile's boxes, 0 where it is one.
+    """
     stage_bytes = (cut.rows + tokens) * _ROW_BYTES
     sums_bytes = cut.splits * _share(cut, tokens) * _FRAGMENT_BYTES if cut.splits > 1 else 0
     all_bytes = _SHARED_BYTES - (cut.residents - 1) * _RESERVED_BYTES
@@ -142,11 +188,21 @@ def _macros(
         cut.sharers,
         cut.cluster,
         cut.residents,
+        box_rows or cut.rows,
         stages,
         shared_bytes,
     )
     return dict(zip(_MACROS, values, strict=True))
 
+
+_CHECKED_CUTS = (
+    *(("silu_and_mul", Cut(rows, 1, 2)) for rows in (128, 192)),
+    *(("add_rows", by) for by in (Cut(128, 6, 1), Cut(128, 4, 1), Cut(128, 3, 1), Cut(192, 4, 1))),
+    *(("add_rows", by) for by in (Cut(64, 4, 1, 2), Cut(64, 5, 1, 2), Cut(64, 7, 1, 2), Cut(64, 8, 1, 2))),
+    *(("rope_and_store", by) for by in (Cut(64, 4, 1, 2), Cut(64, 5, 1, 2), Cut(64, 7, 1, 2))),
+    *(("rope_and_store", by) for by in (Cut(128, 2, 2), Cut(128, 2, 1), Cut(128, 3, 1))),
+    *(("store_rows", by) for by in (Cut(64, 2, 1, 2), Cut(64, 3, 1, 2), Cut(128, 2, 2))),
+)
 
 SKINNY_GEMM_TMA = KernelSpec(
     name="skinny_gemm_tma",
@@ -162,22 +218,21 @@ SKINNY_GEMM_TMA = KernelSpec(
     ),
     max_threads=Cut(_MAX_ROWS, 1, 1).threads,
     macros=_MACROS,
-    # Every tile of tokens, every cut and every output, in the combinations of Llama 3.2 1B and 3.1 8B first.
+    # Every cut of the models that we name with every tile of tokens, then every output and type.
     checked=(
-        *(_macros("bf16", "silu_and_mul", Cut(128, 1, 2), tokens) for tokens in TOKEN_TILES),
-        *(_macros("bf16", "rope_and_store", Cut(64, 4, 1, 2), tokens) for tokens in TOKEN_TILES),
-        *(_macros("bf16", "add_rows", Cut(64, 4, 1, 2), tokens) for tokens in TOKEN_TILES),
-        *(_macros("bf16", "add_rows", Cut(128, 6, 1), tokens) for tokens in TOKEN_TILES),
-        *(_macros("bf16", "add_rows", Cut(128, 3, 1), tokens) for tokens in TOKEN_TILES),
-        *(_macros("bf16", "rope_and_store", Cut(128, 2, 2), tokens) for tokens in TOKEN_TILES),
+        *(_macros("bf16", kind, by, tokens) for kind, by in _CHECKED_CUTS for tokens in TOKEN_TILES),
         _macros("bf16", "rope_and_store", Cut(128, 2, 2), 64, "int"),
-        *(_macros("bf16", "float_rows", Cut(128, 1, 2), tokens) for tokens in (16, 64, 128)),
         *(_macros("bf16", BEST_ROWS, Cut(128, 1, 2), tokens) for tokens in TOKEN_TILES),
         _macros("f16", BEST_ROWS, Cut(64, 1, 2, 2), 128),
         *(
-            _macros("bf16", "store_rows", Cut(64, splits, 1, 2), tokens)
-            for splits in (2, 8)
-            for tokens in (16, 128)
+            _macros("bf16", "rope_and_store", by, tokens, box_rows=64)
+            for by in (Cut(192, 4, 1), Cut(192, 1, 2))
+            for tokens in (16, 64, 128)
+        ),
+        *(
+            _macros("bf16", "float_rows", Cut(rows, 1, 2), tokens)
+            for rows in (128, 192)
+            for tokens in (16, 64, 128)
         ),
         *(_macros("bf16", "store_rows", Cut(128, splits, 1), 48) for splits in (4, 5, 7, 8)),
         _macros("bf16", "store_rows", Cut(128, 1, 2), 64),
@@ -198,7 +253,7 @@ def is_available() -> bool:
 
 
 def can_multiply(output: LinearOutput, weight: Tensor) -> bool:
-    """Whether it is available, and one box of `weight` holds the pairs of a tile; odd sizes do not.
+    """Whether it is available, and boxes of `weight` hold the pairs of a tile; odd sizes do not.
 
     A weight of few rows has no `best_rows`.
     """
@@ -231,7 +286,13 @@ def skinny_gemm_tma(output: LinearOutput, x: Tensor, weight: Tensor, *, by: Cut 
         raise ValueError(f"ranks have {_num_groups(n, by) * by.cluster} parts, not {output.row_stride}")
     blocks = -(-k // _DEPTH)
     macros = _macros(
-        storage_name(weight.dtype), output.kind, by, padded, output.index, -(-blocks // by.splits)
+        storage_name(weight.dtype),
+        output.kind,
+        by,
+        padded,
+        output.index,
+        -(-blocks // by.splits),
+        _box_rows(output, by.rows),
     )
     shared_bytes = macros["PHOTON_SHARED_BYTES"]
     assert isinstance(shared_bytes, int)
@@ -266,22 +327,31 @@ def _num_groups(n: int, by: Cut) -> int:
 
 
 def _misfit(output: LinearOutput, by: Cut) -> str | None:
-    """What keeps the pairs of a tile from being one box of the weight, or its sums from being whole."""
+    """What keeps the pairs of a tile from being boxes of the weight, or its sums from being whole."""
     if output.kind == BEST_ROWS and by.splits > 1:
         return f"tiles whose sums {by.splits} CTAs share have no best row"
+    if output.kind == BEST_ROWS and by.rows > _WIDE_ROWS:
+        return f"the best row of tiles of {by.rows} was never measured"
     if output.kind == "silu_and_mul" and output.n // 2 % PAIRS_PER_TILE:
         return f"{output.n // 2} gates do not come in eights"
-    if output.kind == "rope_and_store":
-        groups, per_head = by.rows // _GROUP, output.heads[2] // _GROUP
-        if groups % per_head and per_head % groups:
-            return f"heads of {output.heads[2]} and tiles of {by.rows} rows cut one another"
+    head_dim = output.heads[2]
+    if output.kind == "rope_and_store" and _box_rows(output, by.rows) < min(by.rows, head_dim, _MIN_BOX_ROWS):
+        return f"heads of {head_dim} and tiles of {by.rows} rows cut one another"
     return None
+
+
+def _box_rows(output: LinearOutput, rows: int) -> int:
+    """Rows of a tile that one box has: whole heads, or parts that divide tile and head."""
+    if output.kind != "rope_and_store":
+        return rows
+    head_dim = output.heads[2]
+    return rows if rows % head_dim == 0 else math.gcd(rows, head_dim)
 
 
 def _weight_map(output: LinearOutput, weight: Tensor, rows: int) -> TensorMap:
     """Whose boxes are tiles: 64 k of `rows` rows, in the order of linear_output.cuh's pairs."""
     n, k = weight.shape
-    groups = rows // _GROUP
+    groups = _box_rows(output, rows) // _GROUP
     if output.kind == "silu_and_mul":
         # Eight rows, gate and up, groups of those.
         return tensor_map(

@@ -40,17 +40,24 @@ class DecoderModel:
         self._head = self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, kv_cache: LayerCaches, metadata: AttentionMetadata
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_cache: LayerCaches,
+        metadata: AttentionMetadata,
+        *,
+        num_layers: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm: [num_tokens, hidden_size].
 
         `token_ids` and `positions` are int64 [num_tokens], in the row order of `metadata`. Writes the
-        keys and values of all tokens into `kv_cache`.
+        keys and values of all tokens into `kv_cache`. With `num_layers` it goes through the first ones alone,
+        for whoever wants every kind of operation done, and no result: the second does all that follow do.
         """
         rotary = self._ops.rotary(self._rotary_table, positions)
         residual = self._ops.embedding(token_ids, self._embedding)
         update: Tensor | None = None
-        for layer, layer_cache in zip(self._layers, kv_cache.layers, strict=True):
+        for layer, layer_cache in zip(self._layers[:num_layers], kv_cache.layers[:num_layers], strict=True):
             update = layer(update, residual, rotary, layer_cache, metadata)
         return self._ops.add_norm(update, residual, self._norm, self.config.rms_norm_eps)
 

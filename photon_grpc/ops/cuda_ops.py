@@ -17,6 +17,7 @@ from photon_grpc.errors import ConfigError, UnsupportedModelError
 from photon_grpc.kernels import (
     embedding,
     gemv,
+    head_gemm,
     linear_output,
     rmsnorm,
     rope_store_kv,
@@ -46,6 +47,7 @@ MAX_SKINNY_BYTES = 96 << 20
 # With the copy engine to bring x, CTAs are better off sharing it beyond so many tokens; without, beyond
 # gemv's most.
 MAX_UNSHARED_TOKENS = 4
+MAX_UNSHARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,10 @@ class CudaOps(Ops):
         weight, bias = projection
         tokens, inner = residual.shape[0], weight.shape[0] // 2
         if update is not None or not _has_few(residual, weight):
-            if bias is not None or weight.dtype is torch.float32 or not swiglu_gemm.is_faster(tokens, inner):
+            is_faster = weight.dtype is not torch.float32 and swiglu_gemm.is_faster(
+                tokens, inner, weight.shape[1]
+            )
+            if bias is not None or not is_faster:
                 return super().norm_gate_up_silu(update, residual, norm, eps, projection)
             out = weight.new_empty(tokens, inner)
             swiglu_gemm.swiglu_gemm(out, self.add_norm(update, residual, norm, eps), weight)
@@ -162,7 +167,11 @@ class CudaOps(Ops):
         weight, bias = projection
         if not _has_few(x, weight):
             return super().linear_update(x, residual, projection)
-        _multiply(linear_output.add_rows(residual, bias), x, weight)
+        # With nothing to norm, the copy engine is as fast for a token as for sixteen. gemv is faster where
+        # each multiprocessor has one of its tiles, and where there is little to read.
+        by_gemv = not skinny_gemm_tma.is_available() or gemv.is_one_round(weight.shape[0])
+        by_gemv = by_gemv or weight.numel() * weight.element_size() <= MAX_UNSHARED_BYTES
+        _multiply(linear_output.add_rows(residual, bias), x, weight, by_gemv=by_gemv)
         return None
 
     def _normed(
@@ -184,19 +193,27 @@ class CudaOps(Ops):
             few = hidden.shape[0] <= gemv.TOKEN_TILES[0]
             _multiply(linear_output.float_rows(out), hidden, weight, by_gemv=few)
             return out
+        if _is_wide_head(hidden):
+            out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
+            head_gemm.head_gemm(linear_output.float_rows(out), hidden, weight)
+            return out
         # The product's own accumulator, not rounded to 16 bits on the way.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
     def best_logits(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
         rows, (n, k) = hidden.shape[0], weight.shape
-        if hidden.dtype is torch.float32 or not 0 < rows <= _max_skinny_tokens():
+        if hidden.dtype is torch.float32 or not rows:
             return None
         # Each by the kernel that multiplies it for `logits`, so that they are the best of the same sums.
         if _is_by_gemv(hidden, by_gemv=rows <= gemv.TOKEN_TILES[0]):
             ranks = _new_ranks(hidden, gemv.num_parts(rows, n))
             gemv.gemv(linear_output.best_rows(ranks, n), hidden, weight)
             return ranks
-        if not skinny_gemm_tma.is_available():
+        if _is_wide_head(hidden):
+            ranks = _new_ranks(hidden, head_gemm.num_parts(n))
+            head_gemm.head_gemm(linear_output.best_rows(ranks, n), hidden, weight)
+            return ranks
+        if rows > MAX_COPIED_TOKENS or not skinny_gemm_tma.is_available():
             return None
         ranks = _new_ranks(hidden, skinny_gemm_tma.num_parts(n, k))
         output = linear_output.best_rows(ranks, n)
@@ -317,6 +334,11 @@ def _max_gemv_tokens() -> int:
 
 def _is_by_gemv(x: Tensor, *, by_gemv: bool) -> bool:
     return by_gemv and x.shape[0] <= _max_gemv_tokens()
+
+
+def _is_wide_head(hidden: Tensor) -> bool:
+    tokens = hidden.shape[0]
+    return tokens > MAX_COPIED_TOKENS and head_gemm.is_available() and head_gemm.is_faster(tokens)
 
 
 def _new_ranks(hidden: Tensor, parts: int) -> Tensor:

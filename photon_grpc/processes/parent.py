@@ -7,23 +7,17 @@ kernel closes its end of the channel whatever it died of.
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import structlog
 
-from photon_grpc.processes.channel import Channel
-from photon_grpc.processes.child import PARENTS_SIGNALS
 from photon_grpc.processes.loop_channel import MOST_POSTED, Ended, LoopChannel, Receive
+from photon_grpc.processes.spawn import SpawnedChild, spawn
 
 _log = structlog.get_logger(__name__)
 
-_CHILD = "import sys; from {module} import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 # A killed process can stay for as long as a driver holds on to it; it needs nobody to wait for that.
 _KILLED_S = 2.0
 
@@ -53,17 +47,13 @@ class ChildProcess:
 
     def start(self, messages: Sequence[Any]) -> None:
         """Spawn the child, with `messages` as its first. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        channel = Channel(ours)
-        with theirs:
-            # The socket has room for the first messages before anybody reads them.
-            channel.send(messages)
-            try:
-                self._process = _spawn(self._module, theirs.fileno())
-            except OSError:
-                channel.close()
-                raise
-        self._channel = LoopChannel(channel, self._receive, self._ended, most_posted=self._most_posted)
+        self.adopt(spawn(self._module, messages))
+
+    def adopt(self, child: SpawnedChild) -> None:
+        """Serve a child that was spawned before there was an event loop, instead of `start`."""
+        child.adopted()
+        self._process = child.process
+        self._channel = LoopChannel(child.channel, self._receive, self._ended, most_posted=self._most_posted)
 
     def post(self, message: Any) -> None:
         """Send a message, together with whatever else this turn of the loop posts. Harmless after the end."""
@@ -99,16 +89,3 @@ class ChildProcess:
             # Negative: minus the number of the signal that killed it.
             _log.error(f"{self._name}_process_ended", pid=self._process.pid, code=code)
         return True
-
-
-def _spawn(module: str, fd: int) -> subprocess.Popen[bytes]:
-    """Start `main` of `module` on the inherited socket `fd`."""
-    # What can be imported here can be imported there, also where a program has changed the path.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    arguments = [sys.executable, "-c", _CHILD.format(module=module), str(fd), str(os.getpid())]
-    # Blocked until the child ignores them: a Ctrl-C meanwhile is the parent's to act on.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-    try:
-        return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(fd,), env=environment)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

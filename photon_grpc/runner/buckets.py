@@ -19,10 +19,12 @@ _PREFILL_TOKENS = (16, 32, 64, 128, 256, 512)
 _PREFILL_ROWS = 16
 # The same of larger steps. Kernel by kernel the host takes 6 ms for one of a small model, as long as the
 # device for 2,048 tokens; beyond that the device sets the pace.
-_WIDE_ROWS = (0, 16, 64)
-_WIDE_STEP = 192
+_WIDE_ROWS = (0, 16, 64, 128)
+_WIDE_STEP = 128
 _WIDE_TOKENS = (768, 1024, 1536, 2048)
 _WIDE_PREFILL_ROWS = 32
+# Prompts alone come in finer sizes: a large model takes as long for tokens that only fill a shape.
+_ALONE_TOKENS = (384, 640, 896, 1280, 1792)
 # (greedy, logprobs) of the captured steps. A prefill step is long beside its sampling, so one kind serves
 # every row there is; log-probabilities cost nothing where nobody asked for them.
 _DECODE_KINDS = ((False, True), (False, False), (True, False))
@@ -99,17 +101,20 @@ class Buckets:
                 _up_to(widest, _WIDE_TOKENS, widest),
             )
             self._mixed.append(wide)
+        # The last is the largest.
+        most = self._mixed[-1].tokens[-1]
+        between = tuple(tokens for tokens in _ALONE_TOKENS if tokens < most)
+        if between:
+            self._mixed.insert(0, _Mixed((0,), min(_WIDE_PREFILL_ROWS, max_num_seqs), between))
 
     def fit(self, num_decodes: int, num_prefills: int, num_prefill_tokens: int) -> StepShape | None:
         """The smallest shape that holds such a step; None where none does."""
         if not num_prefills:
             place = bisect_left(self._decodes, num_decodes)
             return StepShape(self._decodes[place], 0, 0) if place < len(self._decodes) else None
-        for mixed in self._mixed:
-            shape = mixed.fit(num_decodes, num_prefills, num_prefill_tokens)
-            if shape is not None:
-                return shape
-        return None
+        shapes = (mixed.fit(num_decodes, num_prefills, num_prefill_tokens) for mixed in self._mixed)
+        fitting = (shape for shape in shapes if shape is not None)
+        return min(fitting, key=lambda shape: (shape.num_tokens, shape.num_rows), default=None)
 
     def kind(self, shape: StepShape, *, greedy: bool, logprobs: bool) -> StepKind:
         """The captured step that serves such rows in this shape."""

@@ -48,6 +48,9 @@ from photon_grpc.types import ModelInfo, TokenLogprobs
 
 _log = structlog.get_logger(__name__)
 
+# A first layer has no update to take in; the second does what all others do.
+_DISTINCT_LAYERS = 2
+
 
 class DeviceSampler(PromptScorer, Protocol):
     """What `CudaSampler` is to this runner; see there."""
@@ -419,14 +422,17 @@ class CudaRunner:
     # --- the device's side ----------------------------------------------------------------------
 
     def _graph(self, kind: StepKind) -> Work:
-        """The captured step of this kind; captured now where it was not, after a run of idle rows."""
+        """The captured step of this kind; captured now where it was not.
+
+        Each of its kernels has run before, for idle rows: those of a few layers are those of all.
+        """
         graph = self._graphs.get(kind)
         if graph is not None:
             return graph
         lengths = _padded_lengths(kind.shape)
 
-        def compute() -> None:
-            self._compute(kind, lengths, True, None)
+        def compute(num_layers: int | None = None) -> None:
+            self._compute(kind, lengths, True, None, num_layers)
 
         def clear() -> None:
             self._batch.clear_rows()
@@ -434,7 +440,7 @@ class CudaRunner:
 
         self._rows = None
         self._stream.run(clear)
-        self._stream.run(compute)
+        self._stream.run(lambda: compute(_DISTINCT_LAYERS))
         graph = self._stream.capture(compute)
         # The first replay brings the graph to the device.
         self._stream.run(graph)
@@ -447,13 +453,18 @@ class CudaRunner:
         lengths: tuple[tuple[int, ...], tuple[int, ...]],
         sample: bool,
         score: Callable[[Tensor], None] | None,
+        num_layers: int | None = None,
     ) -> None:
-        """The whole of a step, from the slots of its rows to their tokens."""
+        """The whole of a step, from the slots of its rows to their tokens; in the first layers where told."""
         shape, batch = kind.shape, self._batch
         inputs = batch.inputs(shape)
         self._kernels.step_inputs(inputs, batch.state, batch.rows(shape), shape.num_decodes, batch.block_size)
         hidden = self._decoder.forward(
-            inputs.token_ids, inputs.positions, self._kv_cache, batch.metadata(shape, *lengths)
+            inputs.token_ids,
+            inputs.positions,
+            self._kv_cache,
+            batch.metadata(shape, *lengths),
+            num_layers=num_layers,
         )
         if score is not None:
             score(hidden)

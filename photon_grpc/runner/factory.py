@@ -29,16 +29,25 @@ from photon_grpc.runner.backend import Backend, choose_backend, resolve_dtype
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.kv_cache import KVCache, num_blocks_for
 from photon_grpc.runner.warmup import warm_up
+from photon_grpc.stages import Stages
 from photon_grpc.types import ModelInfo
 
 _log = structlog.get_logger(__name__)
 
 
 def build_runner(
-    folder: Path, options: Options, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    options: Options,
+    progress: Callable[[int, int], None] | None = None,
+    stages: Stages | None = None,
 ) -> Runner:
-    """A runner whose first tokens have come out. Raises StartupError, naming what is wrong."""
+    """A runner whose first tokens have come out. Raises StartupError, naming what is wrong.
+
+    What it takes goes on with `stages`, and into the log.
+    """
+    stages = stages or Stages()
     backend = choose_backend(options)
+    stages.ended("device")
     torch.set_num_threads(options.engine.num_threads or default_num_threads())
     config = load_config(folder)
     dtype = resolve_dtype(options.model.dtype, backend.name)
@@ -51,11 +60,13 @@ def build_runner(
         draw_weights(decoder)
     else:
         load_weights(decoder, folder, progress=progress)
+    stages.ended("weights")
     block_size = options.cache.block_size
     pool_bytes = backend.pool_bytes(
         lambda num_decodes, num_tokens: _pass(decoder, backend, options, num_decodes, num_tokens),
         config.vocab_size,
     )
+    stages.ended("largest step")
     num_blocks = pool_blocks(config, options, dtype, pool_bytes, backend.max_num_seqs)
     max_model_len = _max_model_len(options, config, num_blocks * block_size)
     kv_cache = KVCache(config, ops, num_blocks, block_size, dtype=dtype, device=device)
@@ -64,9 +75,12 @@ def build_runner(
         max_num_seqs=backend.max_num_seqs,
         max_num_batched_tokens=backend.max_num_batched_tokens,
     )
+    stages.ended("kv pool")
     runner = backend.make_runner(decoder, model, kv_cache)
+    stages.ended("runner")
     if options.engine.warmup:
         warm_up(runner)
+        stages.ended("warm-up")
     _log.info(
         "model ready",
         model=model.name,
@@ -76,6 +90,8 @@ def build_runner(
         max_model_len=max_model_len,
         kv_blocks=num_blocks,
         kv_bytes=kv_cache.num_bytes,
+        seconds=stages.total_s,
+        stages=stages.seconds(),
     )
     return runner
 

@@ -18,6 +18,7 @@ import grpc
 
 from photon_grpc.errors import DuplicateRequestError, MaxDurationError, PhotonError, SlowConsumerError
 from photon_grpc.options import LimitOptions
+from photon_grpc.server.sends import send_by
 
 # How much later than the call behind it a cancellation may reach us.
 _CANCELLATION_S = 0.1
@@ -111,7 +112,7 @@ class Call:
         try:
             if not self._has_sent_headers:
                 await self._send_headers(context)
-            await context.write(message)
+            await send_by(context, context.write(message))
         except grpc.aio.InternalError:
             # The client has left with the response pending; grpc cancels this task in a moment.
             await asyncio.sleep(_CLOSE_S)
@@ -132,7 +133,7 @@ class Call:
     async def _send_headers(self, context: Any) -> None:
         """Not to be interrupted: grpc would count headers that are on their way as unsent."""
         self._sends_headers = True
-        await context.send_initial_metadata(())
+        await send_by(context, context.send_initial_metadata(()))
         self._sends_headers, self._has_sent_headers = False, True
         if self._error is not None:
             self._task.cancel()

@@ -42,9 +42,10 @@ ROOMS: dict[str, Room] = {
     "ops": room("errors types", "torch"),
     "ops.cuda_ops": room("errors types kernels", "torch"),
     "models": room("ops errors types", "torch safetensors numpy"),
-    "runner": room("scheduler.output models ops errors types", "torch numpy psutil structlog"),
+    "runner": room("scheduler.output models ops errors stages types", "torch numpy psutil structlog"),
     "runner.cuda_sampler": room(
-        "kernels.sampling kernels.sampling_state runner.philox runner.sampler scheduler.output types",
+        "kernels.best_token kernels.sampling kernels.sampling_state runner.philox runner.sampler "
+        "scheduler.output types",
         "torch numpy",
     ),
     "runner.cuda_runner": room(
@@ -54,6 +55,7 @@ ROOMS: dict[str, Room] = {
     "runner.device_batch": room("kernels.step_inputs ops.base runner scheduler.output", "torch numpy"),
     "runner.updates": room("kernels.apply_updates runner", "torch numpy"),
     "runner.cuda_backend": room("kernels models ops errors types", "torch structlog"),
+    "stages": room(""),
     "turns": room(""),
     "processes": room("", "structlog"),
     "engine": room("scheduler runner.base processes turns errors types", "structlog"),
@@ -75,26 +77,43 @@ ROOMS: dict[str, Room] = {
     "batch_file": room("client errors"),
     "app": room(
         "__version__ engine.client engine.host engine.messages engine.process engine.thread engine.watchdog "
-        "errors frontend processes.collector runner_factory server.server telemetry turns types",
+        "engine_place errors frontend processes.collector processes.spawn server.server stages telemetry "
+        "turns types",
         "structlog uvloop",
     ),
-    "runner_factory": room("engine.host processes.collector runner.base runner.factory telemetry.logging"),
+    "engine_place": room("engine.child engine.process engine_ahead errors runner_factory"),
+    "engine_ahead": room("engine.child processes.spawn runner.factory"),
+    "runner_factory": room(
+        "engine.host kernels.early_context processes.collector runner.base runner.factory stages "
+        "telemetry.logging"
+    ),
     "llm": room("__version__ app engine.host errors frontend.base frontend.events telemetry types"),
     "offline": room("client frontend.events llm types"),
     "model_report": room("errors models runner types"),
     "cli": room(
-        "__version__ app batch_file bench client config errors frontend.tokenizer model_report offline types "
-        "telemetry.logging",
+        "__version__ app batch_file bench client config engine.process engine_place errors "
+        "frontend.tokenizer model_report offline types telemetry.logging",
         "rich typer",
     ),
-    "__main__": room("cli"),
+    "__main__": room("cli engine_ahead"),
     "__init__": room("frontend.events llm types"),
 }
 
 # Modules of the standard library that carry threads, clocks or chance, and who may have them. The
 # scheduler is told the time and draws nothing, so that a run can be repeated.
 GUARDED: dict[str, frozenset[str]] = {
-    "threading": frozenset({"engine.thread", "engine.watchdog", "frontend.text_pool", "telemetry", "llm"}),
+    "threading": frozenset(
+        {
+            *(
+                "engine.thread",
+                "engine.watchdog",
+                "engine_ahead",
+                "frontend.text_pool",
+                "kernels.early_context",
+            ),
+            *("telemetry", "llm"),
+        }
+    ),
     "asyncio": frozenset(
         {
             *("engine.client", "frontend", "processes.loop_channel", "server", "telemetry.loop_lag", "turns"),
@@ -102,16 +121,18 @@ GUARDED: dict[str, frozenset[str]] = {
         }
     ),
     "multiprocessing": frozenset(),
-    "subprocess": frozenset({"processes.parent"}),
+    "subprocess": frozenset({"processes.parent", "processes.spawn"}),
     "pickle": frozenset({"processes.channel"}),
-    "ctypes": frozenset({"processes.child"}),
+    "ctypes": frozenset({"processes.child", "processes.heap"}),
 }
 SCHEDULER_NEVER = {"time", "random", "threading", "asyncio", "socket", "os", "secrets", "datetime"}
 
 # Where an import may wait inside a function: a library that only one backend needs, a model class
 # picked by name, and what would make `--help`, or a server whose engine is elsewhere, wait for torch.
 DEFERRED = {
+    "__main__",
     "app",
+    "engine_ahead",
     "cli",
     "llm",
     "runner_factory",

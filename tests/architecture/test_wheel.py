@@ -88,7 +88,7 @@ def test_its_metadata_says_how_to_run_it(wheel: zipfile.ZipFile) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "dev", "otlp"}
     (entry_name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "photon-grpc = photon_grpc.cli:main" in wheel.read(entry_name).decode()
+    assert "photon-grpc = photon_grpc.__main__:main" in wheel.read(entry_name).decode()
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 

@@ -29,7 +29,7 @@ STEP_TIMEOUT_S = 1.5
 _SERVE = """
 import sys
 from dataclasses import replace
-from photon_grpc import app
+from photon_grpc import app, engine_place
 from photon_grpc.options import EngineOptions, ModelOptions, TelemetryOptions
 from photon_grpc.telemetry.logging import configure_logging
 from tests.support.engine_factories import Hanging, Losing, Scripted
@@ -39,7 +39,7 @@ folder, process, how, timeout_s = sys.argv[1:]
 configure_logging(TelemetryOptions())
 factories = {"never": Scripted(step_s=0.01), "lost": Losing(num_rows=3)}
 factory = factories.get(how) or Hanging(20, holds_interpreter=how == "holds")
-app.RunnerFactory = lambda folder, options, own_process: factory
+engine_place.RunnerFactory = lambda folder, options, own_process: factory
 options = replace(
     quick_options(),
     model=ModelOptions(path=folder),

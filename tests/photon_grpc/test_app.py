@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-import photon_grpc.app
+from photon_grpc import engine_place
 from photon_grpc.app import RunningService, num_acceptors, serve, wakes_per_turn
-from photon_grpc.errors import BackendUnavailableError, ConfigError, ModelLoadError
+from photon_grpc.errors import BackendUnavailableError, ConfigError, ListenError, ModelLoadError
 from photon_grpc.options import (
     EngineOptions,
     ModelOptions,
@@ -28,6 +29,7 @@ from photon_grpc.options import (
     TenantOptions,
     TlsOptions,
 )
+from photon_grpc.processes import spawn as spawning
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
@@ -36,6 +38,7 @@ from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.aftermath import nothing_left_running
 from tests.support.builders import model_info
 from tests.support.certificates import Authority
+from tests.support.engine_factories import Refused, Scripted
 from tests.support.grpc_harness import quick_options, rich_error
 from tests.support.tiny_model import tiny_model_folder
 
@@ -56,7 +59,7 @@ def options_for(folder: Path) -> Options:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Runner]) -> None:
     monkeypatch.setattr(
-        photon_grpc.app, "RunnerFactory", lambda folder, options, own_process: lambda progress: build()
+        engine_place, "RunnerFactory", lambda folder, options, own_process: lambda progress: build()
     )
 
 
@@ -227,6 +230,68 @@ async def test_serve_with_acceptors_tells_of_their_time_and_their_deaths(
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running.exit_code == 0
     assert not any(child.is_running() for child in children)
+
+
+class TestAnEngineOfItsOwn:
+    """Its process is begun first, and ends with a start that fails."""
+
+    @pytest.fixture
+    def spawned(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The modules of the processes that were spawned, in order."""
+        modules: list[str] = []
+        spawn = spawning._spawn
+
+        def watched(module: str, fd: int) -> subprocess.Popen[bytes]:
+            modules.append(module)
+            return spawn(module, fd)
+
+        monkeypatch.setattr(spawning, "_spawn", watched)
+        return modules
+
+    def options(self, folder: Path, **server: object) -> Options:
+        options = options_for(folder)
+        return replace(
+            options,
+            server=replace(options.server, acceptors=1, **server),
+            engine=replace(options.engine, process="own"),
+        )
+
+    def scripted(self, monkeypatch: pytest.MonkeyPatch, factory: Scripted) -> None:
+        monkeypatch.setattr(engine_place, "RunnerFactory", lambda *_: factory)
+
+    async def test_it_is_the_first_process(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, spawned: list[str]
+    ) -> None:
+        self.scripted(monkeypatch, Scripted())
+        running = Running(self.options(folder))
+        service = await running.service()
+        assert spawned == ["photon_grpc.engine.child", "photon_grpc.server.acceptors.acceptor"]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.ports.public}") as channel:
+            response = await inference_pb2_grpc.InferenceServiceStub(channel).Generate(request(4))
+            assert list(response.completions[0].token_ids) == [5, 6, 7, 5]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running.exit_code == 0
+
+    async def test_a_listener_that_cannot_bind_ends_one_that_still_loads(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, spawned: list[str]
+    ) -> None:
+        self.scripted(monkeypatch, Scripted(load_s=600))
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(ListenError, match=str(port)):
+                await serve(self.options(folder, port=port))
+        assert spawned == ["photon_grpc.engine.child"]
+        assert not psutil.Process().children()
+
+    async def test_an_engine_that_cannot_start_is_the_error_although_the_listeners_stand(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            engine_place, "RunnerFactory", lambda *_: Refused(BackendUnavailableError("no device"))
+        )
+        with pytest.raises(BackendUnavailableError, match="no device"):
+            await serve(self.options(folder))
+        assert not psutil.Process().children()
 
 
 async def test_the_certificate_s_expiry_is_a_metric(

@@ -5,6 +5,7 @@ The first message says what the child does; it answers `begun` when it is about 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ def main(fd: int, parent: int) -> None:
             while True:
                 channel.send([_next(channel)])
                 channel.flush_all()
+        case "collector":
+            channel.send([gc.isenabled()])
+            channel.flush_all()
         case "exit":
             sys.exit(values[0])
         case "die":

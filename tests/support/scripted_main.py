@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from types import FrameType
 
-from photon_grpc import app, cli
+from photon_grpc import cli, engine_place
 from photon_grpc.engine.client import RequestStream
 from photon_grpc.engine.host import RunnerFactory
 from photon_grpc.frontend.generator import TextStream
@@ -59,7 +59,7 @@ def main() -> None:
     load = Tokenizer.load
     # No torch for the tokenizer's sake, wherever the engine runs: most of the start is its import.
     Tokenizer.load = lambda folder, **_: load(folder, spare_torch=True)  # type: ignore[method-assign]
-    app.RunnerFactory = lambda folder, options, own_process: factory  # type: ignore[misc,assignment]
+    engine_place.RunnerFactory = lambda folder, options, own_process: factory  # type: ignore[misc,assignment]
     signal.signal(signal.SIGUSR1, _write_census)
     cli.main(sys.argv[2:])
 

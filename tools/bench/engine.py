@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from photon_grpc.app import model_folder
 from photon_grpc.engine.core import EngineCore
 from photon_grpc.engine.messages import EngineRequest, Submit
+from photon_grpc.engine_place import model_folder
 from photon_grpc.options import EngineOptions, KVCacheOptions, ModelOptions, Options, SchedulerOptions
 from photon_grpc.runner.backend import resolve_dtype
 from photon_grpc.runner.factory import build_runner

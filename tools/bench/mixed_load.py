@@ -80,10 +80,7 @@ class End:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the calls so far; `ends` has status and reason of each by its number.
-
-    `num_messages` and `message_bytes` are of the streams that ended OK.
-    """
+    """What came of the calls so far; `ends` has status and reason of each by its number."""
 
     begun: int = 0
     codes: Counter[str] = field(default_factory=Counter)
@@ -91,8 +88,6 @@ class Tally:
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     ends: dict[int, tuple[str, str]] = field(default_factory=dict)
-    num_messages: int = 0
-    message_bytes: int = 0
 
     @property
     def ended(self) -> int:
@@ -274,9 +269,6 @@ async def _call(
         check = check_response if one.unary else check_stream
         problem, tokens = check(one.spec, received, load.vocab_size)
         tally.tokens += tokens
-        if not one.unary:
-            tally.num_messages += len(received)
-            tally.message_bytes += sum(message.ByteSize() for message in received)
         if problem:
             tally.complain(number, problem)
     elif end.code == "UNAVAILABLE":

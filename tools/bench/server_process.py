@@ -25,10 +25,11 @@ import structlog
 import uvloop
 
 import photon_grpc
-from photon_grpc import app
+from photon_grpc import app, engine_place
 from photon_grpc.engine.client import AsyncEngine
 from photon_grpc.engine.process import EngineProcess
 from photon_grpc.engine.thread import EngineThread
+from photon_grpc.engine_place import has_own_process
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.generator import Generator
 from photon_grpc.frontend.tokenizer import Tokenizer
@@ -48,7 +49,6 @@ from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.telemetry.metrics import Metrics
 from photon_grpc.types import ModelInfo
 from tools.bench.fault_runner import FaultPlan, FaultyFactory
-from tools.bench.grpc_loss import CutWrites
 from tools.bench.scripted_factory import Pace, ScriptedFactory
 from tools.bench.settings import with_assignments
 from tools.bench.soak_log import TASKS
@@ -87,7 +87,7 @@ class ServerSpec:
     """How likely each step has a row that fails, or is slow; with a model only. Fixed by `fault_seed`."""
     fault_seed: int = 0
     tasks_interval_s: float = 0.0
-    """How often the numbers of the event loop's tasks and of cut writes are logged; 0: never."""
+    """How often the number of the event loop's tasks is logged; 0: never."""
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -135,10 +135,8 @@ def _announce(ports: BoundPorts) -> None:
 
 
 async def _log_tasks(interval_s: float) -> None:
-    cut = CutWrites()
-    cut.watch()
     while True:
-        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()), cut_writes=cut.count)
+        _log.info(TASKS, moment=time.monotonic(), tasks=len(asyncio.all_tasks()))
         await asyncio.sleep(interval_s)
 
 
@@ -153,7 +151,7 @@ def _serve_model(spec: ServerSpec) -> int:
 
     if spec.row_fault_rate or spec.slow_step_rate:
         plan = FaultPlan(spec.row_fault_rate, spec.slow_step_rate, spec.fault_seed)
-        app.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
+        engine_place.RunnerFactory = lambda *arguments: FaultyFactory(RunnerFactory(*arguments), plan)
     return app.run(spec.options(), ready=ready)
 
 
@@ -180,7 +178,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             options.limits,
             on_step=metrics.observe_step,
             on_stopped=lambda error: leave.set(),
-            make_host=EngineProcess if app.has_own_process(options) else EngineThread,
+            make_host=EngineProcess if has_own_process(options) else EngineThread,
             wakes_per_turn=app.wakes_per_turn(options),
         )
         generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from photon_grpc.app import model_folder
+from photon_grpc.engine_place import model_folder
 from photon_grpc.options import ModelOptions
 from tools.bench.figures import Distribution, LoadSummary, Objective, summarize
 from tools.bench.load import Load, poisson_arrivals, run_load

@@ -19,7 +19,6 @@ __all__ = ["TASKS", "ServerLog", "audit", "read"]
 
 TASKS = "tasks"
 _CALL = "call finished"
-_ACCEPTOR_STOPPED = "acceptor_stopped"
 _METHODS = ("photon.v1.InferenceService/Generate", "photon.v1.InferenceService/StreamGenerate")
 _UNHEARD = "ExecuteBatchError raised in core by servicer method"
 _FAILED_BATCH = 'Failed "execute_batch"'
@@ -31,8 +30,6 @@ _MAX_KEPT_ERRORS = 20
 class ServerLog:
     """`ends` has `(status, reason)` of each line about a generation, by request id; `tasks` of the event loop
     are `(monotonic moment, number)`; `injected` counts faults by kind; `errors` are lines of that level.
-    Writes that were cut short are counted where calls were taken: `cut_here` by the event loop's process,
-    `cut_in_acceptors` by `num_acceptors` beside it.
 
     `num_unheard` counts statuses that were sent to a client that left in the same moment: grpc calls that an
     error. A client that had not left would have missed its status, and that shows in its own account.
@@ -40,9 +37,6 @@ class ServerLog:
 
     ends: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     tasks: list[tuple[float, int]] = field(default_factory=list)
-    cut_here: int = 0
-    cut_in_acceptors: int = 0
-    num_acceptors: int = 0
     injected: Counter[str] = field(default_factory=Counter)
     num_unheard: int = 0
     num_errors: int = 0
@@ -66,10 +60,6 @@ def read(lines: Iterable[str]) -> ServerLog:
             log.ends[record["request_id"]].append((record["code"], record.get("reason", "")))
         elif event == TASKS:
             log.tasks.append((record["moment"], record["tasks"]))
-            log.cut_here = record["cut_writes"]
-        elif event == _ACCEPTOR_STOPPED:
-            log.cut_in_acceptors += record["cut_writes"]
-            log.num_acceptors += 1
         elif event == INJECTED:
             log.injected[record["kind"]] += 1
         if _is_unheard(record):

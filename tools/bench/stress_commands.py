@@ -186,8 +186,11 @@ def soak_a_server(
         console.print(f"disturbances: {done}", highlight=False)
     slope = soak.mib_per_hour(result.samples)
     if slope is not None:
-        lost = "" if result.loss is None else f", {result.grpc_mib_per_hour:.1f} of it lost by grpc"
-        console.print(f"resident memory over the second half: {slope:+.1f} MiB/h{lost}", highlight=False)
+        slopes = ((kind, soak.bytes_per_call(result.samples, kind)) for kind in soak.PROCESS_KINDS)
+        told = "".join(f", {kind} {value:+.1f}" for kind, value in slopes if value is not None)
+        console.print(
+            f"resident memory over the second half: {slope:+.1f} MiB/h; bytes per call{told}", highlight=False
+        )
     stem = name or f"soak-{Path(model).name}"
     path = report.write(output, stem, result.to_dict(plan), lambda figure: soak.draw(figure, result))
     console.print(f"wrote {path}", highlight=False)

@@ -22,6 +22,7 @@ from photon_grpc.errors import ConfigError
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import begin, leave
 from photon_grpc.processes.collector import quiet_collector
+from photon_grpc.processes.heap import share_one_heap
 from photon_grpc.processes.loop_channel import LoopChannel
 from photon_grpc.server.acceptors.messages import (
     BindFailed,
@@ -42,6 +43,7 @@ from photon_grpc.server.acceptors.messages import (
     Write,
     Written,
 )
+from photon_grpc.server.sends import send
 from photon_grpc.server.tls import CertificateFiles
 from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.turns import Waker
@@ -66,6 +68,8 @@ _Item = Headers | Write | Next | End
 
 def main(fd: int, parent: int) -> None:
     """Accept calls as the first message on the socket `fd` says, for the process `parent`."""
+    # Before grpc has threads. They and the event loop hand their blocks to one another.
+    share_one_heap()
     channel = begin(fd, parent)
     messages: list[Any] = []
     while not messages:
@@ -138,12 +142,12 @@ class _Call:
     async def write(self, context: Any, response: bytes) -> None:
         """Send a response; returns early where the call is ended meanwhile, with the response on its way."""
         if not self._was_interrupted:
-            await self._until_interrupted(context.write(response))
+            await self._until_interrupted(send(context.write(response)))
 
     async def send_headers(self, context: Any, metadata: Metadata) -> None:
         """Send the initial metadata. Not to be interrupted: grpc would count it as unsent."""
         try:
-            await context.send_initial_metadata(metadata)
+            await send(context.send_initial_metadata(metadata))
         except grpc.aio.InternalError:
             await self._until_cancelled()
             raise
@@ -187,7 +191,6 @@ class Acceptor:
         self._calls: dict[int, _Call] = {}
         self._last_call = 0
         self._written: list[int] = []
-        self._num_cut_writes = 0
         # Whoever has something to write waits for a turn, so that calls are accepted meanwhile.
         self._waker: Waker[_Call] = Waker()
         self._server: grpc.aio.Server = grpc.aio.server(options=setup.channel_options)
@@ -213,7 +216,7 @@ class Acceptor:
         """Hand calls on until it is told to stop, and leave."""
         grace_s = await self._grace_s
         await self._server.stop(grace_s)
-        _log.info("acceptor_stopped", calls=self._last_call, cut_writes=self._num_cut_writes)
+        _log.info("acceptor_stopped", calls=self._last_call)
         self._channel.close()
 
     def _bind(self) -> int:
@@ -279,12 +282,7 @@ class Acceptor:
             while True:
                 match await call.take():
                     case Write(_, response):
-                        try:
-                            await call.write(context, response)
-                        except BaseException:
-                            # The client has left meanwhile. grpc loses some memory with each.
-                            self._num_cut_writes += 1
-                            raise
+                        await call.write(context, response)
                         self._count_written(number)
                     case Headers(_, metadata):
                         await call.send_headers(context, metadata)
@@ -369,6 +367,6 @@ async def _end(context: Any, end: End) -> None:
     status = _Status(_CODES[end.code], end.details, end.trailing_metadata)
     try:
         async with asyncio.timeout(_STATUS_S):
-            await context.abort_with_status(status)
+            await send(context.abort_with_status(status))
     except (TimeoutError, grpc.aio.InternalError):
         raise asyncio.CancelledError from None

@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from photon_grpc.server.deserialize import Behavior
+from photon_grpc.server.sends import send_by
 from photon_grpc.server.status import REQUEST_ID_KEY, RpcStatus, is_foreseen, reason_of, to_status
 from photon_grpc.telemetry.call_record import current_call
 from photon_grpc.telemetry.tracebacks import without_words
@@ -128,7 +129,7 @@ async def _end(context: Any, status: RpcStatus) -> NoReturn:
         record.code = str(status.code.name)
     try:
         async with asyncio.timeout(_STATUS_S):
-            await context.abort_with_status(status)
+            await send_by(context, context.abort_with_status(status))
     except (TimeoutError, grpc.aio.InternalError):
         raise asyncio.CancelledError from None
     raise AssertionError("grpc's abort came back")

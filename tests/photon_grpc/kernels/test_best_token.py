@@ -15,7 +15,7 @@ from photon_grpc.kernels.sampling import SamplingState
 from photon_grpc.ops.cuda_ops import CudaOps
 from tests.support.kernels import STORAGE, FakeLauncher, Fenced, randn
 
-ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 31, 33, 48, 64, 65, 96, 100, 127, 128)
+ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 31, 33, 48, 64, 65, 96, 100, 127, 128, 192, 256, 500)
 # Models' own, and tails: rows that fill no tile, and one row.
 HEADS = ((128256, 256), (151936, 128), (32000, 512), (50257, 64), (12290, 1096), (16400, 8))
 
@@ -115,7 +115,7 @@ def test_tokens_are_those_of_the_logits(vocab: int, k: int, dtype: torch.dtype) 
     weight = randn(vocab, k, dtype=dtype, seed=1)
     # Equals: the first one wins, in other tiles, in the same one, and as the last row of all.
     for original, copies in ((3, (4, 11, vocab // 2, vocab - 1)), (vocab - 2, (vocab - 1,))):
-        weight[list(copies)] = weight[original]
+        weight[list(copies)] = weight[original].clone()
     on_device = memory.copy(weight)
     num_found = 0
     for rows in ROWS:
@@ -132,9 +132,9 @@ def test_tokens_are_those_of_the_logits(vocab: int, k: int, dtype: torch.dtype) 
         num_found += 1
         assert found == greedy_tokens(logits) == first_largest(logits), rows
         assert found == best_tokens(ops, hidden, on_device), "not the same twice"
-        exact = x.double() @ weight.double().T
+        exact = hidden.double() @ on_device.double().T
         best = exact.max(-1).values
-        chosen = exact.gather(1, torch.tensor(found)[:, None])[:, 0]
+        chosen = exact.gather(1, torch.tensor(found, device="cuda")[:, None])[:, 0]
         assert bool(((best - chosen) <= 1e-5 * (1 + best.abs())).all())
     memory.check()
     # By gemv, which is everywhere.

@@ -14,6 +14,7 @@ from photon_grpc.kernels.apply_updates import apply_updates
 from photon_grpc.kernels.best_token import best_token
 from photon_grpc.kernels.embedding import embedding
 from photon_grpc.kernels.gemv import gemv, normed_gemv
+from photon_grpc.kernels.head_gemm import head_gemm
 from photon_grpc.kernels.paged_attention_decode import allocate_workspace, paged_attention_decode
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
 from photon_grpc.kernels.registry import SPECS
@@ -76,6 +77,11 @@ def run_best_token(made: Memory) -> None:
     state = SamplingState.allocate(4, 8, ranks.device)
     best_token(made(0, dtype=torch.int32), ranks, made(0, dtype=torch.int32), state)
     assert not state.num_outputs.any()
+
+
+def run_head_gemm(made: Memory) -> None:
+    head_gemm(linear_output.float_rows(made(0, 64, dtype=torch.float32)), made(0, 64), made(64, 64))
+    head_gemm(linear_output.best_rows(made(0, 1, dtype=torch.int64), 64), made(0, 64), made(64, 64))
 
 
 def run_decode(made: Memory) -> None:
@@ -156,6 +162,7 @@ EMPTY: dict[str, Callable[[Memory], None]] = {
     "best_token": run_best_token,
     "embedding": run_embedding,
     "gemv": run_gemv,
+    "head_gemm": run_head_gemm,
     "skinny_gemm": run_skinny_gemm,
     "skinny_gemm_tma": run_skinny_gemm_tma,
     "paged_attention_decode": run_decode,

@@ -38,6 +38,11 @@ SIZES = (
     (6144, 1024),
     (1024, 3072),
     (1008, 1096),
+    (24576, 136),
+    (7168, 1288),
+    (3584, 2504),
+    (5120, 3080),
+    (4096, 2056),
     (144, 200),
     (32, 8),
     (16, 4104),
@@ -50,6 +55,11 @@ HEADS = (
     (Heads(3, 1, 32), 328),
     (Heads(4, 2, 16), 64),
     (Heads(112, 8, 128), 2048),
+    (Heads(176, 8, 128), 136),
+    (Heads(368, 8, 64), 136),
+    (Heads(40, 8, 128), 1288),
+    (Heads(24, 8, 128), 3080),
+    (Heads(32, 32, 128), 4096),
 )
 
 
@@ -252,6 +262,30 @@ def test_a_box_of_gates_and_ups_has_their_pairs_together(fake: FakeLauncher) -> 
     ]
 
 
+@pytest.mark.parametrize(("head_dim", "boxes"), [(64, 1), (128, 3)])
+def test_a_tile_that_ends_inside_a_head_has_several_boxes(
+    fake: FakeLauncher, head_dim: int, boxes: int
+) -> None:
+    num_heads = 24576 // head_dim - 16
+    multiply(rope(20, num_heads, 8, head_dim), zeros(20, 128), zeros(24576, 128))
+    (launch,) = fake.launches
+    rows, box_rows = (int(launch.variant.macros[f"PHOTON_{name}"]) for name in ("ROWS", "BOX_ROWS"))
+    assert (rows, rows // box_rows) == (192, boxes)
+    tile, groups_of_head = 5, head_dim // 16
+    taken = []
+    for row in range(0, rows, box_rows):
+        # As copy_weights of the kernel does.
+        group = (tile * rows + row) // 16
+        taken += rows_of(*maps[1], [0, 0, group % groups_of_head, group // groups_of_head])
+    expected = []
+    for first in range(tile * rows // 2, (tile + 1) * rows // 2, 8):
+        for half in range(2):
+            for pair in range(first, first + 8):
+                head, dim = divmod(pair, head_dim // 2)
+                expected.append(head * head_dim + half * head_dim // 2 + dim)
+    assert taken == expected
+
+
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 def test_a_box_of_heads_has_their_halves_together(fake: FakeLauncher, head_dim: int) -> None:
     num_heads = 2048 // head_dim
@@ -361,10 +395,23 @@ def test_the_check_without_a_gpu_sees_every_cut_and_tile() -> None:
         ((16384, 2048), Cut(128, 1, 2)),
         ((128256, 2048), Cut(128, 1, 2)),
         ((3072, 2048), Cut(64, 4, 1, 2)),
-        ((2048, 2048), Cut(64, 4, 1, 2)),
+        ((2048, 2048), Cut(64, 5, 1, 2)),
         ((2048, 8192), Cut(128, 6, 1)),
         ((6144, 4096), Cut(128, 2, 2)),
         ((4096, 14336), Cut(128, 3, 1)),
+        ((151936, 896), Cut(128, 1, 2)),
+        ((3072, 8192), Cut(128, 4, 1)),
+        ((4352, 8192), Cut(128, 3, 1)),
+        ((28672, 4096), Cut(128, 1, 2)),
+        ((22016, 4096), Cut(192, 1, 2)),
+        ((17920, 1536), Cut(192, 1, 2)),
+        ((37888, 3584), Cut(192, 1, 2)),
+        ((7168, 5120), Cut(128, 2, 1)),
+        ((4608, 3584), Cut(128, 3, 1)),
+        ((3584, 18944), Cut(128, 4, 1)),
+        ((5120, 13824), Cut(192, 4, 1)),
+        ((12288, 4096), Cut(128, 1, 2)),
+        ((9728, 896), Cut(128, 1, 2)),
         ((1024, 3072), Cut(64, 8, 1, 2)),
         ((7680, 896), Cut(64, 1, 2, 2)),
         ((24, 8), Cut(128, 1, 2)),

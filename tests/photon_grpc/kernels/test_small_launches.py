@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from photon_grpc.kernels import gemv as gemv_module
+from photon_grpc.kernels import head_gemm as head_module
 from photon_grpc.kernels import launcher
 from photon_grpc.kernels import paged_attention_decode as decode_module
 from photon_grpc.kernels import paged_attention_prefill as prefill_module
@@ -89,18 +90,22 @@ def gemv_case(kind: str, tokens: int, dtype: torch.dtype, staged: bool) -> Launc
     return launch
 
 
-def best_case(tokens: int, dtype: torch.dtype, by: Cut | None, *, staged: bool = False) -> Launch:
+def best_case(tokens: int, dtype: torch.dtype, by: Cut | str, *, staged: bool = False) -> Launch:
     """The best row of a product by parts, and the token of all of them."""
 
     def launch(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(gemv_module, "_MIN_STAGED_TILES", 1 if staged else 1 << 20)
-        n, k = (4 * by.rows * by.sharers + 24, 200) if by else (90, 1096)
+        n, k = {"gemv": (90, 1096), "head_gemm": (700, 328)}.get(str(by), (0, 0))
+        if isinstance(by, Cut):
+            n, k = 4 * by.rows * by.sharers + 24, 200
         weight = make_weight(n, k, dtype)
         weight[n - 1] = weight[5]
         x = randn(tokens, k, dtype=dtype, seed=2)
         x[tokens - 1] = weight[5] * 8
-        if by is None:
+        if by == "gemv":
             num_parts = gemv_module.num_parts(tokens, n)
+        elif by == "head_gemm":
+            num_parts = head_module.num_parts(n)
         else:
             patch.setattr(tma_module, "cut", lambda n, k: by)
             num_parts = tma_module.num_parts(n, k)
@@ -108,10 +113,10 @@ def best_case(tokens: int, dtype: torch.dtype, by: Cut | None, *, staged: bool =
         ranks = memory.empty(tokens, num_parts, dtype=torch.int64)
         output = best_rows(ranks, n)
         arguments = memory.copy(x), memory.copy(weight)
-        if by is None:
-            gemv_module.gemv(output, *arguments)
-        else:
-            skinny_gemm_tma(output, *arguments)
+        multiply = {"gemv": gemv_module.gemv, "head_gemm": head_module.head_gemm}.get(
+            str(by), skinny_gemm_tma
+        )
+        multiply(output, *arguments)
         state = SamplingState.allocate(tokens, 4, torch.device("cuda"))
         slots = memory.copy(torch.arange(tokens, dtype=torch.int32))
         token_ids = memory.empty(tokens, dtype=torch.int32)
@@ -121,6 +126,13 @@ def best_case(tokens: int, dtype: torch.dtype, by: Cut | None, *, staged: bool =
         found = token_ids.cpu().long()
         assert int(found[tokens - 1]) == 5
         assert bool((exact.max(-1).values - exact.gather(1, found[:, None])[:, 0] < 1e-3).all())
+
+    return launch
+
+
+def logits_case(tokens: int, n: int, k: int, dtype: torch.dtype) -> Launch:
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        run_product("float_rows", n, k, tokens, dtype, head_module.head_gemm, bias=False)
 
     return launch
 
@@ -188,9 +200,13 @@ for i, kind in enumerate(OUTPUTS):
         case("skinny_gemm_tma", name, skinny_tma_case(kind, tokens, dtype, by))
 for tokens, dtype, by in ((16, BF16, CUTS[0]), (61, BF16, CUTS[0]), (128, F16, CUTS[3]), (3, BF16, CUTS[4])):
     case("skinny_gemm_tma", f"best_rows-{tokens}-{by.rows}x{by.residents}", best_case(tokens, dtype, by))
-case("gemv", "best_rows-3-direct", best_case(3, BF16, None))
-case("gemv", "best_rows-16-staged", best_case(16, F16, None, staged=True))
-case("best_token", "behind-gemv", best_case(8, BF16, None, staged=True))
+case("gemv", "best_rows-3-direct", best_case(3, BF16, "gemv"))
+case("gemv", "best_rows-16-staged", best_case(16, F16, "gemv", staged=True))
+# Both CTAs with tokens, one of them without, several tiles a cluster and a last one that is not full.
+case("head_gemm", "best_rows-3", best_case(3, F16, "head_gemm"))
+case("head_gemm", "best_rows-300", best_case(300, BF16, "head_gemm"))
+case("head_gemm", "float_rows-130", logits_case(130, 700, 328, BF16))
+case("best_token", "behind-gemv", best_case(8, BF16, "gemv", staged=True))
 # Of two CTAs that share tiles: both full and one empty, several rounds, k with a tail and less than a stage.
 case("swiglu_gemm", "one-cta", swiglu_case(F16, 3, 128, 72))
 case("swiglu_gemm", "rounds", swiglu_case(BF16, 300, 256, 1032))

@@ -218,31 +218,42 @@ def test_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "inner", "expected"),
+    ("tokens", "inner", "k", "expected"),
     [
-        (128, 8192, False),
-        (144, 8192, False),
-        (160, 8192, True),
-        (256, 8192, True),
-        (320, 8192, False),
-        (512, 8192, True),
-        (520, 8192, False),
-        (2048, 8192, True),
-        (8192, 8192, True),
-        # Two rounds, the second two thirds full.
-        (160, 14336, False),
-        (256, 14336, True),
-        (384, 14336, False),
-        (512, 14336, True),
-        (1024, 14336, True),
-        (8192, 8200, False),
+        (128, 8192, 2048, False),
+        # One round, half full and less.
+        (144, 8192, 2048, True),
+        (256, 8192, 2048, True),
+        (224, 4864, 896, True),
+        (160, 4864, 896, False),
+        (256, 3072, 1024, False),
+        # Two and three rounds, the last of them nearly full or nearly empty.
+        (160, 14336, 4096, False),
+        (192, 13824, 5120, True),
+        (256, 14336, 4096, True),
+        (256, 18944, 3584, True),
+        (256, 8960, 1536, False),
+        (256, 11008, 4096, False),
+        # The activation of short rows is worth empty places.
+        (512, 2560, 960, True),
+        (512, 5632, 2048, False),
+        (640, 5632, 2048, True),
+        (320, 8192, 2048, False),
+        (512, 8192, 2048, True),
+        (520, 8192, 2048, False),
+        (2048, 8192, 2048, True),
+        (8192, 8192, 2048, True),
+        (384, 14336, 4096, False),
+        (512, 14336, 4096, True),
+        (1024, 14336, 4096, True),
+        (8192, 8200, 2048, False),
     ],
 )
 def test_where_it_is_faster(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, inner: int, *, expected: bool
+    monkeypatch: pytest.MonkeyPatch, tokens: int, inner: int, k: int, *, expected: bool
 ) -> None:
     FakeLauncher().install(monkeypatch)
-    assert is_faster(tokens, inner) is expected
+    assert is_faster(tokens, inner, k) is expected
 
 
 @pytest.mark.parametrize(

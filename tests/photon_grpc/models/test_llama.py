@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,29 @@ def test_fault_14_exactly_the_slots_of_the_tokens_are_written(folder: Path) -> N
     model.step([("a", [5]), ("b", [6])])
 
     assert [model.written_slots(layer) for layer in range(2)] == [23, 23]
+
+
+def test_the_first_layers_alone_are_those_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = PagedModel(tiny_model_folder(tmp_path, tokenizer=False, num_hidden_layers=4), block_size=8)
+    forward = deep.model.forward
+    hidden = []
+
+    def first_layers(*inputs: Any) -> Tensor:
+        hidden.append(forward(*inputs, num_layers=2))
+        return hidden[-1]
+
+    monkeypatch.setattr(deep.model, "forward", first_layers)
+    prompt = random_prompt(13)
+    ((found, logits),) = deep.states([("a", prompt)])
+    assert [deep.written_slots(layer) for layer in range(4)] == [13, 13, 0, 0]
+    # What a checkpoint of those layers alone makes of it.
+    monkeypatch.setattr(deep.model, "forward", forward)
+    monkeypatch.setattr(deep.model, "_layers", deep.model._layers[:2])
+    monkeypatch.setattr(deep.cache, "layers", deep.cache.layers[:2])
+    deep.release("a")
+    ((expected, expected_logits),) = deep.states([("a", prompt)])
+    assert torch.equal(found, expected)
+    assert torch.equal(logits, expected_logits)
 
 
 def test_result_does_not_depend_on_what_freed_blocks_hold(folder: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from photon_grpc.processes.parent import ChildProcess
+from photon_grpc.processes.spawn import spawn
 from tests.support.grpc_harness import until
 
 MODULE = "tests.support.child_mains"
@@ -140,6 +141,34 @@ async def test_one_that_cannot_be_spawned_leaves_nothing(monkeypatch: pytest.Mon
     assert child.process.join(0)
     child.process.post("to nobody")
     assert (child.messages, child.ends) == ([], [])
+
+
+async def test_one_that_was_spawned_before_there_was_a_loop_goes_on_with_it(child: Child) -> None:
+    spawned = await asyncio.to_thread(spawn, MODULE, (("echo",),))  # a thread without an event loop
+    child.process.adopt(spawned)
+    await until(lambda: child.messages)
+    assert child.messages.pop()[:2] == ("begun", child.process.process_id)
+    child.process.post("well")
+    await until(lambda: child.messages)
+    spawned.discard()  # is not for whoever spawned it any more
+    child.process.post("still")
+    await until(lambda: len(child.messages) == 2)
+    assert (child.messages, child.ends) == (["well", "still"], [])
+
+
+async def test_one_that_was_spawned_for_nothing_leaves_nothing() -> None:
+    before = descriptors()
+    spawned = spawn(MODULE, (("echo",),))
+    assert psutil.pid_exists(spawned.process.pid)
+    spawned.discard()
+    assert not psutil.pid_exists(spawned.process.pid)
+    assert descriptors() == before
+
+
+async def test_it_begins_without_the_collector(child: Child) -> None:
+    await child.start("collector")
+    await until(lambda: child.messages)
+    assert child.messages == [False]
 
 
 async def test_a_child_that_has_gone_leaves_no_descriptor(child: Child) -> None:

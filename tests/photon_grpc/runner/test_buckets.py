@@ -40,12 +40,32 @@ def test_mixed_steps_and_those_that_are_too_large() -> None:
     assert buckets.fit(5, 2, 129) == StepShape(16, 16, 256)
     assert buckets.fit(255, 1, 512) == StepShape(256, 16, 512)
     assert buckets.fit(1, 1, 513) == StepShape(16, 32, 768)
-    assert buckets.fit(65, 32, 1537) == StepShape(256, 32, 2048)
+    assert buckets.fit(65, 32, 1537) == StepShape(128, 32, 2048)
+    assert buckets.fit(129, 32, 1537) == StepShape(256, 32, 2048)
     assert buckets.fit(1, 17, 100) == StepShape(16, 32, 768)
     assert buckets.fit(1, 1, 2049) is None
     assert buckets.fit(1, 33, 2048) is None
     assert Buckets(256, 512).fit(1, 1, 513) is None
-    assert Buckets(256, 1000).fit(0, 2, 800) == StepShape(0, 32, 1000)
+    assert Buckets(256, 1000).fit(1, 2, 800) == StepShape(16, 32, 1000)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padded"),
+    [(256, 256), (257, 384), (385, 512), (513, 640), (641, 768), (1025, 1280), (1281, 1536), (1793, 2048)],
+)
+def test_prompts_alone_have_finer_shapes(tokens: int, padded: int) -> None:
+    shape = Buckets(256, 8192).fit(0, 1, tokens)
+    assert shape is not None
+    assert (shape.num_decodes, shape.num_prefill_tokens) == (0, padded)
+    # Beside decode rows every size is a graph for each number of them.
+    beside = Buckets(256, 8192).fit(1, 1, 257)
+    assert beside == StepShape(4, 16, 512)
+
+
+def test_finer_shapes_end_with_the_budget() -> None:
+    assert Buckets(256, 1000).fit(0, 1, 897) == StepShape(0, 32, 1000)
+    assert Buckets(256, 1000).fit(0, 1, 800) == StepShape(0, 32, 896)
+    assert Buckets(256, 300).fit(0, 1, 280) == StepShape(0, 16, 300)
 
 
 @pytest.mark.parametrize(

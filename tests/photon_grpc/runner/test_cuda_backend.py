@@ -16,6 +16,7 @@ from torch import Tensor
 
 from photon_grpc.engine.messages import Submit
 from photon_grpc.errors import ConfigError
+from photon_grpc.kernels import launcher
 from photon_grpc.models.llama import DecoderModel
 from photon_grpc.models.loader import load_weights
 from photon_grpc.models.registry import build_model, load_config
@@ -374,6 +375,32 @@ def test_the_pool_leaves_what_a_full_load_needs(folder: Path) -> None:
     outputs = run_to_end(core)
     assert sum(len(output.token_ids) for output in outputs) == 300 * 40
     assert core.scheduler.stats().kv_blocks_used == 0
+    runner.close()
+
+
+def test_no_step_waits_for_a_kernel_or_a_graph(folder: Path) -> None:
+    """All that a first caller would have to wait for is there when the runner is."""
+    runner = build_runner(folder, cuda_options(max_num_seqs=40, max_num_batched_tokens=512))
+    assert isinstance(runner, CudaRunner)
+    loaded, captured = launcher.load.cache_info().misses, len(runner._graphs)
+    core = engine_core(runner, max_num_seqs=40, max_num_batched_tokens=512)
+    kinds = [
+        sampling(),
+        sampling(temperature=0.9, seed=1),
+        sampling(temperature=0.9, top_k=20, presence_penalty=0.5, seed=2),
+    ]
+    requests = [
+        engine_request(prompt(1 + 37 * i % 150, i), 4 + i % 9, eos_token_ids=(), sampling=kinds[i % 3])
+        for i in range(60)
+    ]
+    requests[5:8] = [replace(one, prompt_top_logprobs=2, top_logprobs=2) for one in requests[5:8]]
+    for key, one in enumerate(requests):
+        core.submit(Submit(key, one))
+        if key % 3 == 0:
+            core.step()
+    run_to_end(core)
+    assert launcher.load.cache_info().misses == loaded
+    assert len(runner._graphs) == captured
     runner.close()
 
 

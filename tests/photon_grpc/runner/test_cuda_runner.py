@@ -317,6 +317,25 @@ def test_every_small_step_is_a_replay(models: Models) -> None:
     assert stream.num_replays == captured + core.scheduler.stats().steps
 
 
+def test_every_graph_is_captured_whole_behind_a_run_of_the_layers_that_differ(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = models.ahead(64, 4)
+    forward = runner._decoder.forward
+    seen: list[tuple[int, int | None]] = []
+
+    def noted(token_ids: torch.Tensor, *rest: Any, num_layers: int | None = None) -> torch.Tensor:
+        seen.append((len(token_ids), num_layers))
+        return forward(token_ids, *rest, num_layers=num_layers)
+
+    monkeypatch.setattr(runner._decoder, "forward", noted)
+    runner.prepare()
+    runner._steps[0].arrived.set()
+    runner._steps[0].arrived.wait()
+    sizes = [kind.shape.num_tokens for kind in runner._buckets.kinds()]
+    assert seen == [run for size in sizes for run in ((size, 2), (size, None))]
+
+
 def test_scored_prompts_of_any_length_bring_no_new_shapes(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,9 +346,9 @@ def test_scored_prompts_of_any_length_bring_no_new_shapes(
     captured = {kind.shape.num_tokens for kind in runner._buckets.kinds()}
     forward, seen = runner._decoder.forward, set()
 
-    def noted(token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def noted(token_ids: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         seen.add(len(token_ids))
-        return forward(token_ids, *rest)
+        return forward(token_ids, *rest, **more)
 
     monkeypatch.setattr(runner._decoder, "forward", noted)
     requests = [request(prompt(9), 40)]

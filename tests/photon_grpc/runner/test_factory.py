@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,3 +135,22 @@ def test_threads_leave_a_core_to_the_event_loop(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 3)
     build_runner(folder, options())
     assert torch.get_num_threads() == 2
+
+
+def test_no_tensor_is_left_to_the_collector(folder: Path) -> None:
+    """An engine's process loads with the collector paused: what only that finds would count as in use."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = num_tensors()
+        runner = build_runner(folder, options())
+        after = num_tensors()
+        gc.collect()
+        assert num_tensors() == after > before
+    finally:
+        gc.enable()
+    assert runner.num_blocks
+
+
+def num_tensors() -> int:
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())

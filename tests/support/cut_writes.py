@@ -1,10 +1,8 @@
-"""What grpc loses of a message that is cut short, so that a soak need not count it as the server's growth.
+"""What a `grpc.aio` server without anything of this project keeps of writes that are cut short.
 
-grpc keeps the operation, the buffer and the bytes of a message whose call ends while it is being written
-(https://github.com/grpc/grpc/issues/43360). `measure` has a `grpc.aio` server without anything of this
-project (`python -m tools.bench.grpc_loss BYTES`) write messages of BYTES without an end to clients that leave
-after the first one, and counts the bytes in use at its malloc for each write that was cut. `CutWrites` counts
-such writes in a server of this project. What lost blocks keep from being given back is in neither.
+`python -m tests.support.cut_writes BYTES HOW` writes messages of BYTES without an end to clients that leave
+after the first one: in the task of their call (`plain`), as grpc is meant to be used, or apart from it
+(`apart`), by `photon_grpc.server.sends`. `measure` starts it and counts the bytes in use at its malloc.
 """
 
 from __future__ import annotations
@@ -22,43 +20,20 @@ from typing import Any
 import grpc
 import uvloop
 
-from photon_grpc.server.calls import Call
+from photon_grpc.server.sends import send
 
-__all__ = ["CutWrites", "GrpcLoss", "heap_bytes", "measure"]
-
-_SERVICE, _FLOOD, _LOSS = "bench.Loss", "Flood", "Loss"
+_SERVICE, _FLOOD, _LOSS = "test.Loss", "Flood", "Loss"
 _CALLERS = 16
-_WARM_UP_CALLS, _CALLS = 2000, 4000
+_WARM_UP_CALLS, _CALLS = 1000, 1000
 _TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class GrpcLoss:
-    """The mean over `num_cut` writes that were cut short, of messages of `message_bytes`."""
+class Loss:
+    """The mean over `num_cut` writes that were cut short."""
 
     bytes_per_write: float
     num_cut: int
-    message_bytes: int
-
-
-class CutWrites:
-    """Counts the writes of this process's server that did not come to their end."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def watch(self) -> None:
-        """Count from now on, for good."""
-        write = Call.write
-
-        async def counted(call: Call, context: Any, message: Any) -> None:
-            try:
-                await write(call, context, message)
-            except BaseException:
-                self.count += 1
-                raise
-
-        Call.write = counted  # type: ignore[method-assign]  # what it is for
 
 
 class _MallocInfo(ctypes.Structure):
@@ -84,24 +59,23 @@ def heap_bytes() -> int | None:
     return int(found.uordblks + found.hblkhd)
 
 
-def measure(message_bytes: int) -> GrpcLoss | None:
-    """A few seconds; None where malloc does not tell. Raises RuntimeError where the server does not serve."""
-    if heap_bytes() is None:
-        return None
-    command = [sys.executable, "-m", "tools.bench.grpc_loss", str(message_bytes)]
+def measure(message_bytes: int, *, apart: bool) -> Loss:
+    """Raises RuntimeError where the server does not serve."""
+    how = "apart" if apart else "plain"
+    command = [sys.executable, "-m", "tests.support.cut_writes", str(message_bytes), how]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         port = process.stdout.readline().strip()
         if not port:
-            raise RuntimeError("the server that shows what grpc loses did not start")
-        return asyncio.run(_measure(f"127.0.0.1:{port}", message_bytes))
+            raise RuntimeError("the server that shows what grpc keeps did not start")
+        return asyncio.run(_measure(f"127.0.0.1:{port}"))
     finally:
         process.kill()
         process.communicate()
 
 
-async def _measure(address: str, message_bytes: int) -> GrpcLoss:
+async def _measure(address: str) -> Loss:
     async with grpc.aio.insecure_channel(address) as channel:
         flood = channel.unary_stream(f"/{_SERVICE}/{_FLOOD}")
         loss = channel.unary_unary(f"/{_SERVICE}/{_LOSS}")
@@ -124,12 +98,13 @@ async def _measure(address: str, message_bytes: int) -> GrpcLoss:
         heap_before, cut_before = await run(_WARM_UP_CALLS)
         heap, cut = await run(_CALLS)
     num_cut = cut - cut_before
-    return GrpcLoss((heap - heap_before) / num_cut, num_cut, message_bytes)
+    return Loss((heap - heap_before) / num_cut, num_cut)
 
 
 class _Flood:
-    def __init__(self, message_bytes: int) -> None:
+    def __init__(self, message_bytes: int, *, apart: bool) -> None:
         self._message = b"x" * message_bytes
+        self._apart = apart
         self._num_cut = 0
         self._num_live = 0
         self._idle = asyncio.Event()
@@ -139,7 +114,8 @@ class _Flood:
         self._idle.clear()
         try:
             while True:
-                await context.write(self._message)
+                work = context.write(self._message)
+                await (send(work) if self._apart else work)
         finally:
             # It never ends otherwise.
             self._num_cut += 1
@@ -153,8 +129,8 @@ class _Flood:
         return json.dumps([heap_bytes(), self._num_cut]).encode()
 
 
-async def _serve(message_bytes: int) -> None:
-    flood = _Flood(message_bytes)
+async def _serve(message_bytes: int, how: str) -> None:
+    flood = _Flood(message_bytes, apart=how == "apart")
     handlers = {
         _FLOOD: grpc.unary_stream_rpc_method_handler(flood.flood),
         _LOSS: grpc.unary_unary_rpc_method_handler(flood.loss),
@@ -169,4 +145,4 @@ async def _serve(message_bytes: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    uvloop.run(_serve(int(sys.argv[1])))
+    uvloop.run(_serve(int(sys.argv[1]), sys.argv[2]))

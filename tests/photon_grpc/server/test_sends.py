@@ -1,0 +1,202 @@
+"""Sends that run to their end apart from their call, and what grpc then keeps of them: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Awaitable
+from typing import Any
+
+import grpc
+import pytest
+import uvloop
+
+from photon_grpc.server.sends import send, send_by
+from tests.support import cut_writes
+
+
+class Batches:
+    """Coroutines as those of grpc.aio: each waits for one batch, and frees what it holds behind that."""
+
+    def __init__(self) -> None:
+        self.begun: list[asyncio.Future[None]] = []
+        self.num_freed = 0
+
+    async def operation(self, error: Exception | None = None) -> str:
+        future = asyncio.get_running_loop().create_future()
+        self.begun.append(future)
+        await future
+        self.num_freed += 1
+        if error is not None:
+            raise error
+        return "sent"
+
+
+async def begin(sending: Awaitable[str]) -> asyncio.Task[str]:
+    async def wait() -> str:
+        return await sending
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_send_ends_with_what_its_coroutine_returns() -> None:
+    batches = Batches()
+    task = await begin(send(batches.operation()))
+    await asyncio.sleep(0)
+    assert not task.done()
+    batches.begun[0].set_result(None)
+    assert await task == "sent"
+    assert batches.num_freed == 1
+
+
+async def test_a_send_begins_at_once_and_may_end_at_once() -> None:
+    async def nothing_to_do() -> int:
+        return 3
+
+    with pytest.raises(StopIteration) as ended:
+        next(send(nothing_to_do()).__await__())
+    assert ended.value.value == 3
+
+
+async def test_a_cancelled_send_frees_what_it_holds_once_its_batch_has_ended() -> None:
+    batches = Batches()
+    task = await begin(send(batches.operation()))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert batches.num_freed == 0, "grpc still reads it"
+    assert not batches.begun[0].cancelled()
+    batches.begun[0].set_result(None)
+    await asyncio.sleep(0)
+    assert batches.num_freed == 1
+
+
+async def test_a_task_that_is_cancelled_before_it_sends_or_just_behind_it_frees_it_too() -> None:
+    batches = Batches()
+
+    async def cancel_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await send(batches.operation())
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(cancel_itself())
+    batches.begun[0].set_result(None)
+    await asyncio.sleep(0)
+    assert batches.num_freed == 1
+    task = await begin(send(batches.operation()))
+    batches.begun[1].set_result(None)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert batches.num_freed == 2
+
+
+async def test_a_send_takes_no_more_turns_of_the_loop_than_its_coroutine() -> None:
+    batches = Batches()
+    task = await begin(send(batches.operation()))
+    batches.begun[0].set_result(None)
+    await asyncio.sleep(0)
+    assert task.done()
+
+
+async def test_a_send_that_takes_too_long_is_left() -> None:
+    batches = Batches()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await send(batches.operation())
+    batches.begun[0].set_exception(grpc.aio.InternalError("Failed execute_batch"))
+    await asyncio.sleep(0)
+    assert batches.num_freed == 1
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_failed_send_frees_what_it_holds_and_fails(is_cancelled: bool) -> None:
+    batches = Batches()
+    task = await begin(send(batches.operation(ValueError("what comes of a success that was none"))))
+    if is_cancelled:
+        task.cancel()
+        await asyncio.sleep(0)
+    batches.begun[0].set_exception(grpc.aio.InternalError("Failed execute_batch"))
+    with pytest.raises(asyncio.CancelledError if is_cancelled else grpc.aio.InternalError):
+        await task
+    await asyncio.sleep(0)
+    assert batches.num_freed == 1
+
+
+async def test_an_error_of_the_coroutine_is_raised() -> None:
+    batches = Batches()
+    task = await begin(send(batches.operation(grpc.aio.AbortError("Locally aborted."))))
+    batches.begun[0].set_result(None)
+    with pytest.raises(grpc.aio.AbortError):
+        await task
+
+    async def refuse() -> None:
+        raise grpc.aio.UsageError("RPC already finished.")
+
+    with pytest.raises(grpc.aio.UsageError):
+        await send(refuse())
+
+
+async def test_what_failed_is_freed_without_the_garbage_collector() -> None:
+    async def fail() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        batches = Batches()
+
+        def end() -> None:
+            batches.begun[0].set_exception(grpc.aio.InternalError("Failed execute_batch"))
+
+        asyncio.get_running_loop().call_soon(end)
+        try:
+            await send(batches.operation())
+        except grpc.aio.InternalError as error:
+            return weakref.ref(error), weakref.ref(batches.begun[0])
+        raise AssertionError("it did not fail")
+
+    gc.collect()
+    gc.disable()
+    try:
+        error, batch = await fail()
+        await asyncio.sleep(0)
+        assert error() is None
+        assert batch() is None
+    finally:
+        gc.enable()
+
+
+async def test_what_is_sent_by_a_context_of_an_acceptor_s_call_is_cancelled_with_it() -> None:
+    batches = Batches()
+
+    class Context:
+        async def flush(self) -> None: ...
+
+    for context, is_cancelled in ((Context(), True), (object(), False)):
+        task = await begin(send_by(context, batches.operation()))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert batches.begun[-1].cancelled() is is_cancelled
+
+
+def test_a_batch_of_uvloop_can_be_sent() -> None:
+    batches = Batches()
+
+    async def run() -> str:
+        task = await begin(send(batches.operation()))
+        batches.begun[0].set_result(None)
+        return await task
+
+    assert uvloop.run(run()) == "sent"
+
+
+@pytest.mark.skipif(cut_writes.heap_bytes() is None, reason="malloc does not tell what is in use")
+def test_grpc_keeps_nothing_of_writes_that_are_cut_short() -> None:
+    plain = cut_writes.measure(60, apart=False)
+    apart = cut_writes.measure(60, apart=True)
+    assert plain.num_cut == apart.num_cut > 0
+    assert plain.bytes_per_write > 200, "grpc no longer loses them: this module can go"
+    # The second thousand of calls grows a table or two.
+    assert apart.bytes_per_write < 100
