@@ -60,6 +60,7 @@ RANGES: Mapping[str, Any] = {
     "cache.gpu_memory_utilization": Field(gt=0, le=1),
     "scheduler.max_num_seqs": _AT_LEAST_ZERO,
     "scheduler.max_num_batched_tokens": _AT_LEAST_ZERO,
+    "scheduler.mixed_chunk_tokens": _AT_LEAST_ZERO,
     "scheduler.priority_boost_s": _AT_LEAST_ZERO,
     "engine.num_threads": _AT_LEAST_ZERO,
     "engine.step_timeout_s": _AT_LEAST_ZERO,

@@ -47,6 +47,11 @@ class SchedulerOptions:
     max_num_batched_tokens: int = _opt(
         0, "tokens computed in one step, prefill and decode together; 0: 512 on the CPU, 2048 on CUDA"
     )
+    mixed_chunk_tokens: int = _opt(
+        0,
+        "prompt tokens of a step beside sequences that decode already, as many again for each 128 of these, "
+        "and more where more have come than those; 0: no such limit; 512 suits a GPU",
+    )
     priority_boost_s: float = _opt(30.0, "one priority step counts as having arrived this much earlier")
 
 

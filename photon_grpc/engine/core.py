@@ -66,6 +66,7 @@ class EngineCore:
             max_num_seqs=scheduler_options.max_num_seqs or runner.model.max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
             priority_boost_s=scheduler_options.priority_boost_s,
+            mixed_chunk_tokens=scheduler_options.mixed_chunk_tokens,
         )
         self._clock = clock
         self._in_flight: deque[SchedulerOutput] = deque()

@@ -22,6 +22,8 @@ __all__ = ["EngineProcess", "SpawnedChild", "spawn_engine"]
 _log = structlog.get_logger(__name__)
 
 _CHILD = "photon_grpc.engine.child"
+# The engine can begin with the prompts of so many calls; the loop takes a few milliseconds for them.
+_MOST_POSTED = 8
 
 
 def spawn_engine(setup: EngineSetup, ahead: SpawnedChild | None = None) -> SpawnedChild:
@@ -59,7 +61,7 @@ class EngineProcess:
         self._spawned = spawned
         self._setup = EngineSetup(runner_factory, scheduler_options, cache_options, step_timeout_s)
         self._deliver = deliver
-        self._child = ChildProcess("engine", _CHILD, self._receive, self._on_end)
+        self._child = ChildProcess("engine", _CHILD, self._receive, self._on_end, most_posted=_MOST_POSTED)
         self._is_ready = False
         self._is_discarded = False
         self._has_stopped = False

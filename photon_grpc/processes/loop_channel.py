@@ -1,4 +1,4 @@
-"""A channel that the running event loop serves: nothing blocks, and what one turn posts goes as one frame."""
+"""A channel that the running event loop serves: nothing blocks, and what one turn posts goes together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from photon_grpc.processes.channel import Channel
 Receive = Callable[[list[Any]], None]
 """Takes the messages of whole frames, in order."""
 
+# Messages in a frame. A turn in which hundreds of calls begin takes tens of milliseconds, and whoever could
+# work on the first of them would wait for the last.
+MOST_POSTED = 64
+
 Ended = Callable[[Exception | None], None]
 """Hears once that the other end has closed, or of the frame that could not be read."""
 
 
 class LoopChannel:
-    """Takes the channel over. Make it on the loop that is to serve it."""
+    """Takes the channel over. Make it on the loop that is to serve it.
 
-    def __init__(self, channel: Channel, receive: Receive, ended: Ended) -> None:
+    What a turn posts goes in frames of up to `most_posted` messages, each as soon as it is full.
+    """
+
+    def __init__(
+        self, channel: Channel, receive: Receive, ended: Ended, *, most_posted: int = MOST_POSTED
+    ) -> None:
+        self._most_posted = most_posted
         self._channel: Channel | None = channel
         self._receive = receive
         self._ended = ended
@@ -34,6 +44,8 @@ class LoopChannel:
         if not self._outbox:
             self._loop.call_soon(self._send)
         self._outbox.append(message)
+        if len(self._outbox) >= self._most_posted:
+            self._send()
 
     def close(self) -> None:
         """Send no more and hear no more; what was posted in this turn is sent if the socket has room."""

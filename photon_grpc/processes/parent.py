@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from photon_grpc.processes.loop_channel import Ended, LoopChannel, Receive
+from photon_grpc.processes.loop_channel import MOST_POSTED, Ended, LoopChannel, Receive
 from photon_grpc.processes.spawn import SpawnedChild, spawn
 
 _log = structlog.get_logger(__name__)
@@ -23,9 +23,13 @@ _KILLED_S = 2.0
 
 
 class ChildProcess:
-    """One child that runs `main` of `module`. `name` is what the log calls it."""
+    """One child that runs `main` of `module`. `name` is what the log calls it; for `most_posted` see
+    `LoopChannel`."""
 
-    def __init__(self, name: str, module: str, receive: Receive, ended: Ended) -> None:
+    def __init__(
+        self, name: str, module: str, receive: Receive, ended: Ended, *, most_posted: int = MOST_POSTED
+    ) -> None:
+        self._most_posted = most_posted
         self._name = name
         self._module = module
         self._receive = receive
@@ -49,7 +53,7 @@ class ChildProcess:
         """Serve a child that was spawned before there was an event loop, instead of `start`."""
         child.adopted()
         self._process = child.process
-        self._channel = LoopChannel(child.channel, self._receive, self._ended)
+        self._channel = LoopChannel(child.channel, self._receive, self._ended, most_posted=self._most_posted)
 
     def post(self, message: Any) -> None:
         """Send a message, together with whatever else this turn of the loop posts. Harmless after the end."""

@@ -151,6 +151,11 @@ class FairQueue:
             self._passing = []
         return first
 
+    def earliest_arrival(self) -> float | None:
+        """Of the first in rank of every tenant; None where nobody waits."""
+        firsts = (account.waiting.first().arrival_time for account in self._waiting.values())
+        return min(firsts, default=None)
+
     def settle(self) -> None:
         """Charge for everything planned so far, if it can make a difference to whose turn it is."""
         if len(self._waiting) > 1:

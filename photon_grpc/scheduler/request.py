@@ -115,6 +115,11 @@ class Request:
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
+    def decodes(self) -> bool:
+        """Whether all that is to be computed is its newest token."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens <= 1
+
+    @property
     def wants_another_token(self) -> bool:
         """False once the outputs under way fill `max_tokens`."""
         return len(self.token_ids) + self.num_pending_tokens < self.num_tokens_at_most

@@ -4,7 +4,8 @@ The rules, in order of importance:
 
 1. Running sequences go first, in the order of their rank; waiting ones are admitted with what is left
    of the token budget. Every running sequence that needs a single token gets it before a long prefill
-   takes the rest of the budget, so a prefill never stalls a decode.
+   takes the rest of the budget, so a prefill never stalls a decode, and what a step has of prompts
+   beside decodes is bounded (`mixed_steps.py`), so that it holds none up for long.
 2. When blocks run out, the running sequence of the lowest rank is preempted: its blocks are freed and
    it is computed again later from its tokens, which nobody has to send again. Since ranks never change
    and the first in rank can always preempt all others, someone always finishes.
@@ -31,6 +32,7 @@ from collections.abc import Sequence
 
 from photon_grpc.scheduler.fair_queue import FairQueue
 from photon_grpc.scheduler.kv_cache_manager import KVCacheManager
+from photon_grpc.scheduler.mixed_steps import MixedSteps
 from photon_grpc.scheduler.output import (
     FailureKind,
     ModelOutput,
@@ -59,13 +61,16 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         priority_boost_s: float,
+        mixed_chunk_tokens: int = 0,
     ) -> None:
+        """`mixed_chunk_tokens` is the `chunk_tokens` of `MixedSteps`."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs, or decodes starve")
         self.kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._priority_boost_s = priority_boost_s
+        self._mixed_steps = MixedSteps(mixed_chunk_tokens)
         self._live: dict[int, Request] = {}
         self._by_key: dict[int, dict[int, Request]] = {}
         self._running = RankedQueue()
@@ -78,6 +83,8 @@ class Scheduler:
         self._ended: list[SequenceOutput] = []
         # Of the latest step; most steps of a busy batch are the same rows again.
         self._rows: tuple[ScheduledSequence, ...] = ()
+        # Whether the latest step left a sequence of the batch in the middle of its prompt.
+        self._is_prefilling = False
         self._step = 0
         self._waiting_tokens = 0
         self._prompt_tokens = 0
@@ -149,10 +156,15 @@ class Scheduler:
         self._expire(now)
         planned: list[ScheduledSequence] = []
         new_block_ids: dict[int, tuple[int, ...]] = {}
-        budget, preempted_any = self._schedule_running(planned, new_block_ids, self._max_num_batched_tokens)
+        budget, most_prompt = self._max_num_batched_tokens, self._most_prompt_tokens()
+        budget, prompt_budget, preempted_any = self._schedule_running(
+            planned, new_block_ids, budget, most_prompt
+        )
         new: list[NewSequence] = []
         if self._waiting and not preempted_any:
-            budget = self._admit_waiting(new, planned, budget, now)
+            budget, prompt_budget = self._admit_waiting(new, planned, budget, prompt_budget, now)
+        if budget > 0 and prompt_budget > 0:
+            self._mixed_steps.had_room(now)
         if not planned:
             # Nothing is launched, so nobody would hear of the removals: the next step tells them.
             return SchedulerOutput(step=self._step, removed=(), new=(), rows=(), num_tokens=0)
@@ -172,9 +184,33 @@ class Scheduler:
             same_rows=same_rows,
         )
 
+    def _most_prompt_tokens(self) -> int:
+        """What the next step may have of prompts; looked at closely only where somebody waits for it."""
+        most = self._max_num_batched_tokens
+        if not self._mixed_steps.chunk_tokens:
+            return most
+        num_places = self._num_places - len(self._running)
+        if not self._is_prefilling and not (self._waiting and num_places > 0):
+            return most
+        pool = self.kv.pool
+        # Those for whom there are no blocks wait for something else; how many that are is an estimate.
+        num_admissible = min(len(self._waiting), num_places)
+        if num_admissible > 0:
+            mean_tokens = max(1, self._waiting_tokens // len(self._waiting))
+            num_admissible = min(num_admissible, pool.num_free // self.kv.blocks_for(mean_tokens))
+        return self._mixed_steps.limit(
+            most, self._running, max(0, num_admissible), self._waiting.earliest_arrival()
+        )
+
     def _schedule_running(
-        self, rows: list[ScheduledSequence], new_block_ids: dict[int, tuple[int, ...]], budget: int
-    ) -> tuple[int, bool]:
+        self,
+        rows: list[ScheduledSequence],
+        new_block_ids: dict[int, tuple[int, ...]],
+        budget: int,
+        prompt_budget: int,
+    ) -> tuple[int, int, bool]:
+        """What is left of both budgets, and whether anybody was preempted."""
+        self._is_prefilling = False
         num_steady = 0
         preempted_any = False
         for request in self._running:
@@ -190,9 +226,14 @@ class Scheduler:
                 continue
             num_tokens = num_known - num_computed
             if num_tokens > 1:
-                num_tokens = min(num_tokens, budget - num_steady - self._count_decodes_behind(request))
+                num_wanted = num_tokens
+                num_tokens = min(
+                    num_tokens, prompt_budget, budget - num_steady - self._count_decodes_behind(request)
+                )
+                self._is_prefilling |= num_tokens < num_wanted
                 if num_tokens <= 0:
                     continue
+                prompt_budget -= num_tokens
             new_blocks = self.kv.extend(request, num_tokens)
             while new_blocks is None:
                 victim = self._running.last()
@@ -208,7 +249,7 @@ class Scheduler:
             rows.append(self._plan_row(request, num_tokens))
             budget -= num_tokens
         self.kv.count_advanced(num_steady)
-        return budget - num_steady, preempted_any
+        return budget - num_steady, prompt_budget, preempted_any
 
     def _count_decodes_behind(self, request: Request) -> int:
         """Running sequences of a lower rank that want a single token; the budget has room for all of them."""
@@ -223,10 +264,18 @@ class Scheduler:
         return count
 
     def _admit_waiting(
-        self, new: list[NewSequence], rows: list[ScheduledSequence], budget: int, now: float
-    ) -> int:
+        self,
+        new: list[NewSequence],
+        rows: list[ScheduledSequence],
+        budget: int,
+        prompt_budget: int,
+        now: float,
+    ) -> tuple[int, int]:
+        """What is left of both budgets."""
         self._waiting.settle()
-        while len(self._waiting) and len(self._running) < self._num_places and budget > 0:
+        while (
+            len(self._waiting) and len(self._running) < self._num_places and budget > 0 and prompt_budget > 0
+        ):
             request = self._waiting.first(self._is_over_cap)
             if request.num_pending_tokens:
                 break
@@ -239,7 +288,9 @@ class Scheduler:
             self.kv.adopt_prefix(request, prefix)
             # What others have computed costs its tenant nothing.
             request.num_charged_tokens = max(request.num_charged_tokens, request.num_computed_tokens)
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_wanted = request.num_tokens - request.num_computed_tokens
+            num_tokens = min(num_wanted, budget, prompt_budget)
+            self._is_prefilling |= num_tokens < num_wanted
             num_computed = request.num_computed_tokens
             new_blocks = self.kv.extend(request, num_tokens)
             assert new_blocks is not None, "fits() has just said so"
@@ -265,7 +316,8 @@ class Scheduler:
             rows.append(self._plan_row(request, num_tokens))
             self._waiting.charge(request)
             budget -= num_tokens
-        return budget
+            prompt_budget -= num_tokens
+        return budget, prompt_budget
 
     def _is_over_cap(self, request: Request) -> bool:
         """Whether its tenant, which holds blocks already, would with `request` hold more than its share."""

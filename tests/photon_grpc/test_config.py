@@ -178,6 +178,7 @@ def test_a_stated_budget_must_let_every_stated_row_decode() -> None:
         "model.max_model_len=1",
         "scheduler.max_num_seqs=-1",
         "scheduler.max_num_batched_tokens=-1",
+        "scheduler.mixed_chunk_tokens=-1",
         "server.port=65536",
         "server.port=-1",
         "server.admin_port=-2",

@@ -446,10 +446,25 @@ class Judge:
             and not is_unseen
             and head.seq_id not in self._pending_before
             and len(rows) < self._num_places
-            and (plan.num_tokens if plan is not None else 0) < self._scenario.max_num_batched_tokens
+            and self._has_room_for_prompts(plan)
             and num_blocks <= self._runner.num_free_blocks
         )
         assert not has_room, f"{head} waits, and the step had room for it"
+
+    def _has_room_for_prompts(self, plan: SchedulerOutput | None) -> bool:
+        """Whether one more token of a prompt was sure to fit into the step."""
+        if plan is None:
+            return True
+        new_ids = {new.seq_id for new in plan.new}
+        num_prompt_tokens = sum(
+            row.num_tokens
+            for row in plan.rows
+            # A lone token is of a prompt where nothing is sampled behind it, or where it begins.
+            if row.num_tokens > 1 or not row.sample or row.seq_id in new_ids
+        )
+        if 0 < self._scenario.mixed_chunk_tokens <= num_prompt_tokens:
+            return False
+        return plan.num_tokens < self._scenario.max_num_batched_tokens
 
     def _waiting_besides(self, rows: Mapping[int, Row]) -> dict[Service, Completion]:
         """Who was there when the step was planned, and is not in the batch, by service."""

@@ -125,6 +125,7 @@ class Scenario:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    mixed_chunk_tokens: int
     max_queued: int
     max_in_flight: int
     prefix_caching: bool
@@ -187,6 +188,8 @@ class _Maker:
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=max(self.max_num_seqs, rng.choice((1, 2, 4, 8, 16, 64))),
+            # Drawn apart, so that it changes nothing else of a seed.
+            mixed_chunk_tokens=random.Random(f"chunks of {self.seed}").choice((0, 0, 1, 2, 5, 16)),
             max_queued=rng.choice((1, 4, 1024, 1024)),
             max_in_flight=rng.choice((1, 2, 2, 3)),
             prefix_caching=self.chance(0.85),

@@ -164,6 +164,7 @@ class World:
         scheduler = SchedulerOptions(
             max_num_seqs=scenario.max_num_seqs,
             max_num_batched_tokens=scenario.max_num_batched_tokens,
+            mixed_chunk_tokens=scenario.mixed_chunk_tokens,
             priority_boost_s=scenario.priority_boost_s,
         )
         cache = KVCacheOptions(prefix_caching=scenario.prefix_caching)

@@ -54,6 +54,24 @@ async def test_what_one_turn_posts_goes_as_one_frame(heard: Heard) -> None:
         assert heard.theirs.recv(1 << 16) == frame(*turn)
 
 
+async def test_a_turn_that_posts_much_sends_what_is_there_before_it_ends() -> None:
+    ours, theirs = socket.socketpair()
+    channel = LoopChannel(Channel(ours), [].append, [].append, most_posted=3)
+    theirs.setblocking(False)
+    try:
+        for message in "abcdefg":
+            channel.post(message)
+        assert theirs.recv(1 << 16) == frame("a", "b", "c") + frame("d", "e", "f")
+        await asyncio.sleep(0)
+        assert theirs.recv(1 << 16) == frame("g")
+        channel.post("h")
+        await asyncio.sleep(0)
+        assert theirs.recv(1 << 16) == frame("h")
+    finally:
+        channel.close()
+        theirs.close()
+
+
 async def test_messages_are_heard_in_order(heard: Heard) -> None:
     heard.theirs.sendall(frame(1, 2) + frame(3)[:9])
     await until(lambda: heard.frames)
