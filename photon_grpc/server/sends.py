@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -49,11 +50,17 @@ class _Send(Generic[_Result]):
 
     def __await__(self) -> Generator[Any, None, _Result]:
         try:
-            future = self._work.send(None)
+            waited = self._work.send(None)
+            if isinstance(waited, asyncio.Future):
+                yield from self._wait_apart(waited)
+                waited = self._go_on()
         except StopIteration as end:
             result: _Result = end.value
             return result
-        assert isinstance(future, asyncio.Future), "grpc waits for something else than a batch"
+        # A send of grpc.aio 1.84 waits once, for a batch. Whatever another one does, it does as if alone.
+        return (yield from _finish(self._work, waited))
+
+    def _wait_apart(self, future: asyncio.Future[None]) -> Generator[Any, None, None]:
         self._future = future
         future.set_exception = self._fail  # type: ignore[method-assign, assignment]  # see `_fail`
         self._asyncio_future_blocking = True
@@ -65,39 +72,38 @@ class _Send(Generic[_Result]):
             else:
                 future.add_done_callback(self._end_unheard)
             raise
-        return self._end()
 
     def _fail(self, error: BaseException) -> None:
         """What grpc calls where a batch has failed, and the only thing that it does with the error."""
         self._error = error
         self._future.set_result(None)
 
-    def _end(self) -> _Result:
+    def _go_on(self) -> Any:
+        """Behind the batch: what `work` waits for next. Raises what it ends with: StopIteration if well."""
         # It leads back here: what has ended would wait for the garbage collector.
         del self._future.set_exception
         error, self._error = self._error, None
         try:
-            self._work.send(None)
-        except StopIteration as end:
+            waited = self._work.send(None)
             if error is None:
-                result: _Result = end.value
-                return result
-            raise error from None
-        except BaseException:
-            if error is None:
-                raise
+                return waited
+            self._work.close()
+            raise error
+        except BaseException as ended:
             # What the coroutine made of a success that was none is of no interest.
+            if error is None or ended is error:
+                raise
             raise error from None
         finally:
             del error
-        raise AssertionError("grpc waits for a second batch")
 
     def _end_unheard(self, _: asyncio.Future[None]) -> None:
         """Whoever waited has gone, and with it the call: no error of it is anybody's."""
         try:
-            self._end()
-        except (grpc.aio.BaseError, asyncio.CancelledError):
+            self._go_on()
+        except (StopIteration, grpc.aio.BaseError, asyncio.CancelledError):
             return
+        self._work.close()
 
     # --- as a task sees it ----------------------------------------------------------------------
 
@@ -116,3 +122,19 @@ class _Send(Generic[_Result]):
         cancelled = self._future.get_loop().create_future()
         cancelled.add_done_callback(self._callback, context=self._context)
         return cancelled.cancel(msg)
+
+
+def _finish(work: Coroutine[Any, None, _Result], waited: Any) -> Generator[Any, None, _Result]:
+    """The rest of a coroutine that waits for `waited`, as its own `await`."""
+    while True:
+        try:
+            yield waited
+        except BaseException as error:  # noqa: BLE001 - thrown on into `work`
+            go_on = partial(work.throw, error)
+        else:
+            go_on = partial(work.send, None)
+        try:
+            waited = go_on()
+        except StopIteration as end:
+            result: _Result = end.value
+            return result

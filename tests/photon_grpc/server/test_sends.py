@@ -142,6 +142,55 @@ async def test_an_error_of_the_coroutine_is_raised() -> None:
         await send(refuse())
 
 
+async def twice(batches: Batches, *, is_late: bool = False) -> str:
+    """As no coroutine of grpc.aio 1.84 is: it waits for two batches, or for a turn of the loop first."""
+    if is_late:
+        await asyncio.sleep(0)
+    return await batches.operation() + await batches.operation()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_coroutine_that_waits_otherwise_ends_as_if_alone(is_late: bool) -> None:
+    batches = Batches()
+    task = await begin(send(twice(batches, is_late=is_late)))
+    for place in range(2):
+        await asyncio.sleep(0)
+        batches.begun[place].set_result(None)
+        await asyncio.sleep(0)
+    assert await task == "sentsent"
+    for failing in range(2):
+        batches = Batches()
+        task = await begin(send(twice(batches, is_late=is_late)))
+        for place in range(failing):
+            await asyncio.sleep(0)
+            batches.begun[place].set_result(None)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        batches.begun[failing].set_exception(grpc.aio.InternalError("Failed execute_batch"))
+        with pytest.raises(grpc.aio.InternalError):
+            await task
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("num_done", [0, 1])
+async def test_a_coroutine_that_waits_otherwise_can_be_cancelled(is_late: bool, num_done: int) -> None:
+    batches = Batches()
+    task = await begin(send(twice(batches, is_late=is_late)))
+    for place in range(num_done):
+        await asyncio.sleep(0)
+        batches.begun[place].set_result(None)
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    for batch in batches.begun:
+        if not batch.done():
+            batch.set_result(None)
+    await asyncio.sleep(0)
+    assert task.cancelled()
+
+
 async def test_what_failed_is_freed_without_the_garbage_collector() -> None:
     async def fail() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
         batches = Batches()
