@@ -415,6 +415,7 @@ class CudaRunner:
                     hidden[place : place + len(targets)],
                     targets.to(hidden.device),
                     top,
+                    pads=True,
                 )
 
         return score
