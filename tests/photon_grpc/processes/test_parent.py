@@ -180,12 +180,14 @@ async def test_a_child_that_has_gone_leaves_no_descriptor(child: Child) -> None:
 
 
 _PARENT = """
-import asyncio, sys
+import asyncio
+from functools import partial
 from photon_grpc.processes.parent import ChildProcess
 async def main():
-    child = ChildProcess("test", "tests.support.child_mains", print, print)
+    tell = partial(print, flush=True)
+    child = ChildProcess("test", "tests.support.child_mains", tell, tell)
     child.start((("close_and_stay",),))
-    print(child.process_id, flush=True)
+    tell(child.process_id)
     await asyncio.sleep(600)
 asyncio.run(main())
 """
