@@ -42,11 +42,20 @@ class _Send(Generic[_Result]):
     """For a task, a future: it hands the task's callback to the future that `work` waits for, so that nothing
     comes between, and only a cancellation is kept from that."""
 
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "_error", "_future", "_work")
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_context",
+        "_error",
+        "_future",
+        "_is_cancelled",
+        "_work",
+    )
 
     def __init__(self, work: Coroutine[Any, None, _Result]) -> None:
         self._work = work
         self._error: BaseException | None = None
+        self._is_cancelled = False
 
     def __await__(self) -> Generator[Any, None, _Result]:
         try:
@@ -115,9 +124,13 @@ class _Send(Generic[_Result]):
         self._future.add_done_callback(callback, context=context)
 
     def cancel(self, msg: Any = None) -> bool:
-        """Wake the task by a cancellation, and leave the batch to itself."""
-        if self._future.done():
+        """Wake the task by a cancellation, and leave the batch to itself.
+
+        False where the task is to be woken already, as a future answers: it takes note of the rest itself.
+        """
+        if self._is_cancelled or self._future.done():
             return False
+        self._is_cancelled = True
         self._future.remove_done_callback(self._callback)
         cancelled = self._future.get_loop().create_future()
         cancelled.add_done_callback(self._callback, context=self._context)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import grpc
 import pytest
 import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
 
 from photon_grpc.server.sends import send, send_by
 from tests.support import cut_writes
@@ -94,6 +96,93 @@ async def test_a_task_that_is_cancelled_before_it_sends_or_just_behind_it_frees_
     with pytest.raises(asyncio.CancelledError):
         await task
     assert batches.num_freed == 2
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_task_that_is_cancelled_twice_in_a_turn_wakes_once(ends: bool) -> None:
+    batches, complaints = Batches(), list[dict[str, Any]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    task = await begin(send(batches.operation()))
+    task.cancel()
+    task.cancel()
+    if ends:
+        batches.begun[0].set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def test_a_task_that_takes_its_cancellation_back_is_woken_again() -> None:
+    batches = Batches()
+
+    async def stubborn() -> str:
+        try:
+            return await send(batches.operation())
+        except asyncio.CancelledError:
+            return await send(batches.operation())
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    for batch in batches.begun:
+        batch.set_result(None)
+    assert (await task, len(batches.begun), batches.num_freed) == ("sent", 2, 2)
+
+
+EVENTS = ("cancel", "finish", "fail", "turn")
+
+
+async def outcome(sends: bool, shields: bool, events: Sequence[str]) -> tuple[str, int]:
+    """How a task ends that sends twice, and after how many events; whatever the loop complains of fails."""
+    batches, complaints = Batches(), list[dict[str, Any]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+    def operation() -> Awaitable[str]:
+        return send(batches.operation()) if sends else batches.operation()
+
+    async def twice_or_so() -> str:
+        try:
+            first = await operation()
+        except asyncio.CancelledError:
+            if not shields:
+                raise
+            first = "cancelled"
+        return first + await operation()
+
+    task = asyncio.create_task(twice_or_so())
+    await asyncio.sleep(0)
+    num_done = 0
+    for event in (*events, *("finish", "turn", "turn") * 3):
+        open_batches = [batch for batch in batches.begun if not batch.done()]
+        match event:
+            case "cancel":
+                task.cancel()
+            case "turn":
+                await asyncio.sleep(0)
+            case "finish" if open_batches:
+                open_batches[-1].set_result(None)
+            case "fail" if open_batches:
+                open_batches[-1].set_exception(grpc.aio.InternalError("Failed execute_batch"))
+        num_done += not task.done()
+    assert task.done()
+    for batch in batches.begun:
+        if not batch.done():
+            batch.set_result(None)
+    await asyncio.sleep(0)
+    assert complaints == []
+    assert not sends or batches.num_freed == len(batches.begun)
+    if task.cancelled():
+        return "cancelled", num_done
+    return (repr(error) if (error := task.exception()) else task.result()), num_done
+
+
+@given(shields=st.booleans(), events=st.lists(st.sampled_from(EVENTS), max_size=8))
+def test_a_task_ends_as_it_would_by_the_coroutine_alone(shields: bool, events: list[str]) -> None:
+    ends = [asyncio.run(outcome(sends, shields, events)) for sends in (False, True)]
+    assert ends[0] == ends[1]
 
 
 async def test_a_send_takes_no_more_turns_of_the_loop_than_its_coroutine() -> None:
