@@ -192,8 +192,7 @@ async def serve(
 
     0 after a drain, 1 when the engine died. `ready` is called once the service answers. `spawned_engine` is
     of `engine_place.early_engine` with the same options, `begun` the monotonic moment that its start is
-    counted from. Raises StartupError, with nothing left running, when
-    it never comes to that.
+    counted from. Raises StartupError, with nothing left running, when it never comes to that.
     """
     stages = Stages(begun)
     stages.ended("process")
