@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import uvloop
 
-from photon_grpc.server.sends import send
+from photon_grpc.server.sends import read_request
 from tests.support.cut_writes import heap_bytes
 from tests.support.grpc_harness import until
 
@@ -64,10 +64,7 @@ async def _has_read(request: bytes, context: Any) -> None:
 
 
 async def _read(_: Any, context: Any) -> None:
-    try:
-        await send(context.read())
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None
+    await read_request(context)
     await asyncio.Future()
 
 
