@@ -465,14 +465,14 @@ class CudaRunner:
             inputs.positions,
             self._kv_cache,
             batch.metadata(shape, *lengths),
+            wanted=inputs.last_tokens if shape.num_prefills and score is None else None,
             num_layers=num_layers,
         )
         if score is not None:
             score(hidden)
+            hidden = hidden.index_select(0, inputs.last_tokens)
         if not sample:
             return
-        if shape.num_prefills:
-            hidden = hidden.index_select(0, inputs.last_tokens)
         best = self._decoder.find_best_logits(hidden) if kind.greedy and not kind.logprobs else None
         if best is not None:
             self._sampler.launch_best(best)

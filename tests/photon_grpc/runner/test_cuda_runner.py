@@ -324,9 +324,11 @@ def test_every_graph_is_captured_whole_behind_a_run_of_the_layers_that_differ(
     forward = runner._decoder.forward
     seen: list[tuple[int, int | None]] = []
 
-    def noted(token_ids: torch.Tensor, *rest: Any, num_layers: int | None = None) -> torch.Tensor:
+    def noted(
+        token_ids: torch.Tensor, *rest: Any, num_layers: int | None = None, **more: Any
+    ) -> torch.Tensor:
         seen.append((len(token_ids), num_layers))
-        return forward(token_ids, *rest, num_layers=num_layers)
+        return forward(token_ids, *rest, num_layers=num_layers, **more)
 
     monkeypatch.setattr(runner._decoder, "forward", noted)
     runner.prepare()
