@@ -8,12 +8,14 @@ policy. Used on the engine thread, under `torch.inference_mode()`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.layers import CheckpointTensors, Linear, rotary_table
-from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops, Rotary
+from photon_grpc.ops.base import AttentionMetadata, AttentionWeights, LayerCaches, Ops, Rotary
 
 
 class DecoderModel:
@@ -95,7 +97,7 @@ class _DecoderLayer:
         self._ops = ops
         self._eps = config.rms_norm_eps
         self._input_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self._attention = _Attention(config, ops, dtype, device)
+        self._attention = _Attention(config, ops, self._input_norm, dtype, device)
         self._post_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self._gate_up = Linear(
             ops,
@@ -127,13 +129,14 @@ class _DecoderLayer:
         Either may be None: some Ops add at once, others leave the addition to the norm that reads the sum.
         """
         ops = self._ops
-        update = self._attention(update, residual, self._input_norm, rotary, layer_cache, metadata)
+        update = self._attention(update, residual, rotary, layer_cache, metadata)
         inner = ops.norm_gate_up_silu(update, residual, self._post_norm, self._eps, self._gate_up.projection)
         return ops.linear_update(inner, residual, self._down.projection)
 
     def pack(self) -> None:
-        for linear in (*self._attention.linears, self._gate_up, self._down):
-            linear.pack()
+        self._attention.pack()
+        self._gate_up.pack()
+        self._down.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield f"{prefix}.input_layernorm.weight", self._input_norm
@@ -144,13 +147,12 @@ class _DecoderLayer:
 
 
 class _Attention:
-    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+    """`norm` is the layer's input norm, which is fused with the projection to heads."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, norm: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._ops = ops
-        self._num_heads = config.num_heads
-        self._num_kv_heads = config.num_kv_heads
-        self._head_dim = config.head_dim
-        self._scale = config.head_dim**-0.5
-        self._eps = config.rms_norm_eps
         self._qkv = Linear(
             ops,
             config.hidden_size,
@@ -167,35 +169,36 @@ class _Attention:
             dtype=dtype,
             device=device,
         )
-        self.linears = (self._qkv, self._output)
         # One row each for q and k; no storage where the family has no such norm.
         self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
-        self._norms = (self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None
+        self._weights = AttentionWeights(
+            norm=norm,
+            qkv=self._qkv.projection,
+            qk_norm=(self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+        )
 
     def __call__(
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor | None:
         attended = self._ops.norm_qkv_attention(
-            update,
-            residual,
-            norm,
-            self._eps,
-            self._qkv.projection,
-            self._num_heads,
-            self._head_dim,
-            self._norms,
-            rotary,
-            layer_cache,
-            metadata,
-            self._scale,
+            update, residual, self._weights, rotary, layer_cache, metadata
         )
         return self._ops.linear_update(attended, residual, self._output.projection)
+
+    def pack(self) -> None:
+        self._qkv.pack()
+        # At once, so that the form before it is free as soon as there is the next.
+        self._weights = replace(self._weights, qkv=self._qkv.projection)
+        self._output.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield from self._qkv.checkpoint_tensors(prefix)
