@@ -8,12 +8,21 @@ policy. Used on the engine thread, under `torch.inference_mode()`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.layers import CheckpointTensors, Linear, rotary_table
-from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops, Projection, Rotary
+from photon_grpc.ops.base import (
+    AttentionMetadata,
+    AttentionWeights,
+    LayerCaches,
+    Ops,
+    Projection,
+    Rotary,
+)
 
 
 class DecoderModel:
@@ -104,7 +113,7 @@ class _DecoderLayer:
         self._ops = ops
         self._eps = config.rms_norm_eps
         self._input_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self._attention = _Attention(config, ops, dtype, device)
+        self._attention = _Attention(config, ops, self._input_norm, dtype, device)
         self._post_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self._gate_up = Linear(
             ops,
@@ -146,7 +155,7 @@ class _DecoderLayer:
         metadata: AttentionMetadata,
     ) -> Tensor:
         """What attention gives for each token; all that it needs the other tokens for."""
-        return self._attention(update, residual, self._input_norm, rotary, layer_cache, metadata)
+        return self._attention(update, residual, rotary, layer_cache, metadata)
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor | None:
         """The rest of the layer, token by token; its update as the call has it."""
@@ -156,8 +165,9 @@ class _DecoderLayer:
         return ops.linear_update(inner, residual, self._down.projection)
 
     def pack(self) -> None:
-        for linear in (*self._attention.linears, self._gate_up, self._down):
-            linear.pack()
+        self._attention.pack()
+        self._gate_up.pack()
+        self._down.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield f"{prefix}.input_layernorm.weight", self._input_norm
@@ -168,13 +178,12 @@ class _DecoderLayer:
 
 
 class _Attention:
-    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+    """`norm` is the layer's input norm, which is fused with the projection to heads."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, norm: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._ops = ops
-        self._num_heads = config.num_heads
-        self._num_kv_heads = config.num_kv_heads
-        self._head_dim = config.head_dim
-        self._scale = config.head_dim**-0.5
-        self._eps = config.rms_norm_eps
         self._qkv = Linear(
             ops,
             config.hidden_size,
@@ -191,39 +200,38 @@ class _Attention:
             dtype=dtype,
             device=device,
         )
-        self.linears = (self._qkv, self._output)
         # One row each for q and k; no storage where the family has no such norm.
         self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
-        self._norms = (self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None
+        self._weights = AttentionWeights(
+            norm=norm,
+            qkv=self._qkv.projection,
+            qk_norm=(self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+        )
 
     def __call__(
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        return self._ops.norm_qkv_attention(
-            update,
-            residual,
-            norm,
-            self._eps,
-            self._qkv.projection,
-            self._num_heads,
-            self._head_dim,
-            self._norms,
-            rotary,
-            layer_cache,
-            metadata,
-            self._scale,
-        )
+        return self._ops.norm_qkv_attention(update, residual, self._weights, rotary, layer_cache, metadata)
 
     @property
     def output(self) -> Projection:
         """From what attention gives to an update of the residual."""
         return self._output.projection
+
+    def pack(self) -> None:
+        self._qkv.pack()
+        # At once, so that the form before it is free as soon as there is the next.
+        self._weights = replace(self._weights, qkv=self._qkv.projection)
+        self._output.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield from self._qkv.checkpoint_tensors(prefix)

@@ -138,6 +138,37 @@ def test_the_first_layers_alone_are_those_layers(tmp_path: Path, monkeypatch: py
     assert torch.equal(logits, expected_logits)
 
 
+class CopyingOps(TorchOps):
+    """A packed weight is a copy; notes those, and what layers multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: list[Tensor] = []
+        self.used: list[Tensor] = []
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        self.packed.append(weight.clone())
+        return self.packed[-1]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.used.append(weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, weight)
+
+
+def test_layers_multiply_by_weights_as_they_were_packed(folder: Path) -> None:
+    ops = CopyingOps()
+    model = PagedModel(folder, ops=ops)
+    model.step([("a", random_prompt(5))])
+
+    per_layer = 4  # heads, output, gate and up, down
+    assert len(ops.used) == per_layer * model.config.num_layers
+    for weight, packed in zip(ops.used, ops.packed, strict=False):
+        assert weight is packed
+
+
 def test_result_does_not_depend_on_what_freed_blocks_hold(folder: Path) -> None:
     """A faulty row leaves NaN behind; the next owner of its blocks must not notice."""
     model = PagedModel(folder, block_size=8, num_blocks=4)
