@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened, Write
+from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened
 from photon_grpc.server.status import RpcStatus
 
 _log = structlog.get_logger(__name__)
@@ -88,7 +88,7 @@ class CallContext:
     async def write(self, response: Any) -> None:
         """Send a response; waits while too many of the call are on their way."""
         self._num_unwritten += 1
-        self._post(Write(self._opened.call, self._serialize(response)))
+        self._post((self._opened.call, self._serialize(response)))
         if self._num_unwritten > _MOST_ON_THE_WAY:
             await self._until_at_most(_MOST_ON_THE_WAY)
 
