@@ -103,8 +103,8 @@ class Headers(NamedTuple):
 
 
 Write = tuple[int, bytes]
-"""Send a response of a call. Answered by Written or Left. Nearly all that crosses is one of these, and so it is
-the one message without a name: to pickle a NamedTuple takes ten times as long."""
+"""Send a response of a call. Answered by Written or Left. Nearly all that crosses is one of these, and so it
+is the one message without a name: to pickle a NamedTuple takes ten times as long."""
 
 
 class Next(NamedTuple):

@@ -323,6 +323,47 @@ async def test_only_so_many_responses_are_on_their_way_and_a_flush_waits_for_all
     ]
 
 
+async def test_there_is_room_for_three_responses_and_who_asked_hears_when_there_is_again() -> None:
+    asked: list[str] = []
+    is_asked = asyncio.Event()
+    rooms: list[bool] = []
+
+    def on_room() -> None:
+        asked.append("room")
+        is_asked.set()
+
+    async def behavior(request: bytes, context: CallContext) -> None:
+        for name in ("one", "two", "three"):
+            rooms.append(context.has_room(lambda: asked.append("early")))
+            context.write_now(name)
+        rooms.append(context.has_room(on_room))
+        await is_asked.wait()
+        rooms.append(context.has_room(lambda: asked.append("late")))
+        # One that waits in a write takes the room himself.
+        context.write_now("four")
+        rooms.append(context.has_room(lambda: asked.append("late")))
+        await context.flush()
+
+    acceptor = streaming(behavior)
+    call = await acceptor.open()
+    await some_turns()
+    assert rooms == [True, True, True, False]
+    assert asked == []
+    call.context.written()
+    assert asked == ["room"]
+    await some_turns()
+    assert rooms[4:] == [True, False]
+    for _ in range(3):
+        call.context.written()
+        await some_turns()
+    await call.task
+    assert asked == ["room"]
+    assert acceptor.posted == [
+        *((7, name) for name in (b"one", b"two", b"three", b"four")),
+        End(7, OK, "", (), None),
+    ]
+
+
 async def test_several_that_are_taken_in_one_turn_wake_the_writer_once() -> None:
     async def behavior(request: bytes, context: CallContext) -> None:
         for _ in range(3):
