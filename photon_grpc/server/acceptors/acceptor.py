@@ -274,7 +274,7 @@ class Acceptor:
             self._channel.post(_opened(number, method, request, context))
             while True:
                 match await call.take():
-                    case Write(_, response):
+                    case (_, bytes(response)):
                         await call.write(context, response)
                         self._count_written(number)
                     case Headers(_, metadata):
@@ -312,7 +312,8 @@ class Acceptor:
                 if not self._grace_s.done():
                     self._grace_s.set_result(message.grace_s)
                 continue
-            call = self._calls.get(message.call)
+            # The number of the call comes first in all others.
+            call = self._calls.get(message[0])
             if call is None:
                 continue  # its client left while this was on its way
             call.put(message)
