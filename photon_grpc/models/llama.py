@@ -15,7 +15,14 @@ from torch import Tensor
 
 from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.layers import CheckpointTensors, Linear, rotary_table
-from photon_grpc.ops.base import AttentionMetadata, AttentionWeights, LayerCaches, Ops, Rotary
+from photon_grpc.ops.base import (
+    AttentionMetadata,
+    AttentionWeights,
+    LayerCaches,
+    Ops,
+    Projection,
+    Rotary,
+)
 
 
 class DecoderModel:
@@ -48,19 +55,28 @@ class DecoderModel:
         kv_cache: LayerCaches,
         metadata: AttentionMetadata,
         *,
+        wanted: Tensor | None = None,
         num_layers: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm: [num_tokens, hidden_size].
 
         `token_ids` and `positions` are int64 [num_tokens], in the row order of `metadata`. Writes the
-        keys and values of all tokens into `kv_cache`. With `num_layers` it goes through the first ones alone,
-        for whoever wants every kind of operation done, and no result: the second does all that follow do.
+        keys and values of all tokens into `kv_cache`. With `wanted`, int64 [n], the states are those of these
+        tokens alone, [n, hidden_size]: behind the last layer's attention nobody reads the others, and what
+        follows it is most of a layer. With `num_layers` it goes through the first ones alone, for whoever
+        wants every kind of operation done, and no result: the second does all that follow do.
         """
         rotary = self._ops.rotary(self._rotary_table, positions)
         residual = self._ops.embedding(token_ids, self._embedding)
         update: Tensor | None = None
-        for layer, layer_cache in zip(self._layers[:num_layers], kv_cache.layers[:num_layers], strict=True):
+        layers, caches = self._layers[:num_layers], kv_cache.layers[:num_layers]
+        for layer, layer_cache in zip(layers[:-1], caches[:-1], strict=True):
             update = layer(update, residual, rotary, layer_cache, metadata)
+        last, last_cache = layers[-1], caches[-1]
+        attended = last.attend(update, residual, rotary, last_cache, metadata)
+        if wanted is not None:
+            attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+        update = last.finish(attended, residual)
         return self._ops.add_norm(update, residual, self._norm, self.config.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -128,8 +144,23 @@ class _DecoderLayer:
 
         Either may be None: some Ops add at once, others leave the addition to the norm that reads the sum.
         """
+        return self.finish(self.attend(update, residual, rotary, layer_cache, metadata), residual)
+
+    def attend(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """What attention gives for each token; all that it needs the other tokens for."""
+        return self._attention(update, residual, rotary, layer_cache, metadata)
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor | None:
+        """The rest of the layer, token by token; its update as the call has it."""
         ops = self._ops
-        update = self._attention(update, residual, rotary, layer_cache, metadata)
+        update = ops.linear_update(attended, residual, self._attention.output)
         inner = ops.norm_gate_up_silu(update, residual, self._post_norm, self._eps, self._gate_up.projection)
         return ops.linear_update(inner, residual, self._down.projection)
 
@@ -188,11 +219,13 @@ class _Attention:
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-    ) -> Tensor | None:
-        attended = self._ops.norm_qkv_attention(
-            update, residual, self._weights, rotary, layer_cache, metadata
-        )
-        return self._ops.linear_update(attended, residual, self._output.projection)
+    ) -> Tensor:
+        return self._ops.norm_qkv_attention(update, residual, self._weights, rotary, layer_cache, metadata)
+
+    @property
+    def output(self) -> Projection:
+        """From what attention gives to an update of the residual."""
+        return self._output.projection
 
     def pack(self) -> None:
         self._qkv.pack()

@@ -83,6 +83,30 @@ def test_fault_16_batch_shrinks_and_grows(model: PagedModel) -> None:
         )
 
 
+def test_wanted_tokens_alone_have_the_states_that_all_would_have(
+    model: PagedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = model.model.forward
+    num_compared = 0
+
+    def both(*arguments: Any) -> Tensor:
+        nonlocal num_compared
+        hidden = forward(*arguments)
+        for tokens in ([], [len(hidden) - 1], [5, 0, 21, 5]):
+            wanted = torch.tensor(tokens, dtype=torch.int64)
+            found = forward(*arguments, wanted=wanted)
+            torch.testing.assert_close(found, hidden[wanted], rtol=0, atol=TOLERANCE)
+            num_compared += len(found)
+        return hidden
+
+    model.step([("decodes", random_prompt(20, seed=1))])
+    monkeypatch.setattr(model.model, "forward", both)
+    model.step([("decodes", random_prompt(1, seed=2)), ("whole", random_prompt(40, seed=3))])
+    assert num_compared == 5
+    for name in ("decodes", "whole"):
+        model.release(name)
+
+
 def test_fault_14_exactly_the_slots_of_the_tokens_are_written(folder: Path) -> None:
     model = PagedModel(folder, block_size=8, num_blocks=16)
     model.step([("a", random_prompt(13)), ("b", random_prompt(8, seed=1))])
