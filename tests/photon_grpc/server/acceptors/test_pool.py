@@ -253,6 +253,9 @@ async def test_each_death_is_told_and_no_other_end_is(monkeypatch: pytest.Monkey
     try:
         for count in (1, 2):
             await until(listeners)
+            # One that has not said yet that it listens has failed to come up, which is no death.
+            async with open_channel(ports.public) as opened:
+                await connect(opened)
             os.kill(listeners()[0], signal.SIGKILL)
             await until(lambda: len(deaths) == count)  # noqa: B023
         await until(listeners)
