@@ -24,7 +24,8 @@ from structlog.testing import capture_logs
 from photon_grpc.errors import ListenError
 from photon_grpc.server import server as server_module
 from photon_grpc.server.acceptors import pool
-from photon_grpc.server.acceptors.dispatcher import DispatchedCall
+from photon_grpc.server.acceptors.dispatcher import DispatchedCall, Dispatcher
+from photon_grpc.server.acceptors.messages import Left, Opened
 from photon_grpc.server.server import Server
 from photon_grpc.v1 import inference_pb2 as pb
 from photon_grpc.v1 import inference_pb2_grpc
@@ -101,6 +102,25 @@ async def error_of(call: Any) -> grpc.aio.AioRpcError:
 def live_dispatched() -> int:
     gc.collect()
     return sum(type(item) is DispatchedCall for item in gc.get_objects())
+
+
+async def test_a_call_that_is_over_before_it_began_leaves_nothing_to_the_garbage_collector() -> None:
+    async def answer(request: bytes, context: Any) -> bytes:
+        return request
+
+    dispatcher = Dispatcher(())
+    handler = grpc.unary_unary_rpc_method_handler(answer)
+    dispatcher.add_registered_method_handlers("test.Service", {"Answer": handler})
+    await dispatcher.start()
+    acceptor = pool.AcceptorProcess(dispatcher, None, lambda ended: None)
+    before = live_dispatched()
+    gc.disable()
+    try:
+        acceptor._receive([Opened(1, 0, (), "", {}, None, b"hi"), Left(1)])
+        await until(lambda: not acceptor._calls)
+        assert sum(type(item) is DispatchedCall for item in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 # --- listening ------------------------------------------------------------------------------------
