@@ -39,13 +39,15 @@
 // whole group shares one read of K and V. Both go from memory to registers 16 bytes a lane, straight into mma
 // operands: for K by giving the contraction over head_dim an order of its own (lane t of four holds 8
 // neighbouring dims, and q is read alike), for V by interleaving two tokens' words. Neither is staged in
-// shared memory; the query heads are, since a read of them from the L2 in every step waits behind all the keys
-// and values that are on their way. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM, of
-// which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
+// shared memory; the query heads are, since a read of them from the L2 in every step is one more latency in each,
+// behind keys and values. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM,
+// of which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
 // combined. The raw heads of the next item are not, for want of registers.
 //
 // float32: scores, softmax, sums, accumulators. Probabilities are rounded to the storage type for the second
-// product. Bound by: reading K and V once; by latency below about 100 items.
+// product. Bound by: reading K and V once; by latency below about 100 items; and by what follows an item of more
+// than one split, a fence, an arrival and in the end the fold: 10 to 40 % of the time ("Decode attention at long
+// contexts" in tools/bench/results/gpu.md).
 #include "photon/attention_mma.cuh"
 #include "photon/decode_heads.cuh"
 #include "photon/decode_items.cuh"
