@@ -519,7 +519,8 @@ class AsyncEngine:
         if message.num_tokens and self._on_iteration is not None:
             self._on_iteration(message.num_tokens, message.seconds)
         pace, streams, waker = self._pace, self._streams, self._waker
-        pace.step(message.time, len(streams))
+        # Those that wait for a place in the batch have nothing to write.
+        pace.step(message.time, min(len(streams), message.stats.running))
         unwoken = self._unwoken
         num_ended = 0
         for output in message.news:
