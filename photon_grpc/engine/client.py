@@ -53,7 +53,7 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
-from photon_grpc.turns import WAKES_PER_TURN, Waker
+from photon_grpc.turns import BESIDE_CALLS, TurnLimits, Waker
 
 _log = structlog.get_logger(__name__)
 
@@ -225,7 +225,7 @@ class AsyncEngine:
 
     `on_step` hears each snapshot, `on_iteration` the tokens and seconds of each step that computed,
     `on_stopped` the end of the engine, `on_progress` how loading goes on; all on the loop. Of the readers of
-    its streams `wakes_per_turn` are woken in a turn of the loop.
+    its streams so many as `turn_limits` says are woken in a turn of the loop.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class AsyncEngine:
         on_iteration: Callable[[int, float], None] | None = None,
         on_progress: Progress | None = None,
         make_host: HostFactory = EngineThread,
-        wakes_per_turn: int = WAKES_PER_TURN,
+        turn_limits: TurnLimits = BESIDE_CALLS,
     ) -> None:
         self._max_num_seqs = scheduler_options.max_num_seqs
         self._max_queued = limits.max_queued_requests
@@ -262,7 +262,7 @@ class AsyncEngine:
         # Streams whose readers may have to be woken: those of the latest columns, and others.
         self._rows: Rows[RequestStream] | None = None
         self._unwoken: dict[int, RequestStream] = {}
-        self._waker: Waker[RequestStream] = Waker(wakes_per_turn)
+        self._waker: Waker[RequestStream] = Waker(turn_limits)
         self._stats = EngineStats()
         self._throughput = Throughput(time.monotonic())
         self._idle_waiters: list[asyncio.Future[None]] = []
@@ -482,9 +482,13 @@ class AsyncEngine:
     # --- from the engine ------------------------------------------------------------------------
 
     def _deliver_from_host(self, message: LoopMessage) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, message)
+        loop = self._loop
+        assert loop is not None
+        if asyncio._get_running_loop() is loop:
+            # Not a turn later, which is a long one when many calls begin or end.
+            self._deliver(message)
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(self._deliver, message)
 
     def _deliver(self, message: LoopMessage) -> None:
         if self._dead:
