@@ -77,6 +77,10 @@ def error_of(failure: FailureKind) -> PhotonError:
     return _ERROR_OF_FAILURE[failure]()
 
 
+Take = Callable[[tuple[int, ...]], bool]
+"""Takes plain tokens in place of a stream's reader, or leaves them where they are: False."""
+
+
 class RequestStream:
     """The outputs of one submitted request. Use inside `with`: leaving early aborts what still runs."""
 
@@ -101,6 +105,9 @@ class RequestStream:
         self._waiter: asyncio.Future[None] | None = None
         self._wake_at = 1.0
         self._closed = False
+        # See `offer`; with it, the list that plain tokens wait in.
+        self._take: Take | None = None
+        self._offered: list[int] = []
 
     def __enter__(self) -> Self:
         return self
@@ -204,8 +211,42 @@ class RequestStream:
         engine, and write again at once: all of the loop's time would go to ever shorter messages.
         """
         self._is_due = True
-        if self._waiter is not None and self._has(self._wake_at):
-            _wake(self._waiter)
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._take is not None and not self._pending:
+            self._offer(self._take, waiter)
+        elif self._has(self._wake_at):
+            waiter.set_result(None)
+
+    def offer(self, take: Take) -> None:
+        """Offer plain tokens to `take` first, at the turns of a reader that waits for any, so that its task
+        is not woken for them. For a stream of one completion.
+
+        What `take` raises, the reader is told in its place.
+        """
+        assert self._num_open <= 1
+        self._take, self._offered = take, self.plain_tokens(0)
+
+    def resume(self) -> None:
+        """What was offered may be offered again, if its turn has come."""
+        if self._is_due:
+            self.wake()
+
+    def _offer(self, take: Take, waiter: asyncio.Future[None]) -> None:
+        offered = self._offered
+        if not offered:
+            return
+        try:
+            if not take(tuple(offered)):
+                return
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - some of Rust are no Exception
+            waiter.set_exception(error)
+        offered.clear()
+        self._is_due = False
+        self._engine.count_message()
 
     def fail(self, failure: FailureKind) -> None:
         """End everything that is still open with `failure`."""

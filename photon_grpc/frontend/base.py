@@ -8,8 +8,19 @@ from typing import Protocol, Self
 
 from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
-from photon_grpc.frontend.events import Event, GenerationResult, Tokenized
+from photon_grpc.frontend.events import Delta, Event, GenerationResult, Tokenized
 from photon_grpc.types import ChatInput, GenerationRequest, ModelInfo
+
+
+class DeltaSink(Protocol):
+    """Writes deltas at once, where the reader of a stream would have to be woken for each."""
+
+    def has_room(self) -> bool:
+        """Whether a delta can be written without waiting; after a False it calls the stream's `resume` once
+        that has changed."""
+
+    def write_now(self, delta: Delta) -> None:
+        """Write a delta, behind all that the reader has written. Only while there is room."""
 
 
 class GenerationStream(Protocol):
@@ -33,6 +44,13 @@ class GenerationStream(Protocol):
     ) -> None: ...
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def offer(self, sink: DeltaSink) -> None:
+        """While the reader waits for the next event, a delta may go to `sink` and not to it. Any other event
+        is the reader's, and nothing goes to `sink` before the reader asks for what follows it."""
+
+    def resume(self) -> None:
+        """The sink has room again."""
 
 
 class FrontDoor(Protocol):

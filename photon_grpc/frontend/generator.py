@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -29,6 +30,7 @@ from photon_grpc.errors import (
     PhotonError,
 )
 from photon_grpc.frontend.admission import Admission, Ticket
+from photon_grpc.frontend.base import DeltaSink
 from photon_grpc.frontend.chat import ChatRenderer
 from photon_grpc.frontend.detokenizer import Detokenizer
 from photon_grpc.frontend.events import (
@@ -373,6 +375,7 @@ class TextStream:
         self._held: list[SequenceOutput] = []
         self._started = False
         self._done = False
+        self._sink: DeltaSink | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -396,6 +399,25 @@ class TextStream:
                 raise StopAsyncIteration
             self._process(await self._read())
         return self._events.popleft()
+
+    def offer(self, sink: DeltaSink) -> None:
+        """Where a delta is nothing but the tokens that have come: for one completion, without stop strings,
+        where a delta is for every turn."""
+        if len(self._states) == 1 and self._states[0].matcher is None and self._policy == ChunkPolicy():
+            self._sink = sink
+
+    def resume(self) -> None:
+        self._stream.resume()
+
+    def _take(self, sink: DeltaSink, token_ids: tuple[int, ...]) -> bool:
+        """What `_process` does for plain tokens, at once; False while the sink has no room."""
+        if not sink.has_room():
+            return False
+        state = self._states[0]
+        text = self._plain_text(state, token_ids, None)
+        self._count(state, len(token_ids))
+        sink.write_now(self._delta(0, text, token_ids, ()))
+        return True
 
     async def _read(self) -> list[SequenceOutput]:
         policy = self._policy
@@ -455,6 +477,8 @@ class TextStream:
                 effective=self._checked.effective,
             )
         )
+        if self._sink is not None:
+            self._stream.offer(partial(self._take, self._sink))
         return True
 
     def _advance(self, index: int, state: _CompletionState, outputs: Sequence[SequenceOutput]) -> None:
@@ -479,26 +503,32 @@ class TextStream:
                     self._stream.abort_index(index)
                 finish = stop_finish
         if token_ids:
-            now = self._clock()
-            if state.last_token_time is not None:
-                self._metrics.observe_tokens(len(token_ids), now - state.last_token_time)
-            state.last_token_time = now
-            state.num_tokens += len(token_ids)
+            self._count(state, len(token_ids))
         if token_ids or text:
-            options = self._request.output
-            self._events.append(
-                Delta(
-                    index=index,
-                    text=text if options.text else "",
-                    token_ids=token_ids if options.token_ids else (),
-                    logprobs=logprobs[: len(token_ids)],
-                    num_tokens=len(token_ids),
-                )
-            )
+            self._events.append(self._delta(index, text, token_ids, logprobs[: len(token_ids)]))
         if finish is not None:
             state.finish = finish
             self._num_unfinished -= 1
             self._events.append(Finished(index, finish))
+
+    def _count(self, state: _CompletionState, num_tokens: int) -> None:
+        now = self._clock()
+        if state.last_token_time is not None:
+            self._metrics.observe_tokens(num_tokens, now - state.last_token_time)
+        state.last_token_time = now
+        state.num_tokens += num_tokens
+
+    def _delta(
+        self, index: int, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]
+    ) -> Delta:
+        options = self._request.output
+        return Delta(
+            index=index,
+            text=text if options.text else "",
+            token_ids=token_ids if options.token_ids else (),
+            logprobs=logprobs,
+            num_tokens=len(token_ids),
+        )
 
     def _plain_text(self, state: _CompletionState, token_ids: tuple[int, ...], finish: Finish | None) -> str:
         if state.detokenizer is None:

@@ -34,8 +34,8 @@ _CHUNK = 64
 # many tokens leave no room for six, four still cover the latency.
 _DEPTHS = (6, 5, 4)
 # Those that are requested before the kernel before this one has finished. The first reads of x queue behind
-# them; of one or two tokens in the rings these are few enough for more.
-_EARLY, _EAGER, _EAGER_TOKENS = 2, 5, 2
+# them; of up to four tokens in the rings these are few enough for more.
+_EARLY, _EAGER, _EAGER_TOKENS = 2, 5, 4
 # What the kernel has besides.
 _STATIC_BYTES = {8: 9 << 10, 16: 18 << 10}
 # Staging x costs a barrier after the wait; a CTA with fewer tiles has it in the rings instead.

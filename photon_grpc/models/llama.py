@@ -8,12 +8,21 @@ policy. Used on the engine thread, under `torch.inference_mode()`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from photon_grpc.models.config import ModelConfig
 from photon_grpc.models.layers import CheckpointTensors, Linear, rotary_table
-from photon_grpc.ops.base import AttentionMetadata, LayerCaches, Ops, Rotary
+from photon_grpc.ops.base import (
+    AttentionMetadata,
+    AttentionWeights,
+    LayerCaches,
+    Ops,
+    Projection,
+    Rotary,
+)
 
 
 class DecoderModel:
@@ -46,19 +55,28 @@ class DecoderModel:
         kv_cache: LayerCaches,
         metadata: AttentionMetadata,
         *,
+        wanted: Tensor | None = None,
         num_layers: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm: [num_tokens, hidden_size].
 
         `token_ids` and `positions` are int64 [num_tokens], in the row order of `metadata`. Writes the
-        keys and values of all tokens into `kv_cache`. With `num_layers` it goes through the first ones alone,
-        for whoever wants every kind of operation done, and no result: the second does all that follow do.
+        keys and values of all tokens into `kv_cache`. With `wanted`, int64 [n], the states are those of these
+        tokens alone, [n, hidden_size]: behind the last layer's attention nobody reads the others, and what
+        follows it is most of a layer. With `num_layers` it goes through the first ones alone, for whoever
+        wants every kind of operation done, and no result: the second does all that follow do.
         """
         rotary = self._ops.rotary(self._rotary_table, positions)
         residual = self._ops.embedding(token_ids, self._embedding)
         update: Tensor | None = None
-        for layer, layer_cache in zip(self._layers[:num_layers], kv_cache.layers[:num_layers], strict=True):
+        layers, caches = self._layers[:num_layers], kv_cache.layers[:num_layers]
+        for layer, layer_cache in zip(layers[:-1], caches[:-1], strict=True):
             update = layer(update, residual, rotary, layer_cache, metadata)
+        last, last_cache = layers[-1], caches[-1]
+        attended = last.attend(update, residual, rotary, last_cache, metadata)
+        if wanted is not None:
+            attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+        update = last.finish(attended, residual)
         return self._ops.add_norm(update, residual, self._norm, self.config.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -95,7 +113,7 @@ class _DecoderLayer:
         self._ops = ops
         self._eps = config.rms_norm_eps
         self._input_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self._attention = _Attention(config, ops, dtype, device)
+        self._attention = _Attention(config, ops, self._input_norm, dtype, device)
         self._post_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self._gate_up = Linear(
             ops,
@@ -126,14 +144,30 @@ class _DecoderLayer:
 
         Either may be None: some Ops add at once, others leave the addition to the norm that reads the sum.
         """
+        return self.finish(self.attend(update, residual, rotary, layer_cache, metadata), residual)
+
+    def attend(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """What attention gives for each token; all that it needs the other tokens for."""
+        return self._attention(update, residual, rotary, layer_cache, metadata)
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor | None:
+        """The rest of the layer, token by token; its update as the call has it."""
         ops = self._ops
-        update = self._attention(update, residual, self._input_norm, rotary, layer_cache, metadata)
+        update = ops.linear_update(attended, residual, self._attention.output)
         inner = ops.norm_gate_up_silu(update, residual, self._post_norm, self._eps, self._gate_up.projection)
         return ops.linear_update(inner, residual, self._down.projection)
 
     def pack(self) -> None:
-        for linear in (*self._attention.linears, self._gate_up, self._down):
-            linear.pack()
+        self._attention.pack()
+        self._gate_up.pack()
+        self._down.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield f"{prefix}.input_layernorm.weight", self._input_norm
@@ -144,13 +178,12 @@ class _DecoderLayer:
 
 
 class _Attention:
-    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+    """`norm` is the layer's input norm, which is fused with the projection to heads."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, norm: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._ops = ops
-        self._num_heads = config.num_heads
-        self._num_kv_heads = config.num_kv_heads
-        self._head_dim = config.head_dim
-        self._scale = config.head_dim**-0.5
-        self._eps = config.rms_norm_eps
         self._qkv = Linear(
             ops,
             config.hidden_size,
@@ -167,35 +200,38 @@ class _Attention:
             dtype=dtype,
             device=device,
         )
-        self.linears = (self._qkv, self._output)
         # One row each for q and k; no storage where the family has no such norm.
         self._qk_norm = torch.empty(2 * config.qk_norm, config.head_dim, dtype=dtype, device=device)
-        self._norms = (self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None
+        self._weights = AttentionWeights(
+            norm=norm,
+            qkv=self._qkv.projection,
+            qk_norm=(self._qk_norm[0], self._qk_norm[1]) if config.qk_norm else None,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+        )
 
     def __call__(
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-    ) -> Tensor | None:
-        attended = self._ops.norm_qkv_attention(
-            update,
-            residual,
-            norm,
-            self._eps,
-            self._qkv.projection,
-            self._num_heads,
-            self._head_dim,
-            self._norms,
-            rotary,
-            layer_cache,
-            metadata,
-            self._scale,
-        )
-        return self._ops.linear_update(attended, residual, self._output.projection)
+    ) -> Tensor:
+        return self._ops.norm_qkv_attention(update, residual, self._weights, rotary, layer_cache, metadata)
+
+    @property
+    def output(self) -> Projection:
+        """From what attention gives to an update of the residual."""
+        return self._output.projection
+
+    def pack(self) -> None:
+        self._qkv.pack()
+        # At once, so that the form before it is free as soon as there is the next.
+        self._weights = replace(self._weights, qkv=self._qkv.projection)
+        self._output.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield from self._qkv.checkpoint_tensors(prefix)

@@ -54,6 +54,28 @@ class AttentionMetadata:
     """What the backend derived from the rest at its first use in the step; it alone reads it."""
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """What the attention of one layer computes by, but for its output projection. Made once per layer.
+
+    The weights are in their final form: as `Ops.pack_linear` left them.
+    """
+
+    norm: Tensor
+    """[hidden], of the norm before the layer."""
+    qkv: Projection
+    """To the query, key and value heads side by side: [(num_heads + 2 * num_kv_heads) * head_dim, hidden]."""
+    qk_norm: tuple[Tensor, Tensor] | None
+    """[head_dim] each, of the norms of q and k heads; None where the family has none."""
+    num_heads: int
+    """Query heads."""
+    head_dim: int
+    eps: float
+    """Of the norms."""
+    scale: float
+    """Of the scores."""
+
+
 class LayerCaches(Protocol):
     """The part of a KV cache that a model passes through: one tensor per layer, laid out by the Ops."""
 
@@ -146,9 +168,7 @@ class Ops(ABC):
     def rope_store_kv(
         self,
         heads: Tensor,
-        num_heads: int,
-        qk_norm: tuple[Tensor, Tensor] | None,
-        eps: float,
+        weights: AttentionWeights,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
@@ -156,16 +176,17 @@ class Ops(ABC):
         """Normalise q and k where there is a `qk_norm`, rotate them, and write k and v into the cache.
 
         `heads` [num_tokens, num_heads + 2 * num_kv_heads, head_dim] holds the query, key and value heads of
-        each token side by side, and may be overwritten. `qk_norm` are the weights of q and k. Returns the
-        `q` and `kv` that `attention` of the same Ops takes.
+        each token side by side, and may be overwritten. Returns the `q` and `kv` that `attention` of the same
+        Ops takes.
         """
         num_tokens, all_heads, head_dim = heads.shape
+        num_heads = weights.num_heads
         num_kv_heads = (all_heads - num_heads) // 2
         q = heads[:, :num_heads]
         # q and k stand side by side, so one call rotates both.
-        if qk_norm is not None:
+        if weights.qk_norm is not None:
             k = heads[:, num_heads : num_heads + num_kv_heads]
-            self.qk_norm_rope(q, k, *qk_norm, eps, rotary)
+            self.qk_norm_rope(q, k, *weights.qk_norm, weights.eps, rotary)
         else:
             self.rope(heads[:, : num_heads + num_kv_heads], rotary)
         kv = heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim)
@@ -186,51 +207,28 @@ class Ops(ABC):
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        projection: Projection,
-        num_heads: int,
-        head_dim: int,
-        qk_norm: tuple[Tensor, Tensor] | None,
+        weights: AttentionWeights,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         """Norm, projection to heads, and `rope_store_kv`; returns what that returns."""
-        x = self.add_norm(update, residual, norm, eps)
-        heads = self.linear(x, *projection).view(x.shape[0], -1, head_dim)
-        return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
+        x = self.add_norm(update, residual, weights.norm, weights.eps)
+        heads = self.linear(x, *weights.qkv).view(x.shape[0], -1, weights.head_dim)
+        return self.rope_store_kv(heads, weights, rotary, layer_cache, metadata)
 
     def norm_qkv_attention(
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        projection: Projection,
-        num_heads: int,
-        head_dim: int,
-        qk_norm: tuple[Tensor, Tensor] | None,
+        weights: AttentionWeights,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-        scale: float,
     ) -> Tensor:
         """`norm_qkv_rope_store_kv`, and `attention` of what that returns."""
-        q, kv = self.norm_qkv_rope_store_kv(
-            update,
-            residual,
-            norm,
-            eps,
-            projection,
-            num_heads,
-            head_dim,
-            qk_norm,
-            rotary,
-            layer_cache,
-            metadata,
-        )
-        return self.attention(q, kv, layer_cache, metadata, scale)
+        q, kv = self.norm_qkv_rope_store_kv(update, residual, weights, rotary, layer_cache, metadata)
+        return self.attention(q, kv, layer_cache, metadata, weights.scale)
 
     def norm_gate_up_silu(
         self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection

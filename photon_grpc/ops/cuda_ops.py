@@ -36,7 +36,7 @@ from photon_grpc.kernels.paged_attention_decode import (
     rope_store_attend,
 )
 from photon_grpc.kernels.paged_attention_prefill import paged_attention_prefill
-from photon_grpc.ops.base import AttentionMetadata, Ops, Projection, Rotary
+from photon_grpc.ops.base import AttentionMetadata, AttentionWeights, Ops, Projection, Rotary
 
 _HEAD_DIM_STEP = 16
 _MAX_HEAD_DIM = 128
@@ -114,38 +114,20 @@ class CudaOps(Ops):
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        projection: Projection,
-        num_heads: int,
-        head_dim: int,
-        qk_norm: tuple[Tensor, Tensor] | None,
+        weights: AttentionWeights,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        weight, bias = projection
+        weight, bias = weights.qkv
         if update is not None or not _has_few(residual, weight):
-            return super().norm_qkv_rope_store_kv(
-                update,
-                residual,
-                norm,
-                eps,
-                projection,
-                num_heads,
-                head_dim,
-                qk_norm,
-                rotary,
-                layer_cache,
-                metadata,
-            )
-        tokens = residual.shape[0]
-        if qk_norm is not None:
-            heads = self._heads(update, residual, norm, eps, projection).view(tokens, -1, head_dim)
-            return self.rope_store_kv(heads, num_heads, qk_norm, eps, rotary, layer_cache, metadata)
-        q = weight.new_empty(tokens, num_heads, head_dim)
+            return super().norm_qkv_rope_store_kv(update, residual, weights, rotary, layer_cache, metadata)
+        if weights.qk_norm is not None:
+            heads = self._heads(update, residual, weights)
+            return self.rope_store_kv(heads, weights, rotary, layer_cache, metadata)
+        q = weight.new_empty(residual.shape[0], weights.num_heads, weights.head_dim)
         output = linear_output.rope_and_store(q, layer_cache, *rotary, metadata.slot_mapping, bias)
-        self._normed(output, residual, norm, eps, weight)
+        self._normed(output, residual, weights.norm, weights.eps, weight)
         # Attention reads the cache alone.
         return q, q
 
@@ -153,65 +135,46 @@ class CudaOps(Ops):
         self,
         update: Tensor | None,
         residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        projection: Projection,
-        num_heads: int,
-        head_dim: int,
-        qk_norm: tuple[Tensor, Tensor] | None,
+        weights: AttentionWeights,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
-        scale: float,
     ) -> Tensor:
         tokens = residual.shape[0]
         # The norm of a head needs all of it, and a CTA of the product has a part. Attention has it whole, and
         # where there are decode rows alone nobody else in the layer reads what it writes.
-        finishes = self._attention_finishes_heads and qk_norm is not None
-        if not finishes or not _finishes_heads(num_heads, layer_cache, metadata, tokens):
-            return super().norm_qkv_attention(
-                update,
-                residual,
-                norm,
-                eps,
-                projection,
-                num_heads,
-                head_dim,
-                qk_norm,
-                rotary,
-                layer_cache,
-                metadata,
-                scale,
-            )
-        heads = self._heads(update, residual, norm, eps, projection).view(tokens, -1, head_dim)
-        out = heads.new_empty(tokens, num_heads, head_dim)
+        finishes = self._attention_finishes_heads and weights.qk_norm is not None
+        if not finishes or not _finishes_heads(weights.num_heads, layer_cache, metadata, tokens):
+            return super().norm_qkv_attention(update, residual, weights, rotary, layer_cache, metadata)
+        heads = self._heads(update, residual, weights)
+        out = heads.new_empty(tokens, weights.num_heads, weights.head_dim)
         plan = _plan_of(metadata)
         rope_store_attend(
             out,
             self._workspace_for(out, layer_cache),
             heads,
             layer_cache,
-            qk_norm,
-            eps,
+            weights.qk_norm,
+            weights.eps,
             *rotary,
             metadata.slot_mapping,
             plan.block_tables,
             plan.context_lens,
-            scale,
+            weights.scale,
             reads_early=tokens <= _max_skinny_tokens(),
         )
         return out.flatten(1)
 
-    def _heads(
-        self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
-    ) -> Tensor:
-        """q, k and v heads as the product leaves them: [num_tokens, out]."""
-        weight, bias = projection
+    def _heads(self, update: Tensor | None, residual: Tensor, weights: AttentionWeights) -> Tensor:
+        """q, k and v as the product leaves them: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]."""
+        weight, bias = weights.qkv
         if update is not None or not _has_few(residual, weight):
-            return self.linear(self.add_norm(update, residual, norm, eps), weight, bias)
-        heads = weight.new_empty(residual.shape[0], weight.shape[0])
-        self._normed(linear_output.store_rows(heads, bias), residual, norm, eps, weight)
-        return heads
+            heads = self.linear(self.add_norm(update, residual, weights.norm, weights.eps), weight, bias)
+        else:
+            heads = weight.new_empty(residual.shape[0], weight.shape[0])
+            output = linear_output.store_rows(heads, bias)
+            self._normed(output, residual, weights.norm, weights.eps, weight)
+        return heads.view(residual.shape[0], -1, weights.head_dim)
 
     def norm_gate_up_silu(
         self, update: Tensor | None, residual: Tensor, norm: Tensor, eps: float, projection: Projection
@@ -325,17 +288,17 @@ class CudaOps(Ops):
     def rope_store_kv(
         self,
         heads: Tensor,
-        num_heads: int,
-        qk_norm: tuple[Tensor, Tensor] | None,
-        eps: float,
+        weights: AttentionWeights,
         rotary: Rotary,
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        q = heads[:, :num_heads]
-        rope_store_kv.rope_store_kv(q, layer_cache, heads, qk_norm, eps, *rotary, metadata.slot_mapping)
+        q = heads[:, : weights.num_heads]
+        rope_store_kv.rope_store_kv(
+            q, layer_cache, heads, weights.qk_norm, weights.eps, *rotary, metadata.slot_mapping
+        )
         # Attention reads the cache alone; the keys here are still those before the rotation.
-        return q, heads[:, num_heads:]
+        return q, heads[:, weights.num_heads :]
 
     def attention(
         self, q: Tensor, kv: Tensor, layer_cache: Tensor, metadata: AttentionMetadata, scale: float

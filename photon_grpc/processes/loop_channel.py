@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ from photon_grpc.processes.channel import Channel
 Receive = Callable[[list[Any]], None]
 """Takes the messages of whole frames, in order."""
 
-# Messages in a frame. A turn in which hundreds of calls begin takes tens of milliseconds, and whoever could
-# work on the first of them would wait for the last.
+# Messages in a frame, and the seconds that its first one waits while others are posted. A turn in which
+# hundreds of calls begin or end takes tens of milliseconds, and whoever could work on the first of them would
+# wait for the last.
 MOST_POSTED = 64
+MOST_WAIT_S = 0.001
 
 Ended = Callable[[Exception | None], None]
 """Hears once that the other end has closed, or of the frame that could not be read."""
@@ -22,13 +25,23 @@ Ended = Callable[[Exception | None], None]
 class LoopChannel:
     """Takes the channel over. Make it on the loop that is to serve it.
 
-    What a turn posts goes in frames of up to `most_posted` messages, each as soon as it is full.
+    What a turn posts goes in frames of up to `most_posted` messages, each as soon as it is full or one is
+    posted `MOST_WAIT_S` behind its first.
     """
 
     def __init__(
-        self, channel: Channel, receive: Receive, ended: Ended, *, most_posted: int = MOST_POSTED
+        self,
+        channel: Channel,
+        receive: Receive,
+        ended: Ended,
+        *,
+        most_posted: int = MOST_POSTED,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._most_posted = most_posted
+        self._clock = clock
+        # Until when the first message in the outbox waits.
+        self._send_by = 0.0
         self._channel: Channel | None = channel
         self._receive = receive
         self._ended = ended
@@ -41,10 +54,12 @@ class LoopChannel:
         """Send a message, together with whatever else this turn of the loop posts. Harmless after the end."""
         if self._channel is None:
             return
+        now = self._clock()
         if not self._outbox:
             self._loop.call_soon(self._send)
+            self._send_by = now + MOST_WAIT_S
         self._outbox.append(message)
-        if len(self._outbox) >= self._most_posted:
+        if len(self._outbox) >= self._most_posted or now >= self._send_by:
             self._send()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from photon_grpc.processes.channel import Channel
 from photon_grpc.processes.child import PARENTS_SIGNALS
+from photon_grpc.processes.heap import without_thread_caches
 
 # Without the collector until `collector.quiet_collector`: nothing that is loaded becomes garbage, and looking
 # for it takes a fifth of torch's import.
@@ -63,7 +64,7 @@ def spawn(module: str, messages: Sequence[Any]) -> SpawnedChild:
 def _spawn(module: str, fd: int) -> subprocess.Popen[bytes]:
     """Start `main` of `module` on the inherited socket `fd`."""
     # What can be imported here can be imported there, also where a program has changed the path.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = without_thread_caches({**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     arguments = [sys.executable, "-c", _CHILD.format(module=module), str(fd), str(os.getpid())]
     # Blocked until the child ignores them: a Ctrl-C meanwhile is the parent's to act on.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)

@@ -7,6 +7,10 @@ prompts have any length. Larger steps run kernel by kernel on their own rows. Th
 of a step's tokens. Blocks that a sequence gives back may be another's in the next step: steps run in the
 order of their launch, so whatever an older one still writes comes first.
 
+The kernel that samples writes the tokens of a decode step to pinned memory of the host: a copy behind it and
+the next graph behind that would each cost some microseconds of every step. So such a step is captured once
+for each turn.
+
 Built and used on the engine thread.
 """
 
@@ -16,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -72,9 +77,11 @@ class DeviceSampler(PromptScorer, Protocol):
 
     def top_logprobs(self, seq_id: int) -> int | None: ...
 
-    def launch(self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False) -> None: ...
+    def launch(
+        self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False, told: Tensor | None = None
+    ) -> None: ...
 
-    def launch_best(self, best: Tensor) -> None: ...
+    def launch_best(self, best: Tensor, told: Tensor | None = None) -> None: ...
 
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows: ...
 
@@ -112,6 +119,7 @@ class _Rows:
 class _Step:
     """One place for a step under way: its memory on the host, and what to read from it."""
 
+    turn: int
     host: HostRows
     arrived: Mark
     number: int = 0
@@ -163,12 +171,13 @@ class CudaRunner:
             max_tokens=max(max_num_batched_tokens, largest.num_tokens),
         )
         self._steps = [
-            _Step(self._sampler.host_rows(stream.host_buffer), stream.mark())
-            for _ in range(self.max_in_flight)
+            _Step(turn, self._sampler.host_rows(stream.host_buffer), stream.mark())
+            for turn in range(self.max_in_flight)
         ]
         self._num_launched = 0
         self._in_flight: deque[_Step] = deque()
-        self._graphs: dict[StepKind, Work] = {}
+        # By the turn whose memory on the host they write; those that leave that to a copy serve every turn.
+        self._graphs: dict[tuple[StepKind, int], Work] = {}
         # The rows that the device has been told of; None where it has to be told anew.
         self._rows: _Rows | None = None
         # (alternatives, prompt tokens) of those whose prompts are to be scored.
@@ -179,11 +188,11 @@ class CudaRunner:
         if not self._capture:
             return
         started = time.monotonic()
-        kinds = self._buckets.kinds()
         with torch.inference_mode():
-            for kind in kinds:
-                self._graph(kind)
-        _log.info("graphs captured", graphs=len(kinds), seconds=round(time.monotonic() - started, 2))
+            for kind in self._buckets.kinds():
+                self._capture_kind(kind)
+        seconds = round(time.monotonic() - started, 2)
+        _log.info("graphs captured", graphs=len(self._graphs), seconds=seconds)
 
     def launch(self, output: SchedulerOutput) -> None:
         """Enqueue one step; its tokens wait for `collect`."""
@@ -346,7 +355,7 @@ class CudaRunner:
     def _launch_rows(self, step: _Step, rows: _Rows) -> None:
         step.rows = rows
         kind = rows.kind
-        graph = self._graph(kind) if rows.is_captured else None
+        graph = self._graph(kind, step) if rows.is_captured else None
         if rows is not self._rows:
             self._batch.set_rows(kind.shape, rows.decode_slots, rows.prefills)
             self._updates.write(self._sampler.row_slots, 0, self._sampled_slots(rows))
@@ -359,8 +368,9 @@ class CudaRunner:
         else:
             self._advance(rows)
             lengths = _padded_lengths(kind.shape) if rows.is_padded else self._lengths(rows)
-            self._stream.run(lambda: self._compute(kind, lengths, bool(rows.sampled_ids), score))
-        if rows.sampled_ids:
+            sample = bool(rows.sampled_ids)
+            self._stream.run(lambda: self._compute(kind, lengths, step, sample=sample, score=score))
+        if rows.sampled_ids and not _tells_host(kind):
             num_rows, logprobs = kind.shape.num_rows, bool(rows.logprobs)
             self._stream.run(lambda: self._sampler.copy_out(step.host, num_rows, logprobs=logprobs))
 
@@ -422,38 +432,42 @@ class CudaRunner:
 
     # --- the device's side ----------------------------------------------------------------------
 
-    def _graph(self, kind: StepKind) -> Work:
-        """The captured step of this kind; captured now where it was not.
+    def _graph(self, kind: StepKind, step: _Step) -> Work:
+        """The captured step of this kind in this turn; captured now where it was not."""
+        place = (kind, step.turn if _tells_host(kind) else 0)
+        if place not in self._graphs:
+            self._capture_kind(kind)
+        return self._graphs[place]
+
+    def _capture_kind(self, kind: StepKind) -> None:
+        """Capture a step of this kind for every turn.
 
         Each of its kernels has run before, for idle rows: those of a few layers are those of all.
         """
-        graph = self._graphs.get(kind)
-        if graph is not None:
-            return graph
         lengths = _padded_lengths(kind.shape)
-
-        def compute(num_layers: int | None = None) -> None:
-            self._compute(kind, lengths, True, None, num_layers)
 
         def clear() -> None:
             self._batch.clear_rows()
             self._sampler.row_slots.fill_(NO_SLOT)
 
         self._rows = None
+        steps = self._steps if _tells_host(kind) else self._steps[:1]
         self._stream.run(clear)
-        self._stream.run(lambda: compute(_DISTINCT_LAYERS))
-        graph = self._stream.capture(compute)
-        # The first replay brings the graph to the device.
-        self._stream.run(graph)
-        self._graphs[kind] = graph
-        return graph
+        self._stream.run(lambda: self._compute(kind, lengths, steps[0], num_layers=_DISTINCT_LAYERS))
+        for step in steps:
+            graph = self._stream.capture(partial(self._compute, kind, lengths, step))
+            # The first replay brings the graph to the device.
+            self._stream.run(graph)
+            self._graphs[kind, step.turn] = graph
 
     def _compute(
         self,
         kind: StepKind,
         lengths: tuple[tuple[int, ...], tuple[int, ...]],
-        sample: bool,
-        score: Callable[[Tensor], None] | None,
+        step: _Step,
+        *,
+        sample: bool = True,
+        score: Callable[[Tensor], None] | None = None,
         num_layers: int | None = None,
     ) -> None:
         """The whole of a step, from the slots of its rows to their tokens; in the first layers where told."""
@@ -465,20 +479,29 @@ class CudaRunner:
             inputs.positions,
             self._kv_cache,
             batch.metadata(shape, *lengths),
+            wanted=inputs.last_tokens if shape.num_prefills and score is None else None,
             num_layers=num_layers,
         )
         if score is not None:
             score(hidden)
+            hidden = hidden.index_select(0, inputs.last_tokens)
         if not sample:
             return
-        if shape.num_prefills:
-            hidden = hidden.index_select(0, inputs.last_tokens)
+        told = step.host.token_ids if _tells_host(kind) else None
         best = self._decoder.find_best_logits(hidden) if kind.greedy and not kind.logprobs else None
         if best is not None:
-            self._sampler.launch_best(best)
+            self._sampler.launch_best(best, told)
             return
         logits = self._decoder.compute_logits(hidden)
-        self._sampler.launch(logits, greedy=kind.greedy, logprobs=kind.logprobs)
+        self._sampler.launch(logits, greedy=kind.greedy, logprobs=kind.logprobs, told=told)
+
+
+def _tells_host(kind: StepKind) -> bool:
+    """Whether the sampling kernel writes the tokens to the host itself: no copy holds up the next step.
+
+    Log-probabilities are copied, and their kernel reads the tokens once more.
+    """
+    return not kind.logprobs
 
 
 def _padded_lengths(shape: StepShape) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -190,7 +190,8 @@ class CudaSampler:
         self.row_slots = buffer(torch.int32, rows, fill=-1)
         """[max_rows] int32: the slot of each row of the next launch, -1 for an idle one."""
         self.token_ids = buffer(torch.int32, rows, fill=NO_TOKEN)
-        """[max_rows] int32: the tokens of the last launch, NO_TOKEN for faults and idle rows."""
+        """[max_rows] int32: the tokens of the last launch, NO_TOKEN for faults and idle rows; not of one that
+        was given another place for them."""
         self._chosen = buffer(torch.float64, rows)
         self._top_ids = buffer(torch.int32, rows, max_top_logprobs)
         self._top_values = buffer(torch.float64, rows, max_top_logprobs)
@@ -272,14 +273,18 @@ class CudaSampler:
         slots[: len(seq_ids)] = [self._sequences[seq_id].slot for seq_id in seq_ids]
         self.row_slots[: len(slots)] = self._upload(slots)
 
-    def launch(self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False) -> None:
+    def launch(
+        self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False, told: Tensor | None = None
+    ) -> None:
         """Sample `logits` [rows, vocab_size] for the rows set; nothing is waited for or allocated.
 
-        `greedy` promises that every row is; `logprobs` adds those of the rows that asked. Both are fixed
-        in a graph of this, the rows and their parameters are not.
+        `greedy` promises that every row is; `logprobs` adds those of the rows that asked. The tokens go to
+        `told`, int32 [rows or more], where it is given, which may be pinned memory of the host: then no copy
+        stands between this step and the next. All of these are fixed in a graph of this, the rows and their
+        parameters are not.
         """
         rows = len(logits)
-        token_ids, row_slots = self.token_ids[:rows], self.row_slots[:rows]
+        token_ids, row_slots = self._told(told)[:rows], self.row_slots[:rows]
         if greedy:
             kernels.sample_greedy(token_ids, logits, row_slots, self.state)
         else:
@@ -294,10 +299,13 @@ class CudaSampler:
                 (row_slots, self.state),
             )
 
-    def launch_best(self, best: Tensor) -> None:
+    def launch_best(self, best: Tensor, told: Tensor | None = None) -> None:
         """The same for rows that are all greedy, from the best of their logits (`Ops.best_logits`)."""
         rows = len(best)
-        best_token(self.token_ids[:rows], best, self.row_slots[:rows], self.state)
+        best_token(self._told(told)[:rows], best, self.row_slots[:rows], self.state)
+
+    def _told(self, told: Tensor | None) -> Tensor:
+        return self.token_ids if told is None else told
 
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows:
         """Room for the results of a launch, in memory that `buffer(dtype, *shape)` makes."""

@@ -99,14 +99,22 @@ class ModelRunner:
         indices = self._batch.step(
             [row.seq_id for row in rows], [row.num_tokens for row in rows], num_decodes
         )
+        sampled = [i for i, row in enumerate(rows) if row.sample]
+        ends = torch.tensor([indices.query_starts[i + 1] - 1 for i in sampled], dtype=torch.int64)
+        ends = ends.to(self._device)
+        is_scored = bool(self._prompt_logprobs)
         hidden = self._decoder.forward(
             self._on_device(indices.token_ids),
             self._on_device(indices.positions),
             self._kv_cache,
             self._attention_metadata(indices, num_decodes),
+            wanted=None if is_scored or len(sampled) == indices.query_starts[-1] else ends,
         )
-        prompt_logprobs = self._score_prompts(rows, starts, indices, hidden) if self._prompt_logprobs else {}
-        return self._sample(output.step, rows, indices, hidden, prompt_logprobs)
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        if is_scored:
+            prompt_logprobs = self._score_prompts(rows, starts, indices, hidden)
+            hidden = hidden.index_select(0, ends)
+        return self._sample(output.step, [rows[i].seq_id for i in sampled], hidden, prompt_logprobs)
 
     def _forget_sequences(self) -> None:
         self._batch.clear()
@@ -132,23 +140,19 @@ class ModelRunner:
     def _sample(
         self,
         step: int,
-        rows: Sequence[ScheduledSequence],
-        indices: StepIndices,
+        seq_ids: Sequence[int],
         hidden: torch.Tensor,
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]],
     ) -> ModelOutput:
-        sampled = [i for i, row in enumerate(rows) if row.sample]
-        if not sampled:
+        """`hidden` are the states of the newest token of each sequence."""
+        if not seq_ids:
             return ModelOutput(step, (), (), prompt_logprobs=prompt_logprobs)
-        seq_ids = tuple(rows[i].seq_id for i in sampled)
-        if len(sampled) < hidden.shape[0]:
-            hidden = hidden[[indices.query_starts[i + 1] - 1 for i in sampled]]
         result = self._sampler.sample(seq_ids, self._decoder.compute_logits(hidden))
         for seq_id, token_id in zip(seq_ids, result.token_ids, strict=True):
             self._batch.append_token(seq_id, token_id)
         return ModelOutput(
             step=step,
-            seq_ids=seq_ids,
+            seq_ids=tuple(seq_ids),
             token_ids=tuple((token_id,) for token_id in result.token_ids),
             logprobs={seq_id: (entry,) for seq_id, entry in result.logprobs.items()},
             prompt_logprobs=prompt_logprobs,

@@ -139,6 +139,15 @@ class Call:
             self._task.cancel()
             await asyncio.sleep(0)
 
+    def begin_wait(self) -> None:
+        """Nothing can be written before the transport has taken more: watched as a write is."""
+        if self._write_started is None:
+            self._write_started = time.monotonic()
+
+    def end_wait(self) -> None:
+        """It can again."""
+        self._write_started = None
+
     def stalled_since(self, moment: float) -> bool:
         """Whether one write has been pending since before `moment`."""
         return self._write_started is not None and self._write_started < moment

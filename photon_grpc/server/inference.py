@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from photon_grpc.errors import InternalError
-from photon_grpc.frontend.base import FrontDoor
-from photon_grpc.frontend.events import Finished, Summary
+from photon_grpc.frontend.base import FrontDoor, GenerationStream
+from photon_grpc.frontend.events import Delta, Event, Finished, Summary
 from photon_grpc.options import LimitOptions
 from photon_grpc.server import convert
 from photon_grpc.server.batch import Batch, BatchTotals, check_batch
-from photon_grpc.server.calls import Calls
+from photon_grpc.server.calls import Call, Calls
 from photon_grpc.server.interceptors.errors import is_usable_id, request_id_of, set_request_id
 from photon_grpc.server.interceptors.tenant import current_origin
 from photon_grpc.server.status import REQUEST_ID_KEY
@@ -51,6 +51,33 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f}"
 
 
+class _EventWriter:
+    """Writes the events of one stream, numbered. Implements `frontend.base.DeltaSink` for a context that can
+    write without waiting."""
+
+    def __init__(self, call: Call, context: Any, stream: GenerationStream, request_id: str) -> None:
+        self._call = call
+        self._context = context
+        self._stream = stream
+        self._encoder = convert.EventEncoder(request_id)
+
+    async def write(self, event: Event) -> None:
+        await self._call.write(self._context, self._encoder.encode(event))
+
+    def has_room(self) -> bool:
+        has_room: bool = self._context.has_room(self._on_room)
+        if not has_room:
+            self._call.begin_wait()
+        return has_room
+
+    def write_now(self, delta: Delta) -> None:
+        self._context.write_now(self._encoder.encode_delta(delta))
+
+    def _on_room(self) -> None:
+        self._call.end_wait()
+        self._stream.resume()
+
+
 class InferenceServicer:
     """The methods of photon.v1.InferenceService, for `deserialize.add_service`."""
 
@@ -73,15 +100,16 @@ class InferenceServicer:
             await call.take_id(origin.tenant, request_id)
             finishes: dict[int, Finish] = {}
             summary: Summary | None = None
-            seq = 0
             with await self._front_door.open(request, deadline=call.deadline, tenant=origin.tenant) as stream:
+                writer = _EventWriter(call, context, stream, request_id)
+                if hasattr(context, "write_now"):
+                    stream.offer(writer)
                 async for event in stream:
-                    seq += 1
                     if isinstance(event, Finished):
                         finishes[event.index] = event.finish
                     elif isinstance(event, Summary):
                         summary = event
-                    await call.write(context, convert.encode_event(event, request_id, seq))
+                    await writer.write(event)
             await call.flush(context)
             if summary is None:
                 raise InternalError("the stream ended without a summary")

@@ -32,6 +32,7 @@ from photon_grpc.server.interceptors.auth import AuthInterceptor
 from photon_grpc.server.interceptors.call_log import log_call
 from photon_grpc.server.interceptors.call_record import CallObserver, CallRecordInterceptor
 from photon_grpc.server.interceptors.errors import ErrorInterceptor
+from photon_grpc.server.interceptors.requests import RequestInterceptor
 from photon_grpc.server.interceptors.tenant import TenantInterceptor
 from photon_grpc.server.lifecycle import Lifecycle
 from photon_grpc.server.model_info import ModelServicer
@@ -315,7 +316,8 @@ class Server:
         credentials: grpc.ServerCredentials | None = None,
     ) -> int:
         listener = grpc.aio.server(
-            interceptors=self._interceptors(name), options=self._channel_options(num_acceptors=0)
+            interceptors=(RequestInterceptor(), *self._interceptors(name)),
+            options=self._channel_options(num_acceptors=0),
         )
         add_services(listener)
         address = address_of(host, port)

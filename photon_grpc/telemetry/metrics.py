@@ -150,7 +150,7 @@ def _families(snapshot: EngineSnapshot) -> Iterator[Metric]:
 
 
 class _LoopHistogram(Collector):
-    """A histogram of what happens with every token that goes out, or every step.
+    """A histogram of what happens with every token that goes out, every step, or every request.
 
     The library's takes two locks per sample, a good part of what a token costs on the event loop. Here
     one thread writes; a scrape that falls between the two lines of `observe` is off by one observation
@@ -232,7 +232,7 @@ class Metrics:
         self._by_reason = {
             reason: self._finished.labels(finished_reason=reason.name.lower()) for reason in FinishReason
         }
-        self._first_token = self._histogram(
+        self._first_token = self._loop_histogram(
             "photon_time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN
         )
         self._token_gap = self._loop_histogram(
@@ -248,22 +248,22 @@ class Metrics:
             "Tokens that one step computed, of prompts and of outputs.",
             _TOKENS_OF_STEP,
         )
-        self._end_to_end = self._histogram(
+        self._end_to_end = self._loop_histogram(
             "photon_e2e_request_latency_seconds", "Arrival to last token.", _DURATION
         )
-        self._queue = self._histogram(
+        self._queue = self._loop_histogram(
             "photon_request_queue_time_seconds", "Arrival to first scheduling.", _DURATION
         )
-        self._prefill = self._histogram(
+        self._prefill = self._loop_histogram(
             "photon_request_prefill_time_seconds", "First scheduling to first token.", _DURATION
         )
-        self._decode = self._histogram(
+        self._decode = self._loop_histogram(
             "photon_request_decode_time_seconds", "First token to last token.", _DURATION
         )
-        self._prompt_tokens = self._histogram(
+        self._prompt_tokens = self._loop_histogram(
             "photon_request_prompt_tokens", "Tokens of the prompt of one request.", _TOKENS
         )
-        self._output_tokens = self._histogram(
+        self._output_tokens = self._loop_histogram(
             "photon_request_generation_tokens", "Tokens that one request generated.", _TOKENS
         )
         self._rpc = self._histogram(

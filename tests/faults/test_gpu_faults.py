@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.gpu
 CONTEXT = 1024
 BUDGET = 512
 PATIENCE_S = 120.0
+# Between the log-probabilities of two tokens that rounding to bfloat16 may exchange.
+NEAR_TIE = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,14 @@ def gpu_core(folder: Path) -> EngineCore:
 
 def decoding(number: int) -> EngineRequest:
     """Steps of it are captured graphs, which allocate nothing."""
-    return engine_request(tuple(range(10 * number, 10 * number + 20)), 60, eos_token_ids=())
+    prompt = tuple(range(10 * number, 10 * number + 20))
+    return engine_request(prompt, 60, eos_token_ids=(), top_logprobs=2)
 
 
 def scored() -> EngineRequest:
     """Its prompt runs kernel by kernel, and allocates for every layer."""
-    return engine_request(tuple(n % 400 + 5 for n in range(500)), 20, eos_token_ids=(), prompt_top_logprobs=1)
+    prompt = tuple(n % 400 + 5 for n in range(500))
+    return engine_request(prompt, 20, eos_token_ids=(), top_logprobs=2, prompt_top_logprobs=1)
 
 
 @contextlib.contextmanager
@@ -104,6 +109,22 @@ def tokens_of(outputs: list[SequenceOutput], key: int) -> list[int]:
     return [token for output in outputs if output.key == key for token in output.token_ids]
 
 
+def assert_same_text(found: list[int], healthy: list[SequenceOutput], key: int) -> None:
+    """As many tokens, and the same up to the first that was nearly a tie.
+
+    A lost step makes sequences be computed anew, as prompts. That rounds otherwise than token by token, in
+    16 bits by more than the distance of some entries.
+    """
+    wanted = tokens_of(healthy, key)
+    assert len(found) == len(wanted)
+    entries = [entry for output in healthy if output.key == key for entry in output.logprobs]
+    for mine, theirs, entry in zip(found, wanted, entries, strict=True):
+        if mine != theirs:
+            second = dict(entry.top).get(mine, -math.inf)
+            assert entry.logprob - second < NEAR_TIE
+            return
+
+
 def scores_of(outputs: list[SequenceOutput]) -> list[Any]:
     return [entry for output in outputs if output.key == 4 for entry in output.prompt_logprobs]
 
@@ -121,7 +142,7 @@ def test_fault_48_real_lack_of_memory_costs_no_token(folder: Path, healthy: list
     outputs = run(core, lacking="once")
     assert core.scheduler.stats().lost_steps == 1
     for key in (1, 2, 3, 4):
-        assert tokens_of(outputs, key) == tokens_of(healthy, key)
+        assert_same_text(tokens_of(outputs, key), healthy, key)
     assert len(scores_of(outputs)) == len(scores_of(healthy)) == 499
     core.runner.close()
 
@@ -131,14 +152,14 @@ def test_fault_48_real_lack_of_memory_that_lasts(folder: Path, healthy: list[Seq
     outputs = run(core, lacking="always")
     assert core.scheduler.stats().lost_steps > 1
     for key in (1, 2, 3):
-        assert tokens_of(outputs, key) == tokens_of(healthy, key)
+        assert_same_text(tokens_of(outputs, key), healthy, key)
     (last,) = [output for output in outputs if output.key == 4]
     assert last.failure is FailureKind.OUT_OF_MEMORY
     core.submit(Submit(5, scored()))
     again: list[SequenceOutput] = []
     while core.has_work:
         again += core.step().outputs
-    assert tokens_of(again, 5) == tokens_of(healthy, 4)
+    assert_same_text(tokens_of(again, 5), healthy, 4)
     core.runner.close()
 
 

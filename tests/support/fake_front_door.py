@@ -11,6 +11,7 @@ from typing import Self
 from photon_grpc.engine.load import EngineLoad
 from photon_grpc.engine.messages import EngineStats
 from photon_grpc.errors import EngineStartingError, RequestNotFoundError
+from photon_grpc.frontend.base import DeltaSink
 from photon_grpc.frontend.events import (
     AdmissionOutlook,
     Completion,
@@ -111,6 +112,12 @@ class FakeStream:
     ) -> None:
         self.exits += 1
         self.left.set()
+
+    def offer(self, sink: DeltaSink) -> None:
+        """All events are the reader's."""
+
+    def resume(self) -> None:
+        """Nothing was offered."""
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         script = self._script

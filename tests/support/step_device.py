@@ -235,15 +235,18 @@ class LaneSampler:
     def top_logprobs(self, seq_id: int) -> int | None:
         return self._sequences[seq_id][1].top_logprobs
 
-    def launch(self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False) -> None:
+    def launch(
+        self, logits: Tensor, *, greedy: bool = False, logprobs: bool = False, told: Tensor | None = None
+    ) -> None:
+        token_ids = self._out.token_ids if told is None else told
         for row, slot in enumerate(self.row_slots[: len(logits)].tolist()):
-            self._out.token_ids[row] = NO_TOKEN
+            token_ids[row] = NO_TOKEN
             if slot < 0:
                 continue
             lane = int(self.state.params[slot])
             result = self._sampler.sample((lane,), logits[row : row + 1].contiguous())
             (token_id,) = result.token_ids
-            self._out.token_ids[row] = token_id
+            token_ids[row] = token_id
             if token_id != NO_TOKEN:
                 self.state.last_token_ids[slot] = token_id
             if logprobs and lane in result.logprobs:
@@ -253,12 +256,12 @@ class LaneSampler:
                     self._out.top_ids[row, place] = token
                     self._out.top_values[row, place] = value
 
-    def launch_best(self, best: Tensor) -> None:
+    def launch_best(self, best: Tensor, told: Tensor | None = None) -> None:
         logits = torch.full((len(best), self._vocab_size), -torch.inf)
         for row, (value, token_id) in enumerate(best.tolist()):
             logits[row, int(token_id)] = value
         self.num_best_launches += 1
-        self.launch(logits, greedy=True)
+        self.launch(logits, greedy=True, told=told)
 
     def host_rows(self, buffer: Callable[..., Tensor]) -> HostRows:
         return HostRows(buffer, *self._out.top_ids.shape)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -43,7 +43,7 @@ from photon_grpc.server.acceptors.messages import (
     Write,
     Written,
 )
-from photon_grpc.server.sends import send
+from photon_grpc.server.sends import read_request, send
 from photon_grpc.server.tls import CertificateFiles
 from photon_grpc.telemetry.logging import configure_logging
 from photon_grpc.turns import Waker
@@ -152,9 +152,10 @@ class _Call:
             await self._until_cancelled()
             raise
 
-    async def read(self, requests: AsyncIterator[bytes]) -> bytes | None:
+    async def read(self, context: Any) -> bytes | None:
         """The next request; None where none is left, or the call is ended meanwhile."""
-        return await self._until_interrupted(anext(requests, None))
+        request = await self._until_interrupted(send(context.read()))
+        return None if request is grpc.aio.EOF else request
 
     async def _until_interrupted(self, work: Awaitable[_Result]) -> _Result | None:
         try:
@@ -243,35 +244,27 @@ class Acceptor:
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         handlers = {}
         for index, method in enumerate(self._setup.methods):
-            if method.request_streaming:
-                handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._both_ways(index))
-            elif method.response_streaming:
-                handlers[method.name] = grpc.unary_stream_rpc_method_handler(self._streaming(index))
+            # All as if they had many requests, for `sends.read_request`. On the wire that is the same.
+            if method.response_streaming:
+                handler = self._streaming(index, method.request_streaming)
+                handlers[method.name] = grpc.stream_stream_rpc_method_handler(handler)
             else:
-                handlers[method.name] = grpc.unary_unary_rpc_method_handler(self._single(index))
+                handlers[method.name] = grpc.stream_unary_rpc_method_handler(self._single(index))
         return handlers
 
-    def _streaming(self, method: int) -> Callable[[bytes, Any], Awaitable[None]]:
-        async def stream(request: bytes, context: Any) -> None:
-            await self._relay(method, request, context)
+    def _streaming(self, method: int, has_many_requests: bool) -> Callable[[Any, Any], Awaitable[None]]:
+        async def stream(_: Any, context: Any) -> None:
+            await self._relay(method, b"" if has_many_requests else await read_request(context), context)
 
         return stream
 
-    def _both_ways(self, method: int) -> Callable[[AsyncIterator[bytes], Any], Awaitable[None]]:
-        async def both_ways(requests: AsyncIterator[bytes], context: Any) -> None:
-            await self._relay(method, b"", context, requests)
-
-        return both_ways
-
-    def _single(self, method: int) -> Callable[[bytes, Any], Awaitable[bytes | None]]:
-        async def single(request: bytes, context: Any) -> bytes | None:
-            return await self._relay(method, request, context)
+    def _single(self, method: int) -> Callable[[Any, Any], Awaitable[bytes | None]]:
+        async def single(_: Any, context: Any) -> bytes | None:
+            return await self._relay(method, await read_request(context), context)
 
         return single
 
-    async def _relay(
-        self, method: int, request: bytes, context: Any, requests: AsyncIterator[bytes] | None = None
-    ) -> bytes | None:
+    async def _relay(self, method: int, request: bytes, context: Any) -> bytes | None:
         """Hand a call on and do what is said of it until it is ended; the response that it ends with."""
         self._last_call += 1
         number = self._last_call
@@ -281,14 +274,13 @@ class Acceptor:
             self._channel.post(_opened(number, method, request, context))
             while True:
                 match await call.take():
-                    case Write(_, response):
+                    case (_, bytes(response)):
                         await call.write(context, response)
                         self._count_written(number)
                     case Headers(_, metadata):
                         await call.send_headers(context, metadata)
                     case Next():
-                        assert requests is not None
-                        self._channel.post(Request(number, await call.read(requests)))
+                        self._channel.post(Request(number, await call.read(context)))
                     case End() as end:
                         is_over = True
                         await _end(context, end)
@@ -320,7 +312,8 @@ class Acceptor:
                 if not self._grace_s.done():
                     self._grace_s.set_result(message.grace_s)
                 continue
-            call = self._calls.get(message.call)
+            # The number of the call comes first in all others.
+            call = self._calls.get(message[0])
             if call is None:
                 continue  # its client left while this was on its way
             call.put(message)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened, Write
+from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened
 from photon_grpc.server.status import RpcStatus
 from photon_grpc.turns import TurnLimits, Waker
 
@@ -40,6 +40,7 @@ class CallContext:
         "_code",
         "_details",
         "_num_unwritten",
+        "_on_room",
         "_opened",
         "_post",
         "_request",
@@ -59,6 +60,7 @@ class CallContext:
         self._num_unwritten = 0
         # Of whoever waits for the transport.
         self._written: asyncio.Future[None] | None = None
+        self._on_room: Callable[[], None] | None = None
 
     def invocation_metadata(self) -> Metadata:
         return self._opened.metadata
@@ -91,16 +93,29 @@ class CallContext:
 
     async def write(self, response: Any) -> None:
         """Send a response; waits while too many of the call are on their way."""
-        self._num_unwritten += 1
-        self._post(Write(self._opened.call, self._serialize(response)))
+        self.write_now(response)
         if self._num_unwritten > _MOST_ON_THE_WAY:
             await self._until_at_most(_MOST_ON_THE_WAY)
+
+    def has_room(self, on_room: Callable[[], None]) -> bool:
+        """Whether `write_now` can be called; where not, `on_room` is called once it can."""
+        if self._num_unwritten <= _MOST_ON_THE_WAY:
+            return True
+        self._on_room = on_room
+        return False
+
+    def write_now(self, response: Any) -> None:
+        """As `write`, while there is room and nobody waits in one."""
+        self._num_unwritten += 1
+        self._post((self._opened.call, self._serialize(response)))
 
     async def flush(self) -> None:
         """Wait until the transport has taken every response."""
         await self._until_at_most(0)
 
     async def _until_at_most(self, num_unwritten: int) -> None:
+        # Whoever writes so takes the room himself.
+        self._on_room = None
         while self._num_unwritten > num_unwritten:
             self._written = asyncio.get_running_loop().create_future()
             try:
@@ -113,6 +128,9 @@ class CallContext:
         self._num_unwritten -= 1
         if self._written is not None and not self._written.done():
             self._written.set_result(None)
+        elif self._on_room is not None and self._num_unwritten <= _MOST_ON_THE_WAY:
+            on_room, self._on_room = self._on_room, None
+            on_room()
 
     async def requests(self) -> AsyncIterator[bytes]:
         """Those of a call that streams them, read as they are asked for."""

@@ -816,3 +816,91 @@ async def test_rows_of_a_stream_that_was_closed_go_nowhere_and_the_others_go_on(
         assert closing.num_pending_tokens == 2
         assert await asyncio.wait_for(staying.read(), 1) == [SequenceOutput(2, 0, (1, 2, 3, 4))]
         assert running.num_unread_tokens() == 0
+
+
+# --- tokens that are offered before the reader is woken --------------------------------------------
+
+
+async def test_plain_tokens_are_offered_and_the_reader_has_the_rest() -> None:
+    async with engine(start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        stream = running.submit("a", engine_request(PROMPT, 50))
+        now = 0.0
+        taken: list[tuple[int, ...]] = []
+        takes = True
+
+        def take(token_ids: tuple[int, ...]) -> bool:
+            taken.append(token_ids)
+            return takes
+
+        def deliver(*token_ids: int, news: tuple[SequenceOutput, ...] = ()) -> None:
+            nonlocal now
+            now += 0.01
+            plain = PlainTokens((1,) * len(token_ids), (0,) * len(token_ids), token_ids)
+            running._deliver(StepOutputs(news, EngineStats(), now, plain))
+
+        first = SequenceOutput(1, 0, (5,))
+        deliver(news=(first,))
+        assert await asyncio.wait_for(stream.read(), 1) == [first]
+        stream.offer(take)
+        deliver(6)
+        assert taken == [], "nothing is offered while the reader is somewhere else"
+        assert await asyncio.wait_for(stream.read(), 1) == [SequenceOutput(1, 0, (6,))]
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        deliver(7)
+        deliver(8)
+        assert taken == [(7,), (8,)]
+        assert stream.num_pending_tokens == 0
+        takes = False
+        deliver(9)
+        deliver(10)
+        assert taken[2:] == [(9,), (9, 10)]
+        assert stream.num_pending_tokens == 2
+        takes = True
+        stream.resume()
+        assert taken[4:] == [(9, 10)]
+        stream.resume()
+        assert len(taken) == 5, "its turn has not come again"
+        await asyncio.sleep(0.01)
+        assert not reading.done()
+        takes = False
+        deliver(11)
+        last = SequenceOutput(1, 0, (12,), finish=Finish(FinishReason.MAX_TOKENS))
+        deliver(news=(last,))
+        assert taken[5:] == [(11,)]
+        assert await asyncio.wait_for(reading, 1) == [SequenceOutput(1, 0, (11,)), last]
+        stream.close()
+        stream.resume()
+        assert len(taken) == 6
+
+
+async def test_what_taking_raises_the_reader_is_told() -> None:
+    class Panic(BaseException):
+        """As of a library in Rust."""
+
+    async with engine(start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        broken, sound = (running.submit(name, engine_request(PROMPT, 50)) for name in "ab")
+        taken: list[tuple[int, ...]] = []
+
+        def fail(token_ids: tuple[int, ...]) -> bool:
+            raise Panic
+
+        def take(token_ids: tuple[int, ...]) -> bool:
+            taken.append(token_ids)
+            return True
+
+        broken.offer(fail)
+        sound.offer(take)
+        readers = [asyncio.ensure_future(stream.read()) for stream in (broken, sound)]
+        await asyncio.sleep(0)
+        running._deliver(StepOutputs((), EngineStats(), 0.01, PlainTokens((1, 2), (0, 0), (5, 6))))
+        with pytest.raises(Panic):
+            await readers[0]
+        assert taken == [(6,)]
+        readers[1].cancel()
+        # A reader that is on its way out is not gone round.
+        running._deliver(StepOutputs((), EngineStats(), 0.02, PlainTokens((2,), (0,), (7,))))
+        assert taken == [(6,)]
+        await asyncio.gather(*readers, return_exceptions=True)

@@ -35,6 +35,7 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.frontend.chat import ChatRenderer
+from photon_grpc.frontend.detokenizer import Detokenizer
 from photon_grpc.frontend.events import AdmissionOutlook, Delta, Event, Finished, Started, Summary
 from photon_grpc.frontend.generator import Generator, TextStream
 from photon_grpc.frontend.tokenizer import Tokenizer
@@ -556,6 +557,95 @@ async def test_tokens_that_come_while_the_reader_sleeps_merge(tokenizer: Tokeniz
         deltas = [e for e in events if isinstance(e, Delta)]
         assert len(deltas) <= 3
         assert text_of(events) == TEXT * 4
+
+
+class Sink:
+    """A DeltaSink that has no room every so often; what it is given stands among the events of the reader."""
+
+    def __init__(self, stream: TextStream, events: list[Event], full_every: int) -> None:
+        self.num_given = 0
+        self._stream = stream
+        self._events = events
+        self._full_every = full_every
+        self._num_asked = 0
+
+    def has_room(self) -> bool:
+        self._num_asked += 1
+        if self._full_every and self._num_asked % self._full_every == 0:
+            asyncio.get_running_loop().call_later(0.004, self._stream.resume)
+            return False
+        return True
+
+    def write_now(self, delta: Delta) -> None:
+        self.num_given += 1
+        self._events.append(delta)
+
+
+@pytest.mark.parametrize("full_every", [0, 2, 5])
+@pytest.mark.parametrize(
+    ("is_offered", "values"),
+    [
+        (True, {}),
+        (True, {"output": OutputOptions(text=False, token_ids=True)}),
+        (True, {"output": OutputOptions(text=True, token_ids=True)}),
+        (True, {"output": OutputOptions(text=False)}),
+        (False, {"output": OutputOptions(top_logprobs=1)}),
+        (False, {"stop": StopParams(strings=("over",))}),
+        (False, {"stop": StopParams(strings=("not there",))}),
+        (False, {"sampling": SamplingParams(n=2)}),
+        (False, {"chunk_policy": ChunkPolicy(max_tokens=3)}),
+        (False, {"chunk_policy": ChunkPolicy(max_delay=0.01)}),
+    ],
+)
+async def test_a_sink_and_the_reader_have_together_what_the_reader_has_alone(
+    tokenizer: Tokenizer, full_every: int, is_offered: bool, values: dict[str, Any]
+) -> None:
+    def merged(events: list[Event], index: int) -> list[Any]:
+        mine = [e for e in events if not isinstance(e, Summary) and getattr(e, "index", index) == index]
+        deltas = [e for e in mine if isinstance(e, Delta)]
+        return [
+            *(type(e).__name__ for e in mine[:2] + mine[-1:]),
+            "".join(e.text for e in deltas),
+            [t for e in deltas for t in e.token_ids],
+            [entry for e in deltas for entry in e.logprobs],
+            sum(e.num_tokens for e in deltas),
+            mine[-1],
+        ]
+
+    async with house(tokenizer, step_s=0.002) as it:
+        it.say(TEXT, TEXT)
+        request = asking(**values)
+        alone = await it.events(request)
+        events: list[Event] = []
+        with await it.generator.open(request) as stream:
+            sink = Sink(stream, events, full_every)
+            stream.offer(sink)
+            async for event in stream:
+                events.append(event)
+        assert [type(event) for event in events[:2]] == [Started, Delta]
+        assert isinstance(events[-1], Summary)
+        assert isinstance(alone[-1], Summary)
+        assert events[-1].usage == alone[-1].usage
+        for index in range(request.sampling.n or 1):
+            assert merged(events, index) == merged(alone, index)
+        assert (sink.num_given > 2) == is_offered
+        await it.idle()
+
+
+async def test_a_text_that_cannot_be_made_for_a_sink_is_the_reader_s_error(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tokenizer, step_s=0.002) as it:
+        it.say(TEXT)
+        with await it.generator.open(asking()) as stream:
+            stream.offer(Sink(stream, [], 0))
+            await anext(stream)
+            await anext(stream)
+            monkeypatch.setattr(Detokenizer, "push", lambda self, token_ids: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await anext(stream)
+        assert it.engine.num_live_requests == 0
+        await it.idle()
 
 
 async def test_chunks_of_at_least_so_many_tokens(tokenizer: Tokenizer) -> None:

@@ -199,7 +199,7 @@ for i, kind in enumerate(OUTPUTS):
         dtype = F16 if (i + j) % 4 == 3 else BF16
         name = f"{kind}-{tokens}-{by.rows}x{by.splits}x{by.sharers}x{by.residents}"
         case("skinny_gemm_tma", name, skinny_tma_case(kind, tokens, dtype, by))
-for tokens, dtype, by in ((16, BF16, CUTS[0]), (61, BF16, CUTS[0]), (128, F16, CUTS[3]), (3, BF16, CUTS[4])):
+for tokens, dtype, by in ((16, BF16, CUTS[0]), (61, BF16, CUTS[0]), (128, F16, CUTS[3]), (3, BF16, CUTS[3])):
     case("skinny_gemm_tma", f"best_rows-{tokens}-{by.rows}x{by.residents}", best_case(tokens, dtype, by))
 case("gemv", "best_rows-3-direct", best_case(3, BF16, "gemv"))
 case("gemv", "best_rows-16-staged", best_case(16, F16, "gemv", staged=True))

@@ -83,6 +83,30 @@ def test_fault_16_batch_shrinks_and_grows(model: PagedModel) -> None:
         )
 
 
+def test_wanted_tokens_alone_have_the_states_that_all_would_have(
+    model: PagedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = model.model.forward
+    num_compared = 0
+
+    def both(*arguments: Any) -> Tensor:
+        nonlocal num_compared
+        hidden = forward(*arguments)
+        for tokens in ([], [len(hidden) - 1], [5, 0, 21, 5]):
+            wanted = torch.tensor(tokens, dtype=torch.int64)
+            found = forward(*arguments, wanted=wanted)
+            torch.testing.assert_close(found, hidden[wanted], rtol=0, atol=TOLERANCE)
+            num_compared += len(found)
+        return hidden
+
+    model.step([("decodes", random_prompt(20, seed=1))])
+    monkeypatch.setattr(model.model, "forward", both)
+    model.step([("decodes", random_prompt(1, seed=2)), ("whole", random_prompt(40, seed=3))])
+    assert num_compared == 5
+    for name in ("decodes", "whole"):
+        model.release(name)
+
+
 def test_fault_14_exactly_the_slots_of_the_tokens_are_written(folder: Path) -> None:
     model = PagedModel(folder, block_size=8, num_blocks=16)
     model.step([("a", random_prompt(13)), ("b", random_prompt(8, seed=1))])
@@ -112,6 +136,37 @@ def test_the_first_layers_alone_are_those_layers(tmp_path: Path, monkeypatch: py
     ((expected, expected_logits),) = deep.states([("a", prompt)])
     assert torch.equal(found, expected)
     assert torch.equal(logits, expected_logits)
+
+
+class CopyingOps(TorchOps):
+    """A packed weight is a copy; notes those, and what layers multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: list[Tensor] = []
+        self.used: list[Tensor] = []
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        self.packed.append(weight.clone())
+        return self.packed[-1]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.used.append(weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, weight)
+
+
+def test_layers_multiply_by_weights_as_they_were_packed(folder: Path) -> None:
+    ops = CopyingOps()
+    model = PagedModel(folder, ops=ops)
+    model.step([("a", random_prompt(5))])
+
+    per_layer = 4  # heads, output, gate and up, down
+    assert len(ops.used) == per_layer * model.config.num_layers
+    for weight, packed in zip(ops.used, ops.packed, strict=False):
+        assert weight is packed
 
 
 def test_result_does_not_depend_on_what_freed_blocks_hold(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from photon_grpc.ops.base import AttentionMetadata
+from photon_grpc.ops.base import AttentionMetadata, AttentionWeights
 from photon_grpc.ops.torch_ops import TorchOps
 
 
@@ -50,13 +50,15 @@ def test_rope_store_kv_is_its_parts_in_order(normed: bool) -> None:
         context_lens_host=(1, 1, 1),
     )
     q, k, v = heads[:, :4].clone(), heads[:, 4:6].clone(), heads[:, 6:].clone()
-    weights = (torch.randn(8), torch.randn(8)) if normed else None
-    if weights is not None:
-        q, k = ops.rms_norm(q, weights[0], 1e-3), ops.rms_norm(k, weights[1], 1e-3)
+    norms = (torch.randn(8), torch.randn(8)) if normed else None
+    if norms is not None:
+        q, k = ops.rms_norm(q, norms[0], 1e-3), ops.rms_norm(k, norms[1], 1e-3)
     ops.rope(q, rotary)
     ops.rope(k, rotary)
 
-    found_q, found_kv = ops.rope_store_kv(heads, 4, weights, 1e-3, rotary, cache, metadata)
+    unused = torch.empty(0)
+    weights = AttentionWeights(unused, (unused, None), norms, num_heads=4, head_dim=8, eps=1e-3, scale=1.0)
+    found_q, found_kv = ops.rope_store_kv(heads, weights, rotary, cache, metadata)
     assert torch.equal(found_q, q)
     assert torch.equal(found_kv, torch.stack((k, v), dim=1))
     assert torch.equal(cache.flatten(0, 1)[[13, 2, 6]], found_kv)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from photon_grpc.errors import ConfigError, UnsupportedModelError
-from photon_grpc.ops.base import AttentionMetadata
+from photon_grpc.ops.base import AttentionMetadata, AttentionWeights
 
 pytestmark = pytest.mark.gpu
 
@@ -185,9 +185,16 @@ def test_a_decode_step_is_what_its_parts_are(rows: int, is_normed: bool, context
         return torch.randn(size, generator=generator).cuda()
 
     heads = num_heads + 2 * num_kv_heads
-    residual, norm = draw(rows, hidden), (1 + draw(hidden) / 8).to(dtype)
-    projection = (draw(heads * head_dim, hidden) / 16).to(dtype), (draw(heads * head_dim) / 8).to(dtype)
-    qk_norm = ((1 + draw(128) / 8).to(dtype), (1 + draw(128) / 8).to(dtype)) if is_normed else None
+    residual = draw(rows, hidden)
+    weights = AttentionWeights(
+        norm=(1 + draw(hidden) / 8).to(dtype),
+        qkv=((draw(heads * head_dim, hidden) / 16).to(dtype), (draw(heads * head_dim) / 8).to(dtype)),
+        qk_norm=((1 + draw(128) / 8).to(dtype), (1 + draw(128) / 8).to(dtype)) if is_normed else None,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        eps=1e-6,
+        scale=head_dim**-0.5,
+    )
     rotary = draw(400, head_dim), step.metadata.context_lens - 1
     ends = step.metadata.context_lens - 1
     blocks = step.metadata.block_tables.gather(1, (ends // 16)[:, None])[:, 0]
@@ -197,21 +204,7 @@ def test_a_decode_step_is_what_its_parts_are(rows: int, is_normed: bool, context
     def run(kind: type[Ops], context_is_old: bool) -> tuple[Tensor, Tensor]:
         cache = step.cache.clone()
         step.metadata.plan, step.metadata.context_is_old = None, context_is_old
-        attended = kind.norm_qkv_attention(
-            ops,
-            None,
-            residual.clone(),
-            norm,
-            1e-6,
-            projection,
-            num_heads,
-            head_dim,
-            qk_norm,
-            rotary,
-            cache,
-            step.metadata,
-            head_dim**-0.5,
-        )
+        attended = kind.norm_qkv_attention(ops, None, residual.clone(), weights, rotary, cache, step.metadata)
         assert attended.shape == (rows, num_heads * head_dim)
         return attended, cache
 

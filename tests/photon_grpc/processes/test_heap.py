@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 
 import pytest
+
+from photon_grpc.processes.heap import without_thread_caches
 
 # Prints what share_one_heap said, and how many heaps there are once four threads have allocated at a time.
 _PROGRAM = """
@@ -48,3 +51,40 @@ def test_threads_share_one_heap_where_they_are_told_to() -> None:
     assert run("one") == ["True", "1"]
     _, num_heaps = run("many")
     assert int(num_heaps) > 1
+
+
+# Prints how many bytes malloc still counts as in use of seven blocks that were freed.
+_FREES = """
+import ctypes
+from tests.support.cut_writes import heap_bytes
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+before = heap_bytes()
+blocks = [libc.malloc(ctypes.c_size_t(1000)) for _ in range(7)]
+for block in blocks:
+    libc.free(block)
+print(heap_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc's malloc")
+def test_threads_keep_nothing_that_they_freed_where_they_are_told_to() -> None:
+    def kept(environment: dict[str, str]) -> int:
+        command = [sys.executable, "-c", _FREES]
+        found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return int(found.stdout)
+
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    assert kept(plain) >= 7000
+    assert kept(without_thread_caches(plain)) < 3500
+
+
+def test_a_choice_of_the_environment_stays() -> None:
+    name = "GLIBC_TUNABLES"
+    assert without_thread_caches({"A": "b"}) == {"A": "b", name: "glibc.malloc.tcache_count=0"}
+    both = without_thread_caches({name: "glibc.malloc.top_pad=0"})
+    assert both == {name: "glibc.malloc.top_pad=0:glibc.malloc.tcache_count=0"}
+    chosen = {name: "glibc.malloc.tcache_count=3"}
+    assert without_thread_caches(chosen) == chosen

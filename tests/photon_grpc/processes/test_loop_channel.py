@@ -26,7 +26,10 @@ class Heard:
         ours, self.theirs = socket.socketpair()
         self.frames: list[list[Any]] = []
         self.ends: list[Exception | None] = []
-        self.channel = LoopChannel(Channel(ours), self.frames.append, self.ends.append)
+        self.now = 0.0
+        self.channel = LoopChannel(
+            Channel(ours), self.frames.append, self.ends.append, clock=lambda: self.now
+        )
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ async def test_what_one_turn_posts_goes_as_one_frame(heard: Heard) -> None:
 
 async def test_a_turn_that_posts_much_sends_what_is_there_before_it_ends() -> None:
     ours, theirs = socket.socketpair()
-    channel = LoopChannel(Channel(ours), [].append, [].append, most_posted=3)
+    channel = LoopChannel(Channel(ours), [].append, [].append, most_posted=3, clock=lambda: 0.0)
     theirs.setblocking(False)
     try:
         for message in "abcdefg":
@@ -70,6 +73,24 @@ async def test_a_turn_that_posts_much_sends_what_is_there_before_it_ends() -> No
     finally:
         channel.close()
         theirs.close()
+
+
+async def test_in_a_long_turn_what_waits_goes_with_the_next_message(heard: Heard) -> None:
+    heard.theirs.setblocking(False)
+    for message in "abc":
+        heard.channel.post(message)
+        heard.now += 0.0004
+    with pytest.raises(BlockingIOError):
+        heard.theirs.recv(1)
+    heard.channel.post("d")
+    assert heard.theirs.recv(1 << 16) == frame("a", "b", "c", "d")
+    # It begins anew with the next.
+    heard.now += 1.0
+    heard.channel.post("e")
+    with pytest.raises(BlockingIOError):
+        heard.theirs.recv(1)
+    await asyncio.sleep(0)
+    assert heard.theirs.recv(1 << 16) == frame("e")
 
 
 async def test_messages_are_heard_in_order(heard: Heard) -> None:

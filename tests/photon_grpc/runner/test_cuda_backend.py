@@ -207,9 +207,9 @@ def three_ways(driver: Driver, plan: SchedulerOutput) -> list[tuple[ModelOutput,
     before, results = driver.snapshot(), []
     compute, capture = runner._compute, runner._capture
 
-    def eager(kind: Any) -> Any:
+    def eager(kind: Any, step: Any) -> Any:
         lengths = ((0,) * (kind.shape.num_rows + 1), (0,) * kind.shape.num_rows)
-        return lambda: compute(kind, lengths, True, None)
+        return lambda: compute(kind, lengths, step)
 
     graph = runner._graph
     try:

@@ -324,16 +324,23 @@ def test_every_graph_is_captured_whole_behind_a_run_of_the_layers_that_differ(
     forward = runner._decoder.forward
     seen: list[tuple[int, int | None]] = []
 
-    def noted(token_ids: torch.Tensor, *rest: Any, num_layers: int | None = None) -> torch.Tensor:
+    def noted(
+        token_ids: torch.Tensor, *rest: Any, num_layers: int | None = None, **more: Any
+    ) -> torch.Tensor:
         seen.append((len(token_ids), num_layers))
-        return forward(token_ids, *rest, num_layers=num_layers)
+        return forward(token_ids, *rest, num_layers=num_layers, **more)
 
     monkeypatch.setattr(runner._decoder, "forward", noted)
     runner.prepare()
     runner._steps[0].arrived.set()
     runner._steps[0].arrived.wait()
-    sizes = [kind.shape.num_tokens for kind in runner._buckets.kinds()]
-    assert seen == [run for size in sizes for run in ((size, 2), (size, None))]
+    # Those whose tokens the sampling kernel writes to the host, for each step that may be under way.
+    runs = [
+        (kind.shape.num_tokens, 1 if kind.logprobs else runner.max_in_flight)
+        for kind in runner._buckets.kinds()
+    ]
+    assert {captures for _, captures in runs} == {1, 2}
+    assert seen == [run for size, captures in runs for run in ((size, 2), *[(size, None)] * captures)]
 
 
 def test_scored_prompts_of_any_length_bring_no_new_shapes(
@@ -399,7 +406,7 @@ class LackingStream(LazyStream):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 8, 9, 10, 11, 20, 21, 22, 60])
+@pytest.mark.parametrize("at", [1, 2, 3, 8, 9, 10, 11, 20, 21, 22, 40])
 @pytest.mark.parametrize("enqueues", [False, True])
 @pytest.mark.parametrize("capture", [False, True])
 def test_fault_03_out_of_memory_in_any_piece_of_a_step(

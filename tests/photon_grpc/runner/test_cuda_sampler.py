@@ -502,6 +502,28 @@ def test_draws_have_the_right_frequencies(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_tokens_go_to_pinned_memory_as_they_go_to_the_device(temperature: float) -> None:
+    """Launch after launch, with one row idle and one that has no token."""
+    rows, vocab = 9, 32000
+    logits = _logits(rows, vocab).cuda()
+    logits[3, 5] = math.nan
+    told = torch.full((2, rows + 3), -7, dtype=torch.int32, pin_memory=True)
+    samplers = [CudaSampler(vocab, CUDA, max_num_seqs=rows) for _ in range(2)]
+    for sampler in samplers:
+        for seq_id in range(rows - 1):
+            sampler.add(seq_id, SamplerSpec(replace(NEUTRAL, temperature=temperature, seed=seq_id)), (), 0)
+        sampler.set_rows(range(rows - 1), rows)
+    for launch in range(4):
+        samplers[0].launch(logits, greedy=not temperature)
+        samplers[1].launch(logits, greedy=not temperature, told=told[launch % 2])
+        torch.cuda.synchronize()
+        assert told[launch % 2, :rows].tolist() == samplers[0].token_ids.tolist()
+        assert told[launch % 2, rows:].tolist() == [-7] * 3
+        assert torch.equal(samplers[0].state.last_token_ids, samplers[1].state.last_token_ids)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("top", [0, 5, 20])
 @pytest.mark.parametrize("vocab", [7, 33, 32000])
 def test_prompt_logprobs(vocab: int, top: int) -> None:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -83,9 +84,9 @@ def test_the_pool_is_sized_after_the_largest_step_has_run(
     happened: list[object] = []
     forward, measure = DecoderModel.forward, backend.kv_memory_bytes
 
-    def noted_forward(self: DecoderModel, token_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+    def noted_forward(self: DecoderModel, token_ids: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         happened.append(len(token_ids))
-        return forward(self, token_ids, *rest)
+        return forward(self, token_ids, *rest, **more)
 
     def noted_measure(*arguments: object) -> int:
         happened.append("sized")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from photon_grpc.engine.messages import Submit
@@ -9,6 +12,7 @@ from photon_grpc.errors import BackendUnavailableError
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.scheduler.output import ModelOutput, RowFault
 from tests.support.builders import RecordingRunner, engine_core, engine_request, model_info, run_to_end
+from tests.support.cut_writes import heap_bytes
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(2, 1), (1, 2), (8, 16)])
@@ -69,3 +73,32 @@ def test_no_token_refuses_the_start() -> None:
 
     with pytest.raises(BackendUnavailableError):
         warm_up(Mute(model_info()))
+
+
+# Prints how many bytes in use at malloc seven arrays of each length, of words and of marks, leave behind.
+_ARRAYS = """
+import gc, sys
+import numpy as np
+from photon_grpc.runner.warmup import fill_array_cache
+from tests.support.cut_writes import heap_bytes
+
+if sys.argv[1] == "filled":
+    fill_array_cache()
+gc.collect()
+before = heap_bytes()
+for length in range(1, 256):
+    for kind in (np.int32, np.bool_):
+        arrays = [np.zeros(length, kind) for _ in range(7)]
+        del arrays
+print(heap_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(heap_bytes() is None, reason="malloc does not tell what is in use")
+def test_arrays_of_new_lengths_take_nothing_that_stays() -> None:
+    def left(how: str) -> int:
+        command = [sys.executable, "-c", _ARRAYS, how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert left("plain") > 500_000, "numpy no longer keeps them: nothing is to be filled"
+    assert left("filled") < 20_000

@@ -148,6 +148,24 @@ async def test_only_a_single_long_write_is_a_stall() -> None:
         await tasks[1]
 
 
+async def test_a_client_that_leaves_no_room_stalls_too_until_there_is_some() -> None:
+    calls = Calls(LimitOptions(slow_consumer_timeout_s=0.1))
+    (stalled_task, stalled), (reading_task, reading) = [await start(calls, Context()) for _ in range(2)]
+    stalled.begin_wait()
+    for _ in range(4):
+        reading.begin_wait()
+        await asyncio.sleep(0.05)
+        # Asked again in vain: it counts from the first time.
+        stalled.begin_wait()
+        reading.end_wait()
+    with pytest.raises(SlowConsumerError):
+        async with asyncio.timeout(30):
+            await stalled_task
+    assert not reading_task.done()
+    reading_task.cancel()
+    await asyncio.gather(reading_task, return_exceptions=True)
+
+
 async def test_waiting_for_tokens_is_no_stall() -> None:
     calls = Calls(LimitOptions(slow_consumer_timeout_s=0.04))
     context = Context()

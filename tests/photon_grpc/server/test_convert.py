@@ -445,6 +445,31 @@ def test_delta_with_logprobs() -> None:
     assert [list(top.logprobs) for top in response.delta.logprobs.top] == [[-0.5, -1.5], [-0.25]]
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.text(max_size=5), st.lists(st.integers(0, 1 << 20), max_size=4)),
+        max_size=12,
+    )
+)
+def test_a_message_that_is_filled_again_is_that_of_its_own_event(
+    parts: list[tuple[int, str, list[int]]],
+) -> None:
+    """Across the change of the object, with one other event between."""
+    encoder = convert.EventEncoder("id")
+    seq = 0
+    for _ in range(convert._DELTAS_PER_MESSAGE - 6):
+        seq += 1
+        encoder.encode_delta(Delta(1, "x", (7, 8, 9), (), 3))
+    for index, text, token_ids in parts:
+        delta = Delta(index, text, tuple(token_ids), (), len(token_ids))
+        for message in (encoder.encode_delta(delta), encoder.encode(Finished(0, Finish(FinishReason.EOS)))):
+            seq += 1
+            assert message.seq == seq
+            if message.HasField("delta"):
+                expected = convert.encode_event(delta, "id", seq)
+                assert message.SerializeToString() == expected.SerializeToString()
+
+
 def test_logprobs_without_alternatives_have_no_top() -> None:
     response = convert.encode_event(Delta(0, "", (1,), (TokenLogprobs(-1.0),), 1), "id", 1)
     assert list(response.delta.logprobs.values) == [-1.0]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from photon_grpc.server.sends import send, send_by
-from tests.support import cut_writes
+from tests.support import cut_writes, lost_requests
 
 
 class Batches:
@@ -338,3 +338,11 @@ def test_grpc_keeps_nothing_of_writes_that_are_cut_short() -> None:
     assert plain.bytes_per_write > 200, "grpc no longer loses them: this module can go"
     # The second thousand of calls grows a table or two.
     assert apart.bytes_per_write < 100
+
+
+@pytest.mark.skipif(cut_writes.heap_bytes() is None, reason="malloc does not tell what is in use")
+def test_grpc_keeps_nothing_of_a_request_that_is_read_apart_and_given_up() -> None:
+    # How many of the calls leave while their request is read is a matter of chance: up to 96 bytes for each.
+    plain = max(lost_requests.measure(apart=False) for _ in range(3))
+    assert plain > 50, "grpc no longer loses them: acceptors can have it read"
+    assert lost_requests.measure(apart=True) < 40

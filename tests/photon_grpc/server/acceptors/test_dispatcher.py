@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from photon_grpc.server.acceptors.dispatcher import CallContext, DispatchedCall, Dispatcher
-from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened, Write
+from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened
 from photon_grpc.server.status import RpcStatus
 
 OK = grpc.StatusCode.OK.value[0]
@@ -178,8 +178,8 @@ async def test_a_stream_is_sent_in_order_and_ends_with_its_trailers() -> None:
     trailers = (("t", "x"), ("t-bin", b"\x01"))
     assert acceptor.posted == [
         Headers(7, (("h", "1"),)),
-        Write(7, b"one"),
-        Write(7, b"two"),
+        (7, b"one"),
+        (7, b"two"),
         End(7, OK, "", trailers, None),
     ]
     assert call.context.code() is grpc.StatusCode.OK
@@ -198,7 +198,7 @@ async def test_requests_of_both_ways_are_asked_for_one_by_one() -> None:
         assert not acceptor.posted
         call.context.took(request)
         await some_turns()
-        assert acceptor.posted.pop(0) == Write(7, request.upper())
+        assert acceptor.posted.pop(0) == (7, request.upper())
         call.context.written()
     call.context.took(None)
     await call.task
@@ -230,7 +230,7 @@ async def test_an_abort_with_a_status_brings_trailers_of_its_own() -> None:
     acceptor = streaming(behavior)
     await (await acceptor.open()).task
     assert acceptor.posted == [
-        Write(7, b"one"),
+        (7, b"one"),
         End(
             7,
             grpc.StatusCode.ABORTED.value[0],
@@ -318,7 +318,48 @@ async def test_only_so_many_responses_are_on_their_way_and_a_flush_waits_for_all
     await call.task
     assert reached[-1] == "flushed"
     assert acceptor.posted == [
-        *(Write(7, name) for name in (b"one", b"two", b"three", b"four")),
+        *((7, name) for name in (b"one", b"two", b"three", b"four")),
+        End(7, OK, "", (), None),
+    ]
+
+
+async def test_there_is_room_for_three_responses_and_who_asked_hears_when_there_is_again() -> None:
+    asked: list[str] = []
+    is_asked = asyncio.Event()
+    rooms: list[bool] = []
+
+    def on_room() -> None:
+        asked.append("room")
+        is_asked.set()
+
+    async def behavior(request: bytes, context: CallContext) -> None:
+        for name in ("one", "two", "three"):
+            rooms.append(context.has_room(lambda: asked.append("early")))
+            context.write_now(name)
+        rooms.append(context.has_room(on_room))
+        await is_asked.wait()
+        rooms.append(context.has_room(lambda: asked.append("late")))
+        # One that waits in a write takes the room himself.
+        context.write_now("four")
+        rooms.append(context.has_room(lambda: asked.append("late")))
+        await context.flush()
+
+    acceptor = streaming(behavior)
+    call = await acceptor.open()
+    await some_turns()
+    assert rooms == [True, True, True, False]
+    assert asked == []
+    call.context.written()
+    assert asked == ["room"]
+    await some_turns()
+    assert rooms[4:] == [True, False]
+    for _ in range(3):
+        call.context.written()
+        await some_turns()
+    await call.task
+    assert asked == ["room"]
+    assert acceptor.posted == [
+        *((7, name) for name in (b"one", b"two", b"three", b"four")),
         End(7, OK, "", (), None),
     ]
 
@@ -354,7 +395,7 @@ async def test_a_write_that_waits_can_be_cancelled_and_the_call_ended_behind_it(
     call.task.cancel()
     await call.task
     assert acceptor.posted == [
-        *[Write(7, b"x")] * 3,
+        *[(7, b"x")] * 3,
         End(7, grpc.StatusCode.ABORTED.value[0], "stalled", (), None),
     ]
     # What was on its way is told of all the same.
