@@ -57,8 +57,8 @@ _LEAVE_S = 20.0
 _GUARD_INTERVAL_S = 1.0
 # Where the number of acceptors is left to us.
 _MIN_CORES, _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS = 8, 4, 4
-# Where calls are accepted elsewhere: a turn of 2 to 3 ms. To end a call takes ten times as long as a message.
-_TURN_BESIDE_ACCEPTORS = TurnLimits(wakes=128, urgent_counts=16)
+# Where calls are accepted elsewhere: a turn of 2 to 4 ms, of which those that end take up to a half.
+_TURN_BESIDE_ACCEPTORS = TurnLimits(wakes=128, most_urgent=8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,14 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
 class TurnLimits(NamedTuple):
-    """How many are woken in one turn."""
+    """How many are woken in one turn, and how many of these may be urgent."""
 
     wakes: int
-    urgent_counts: int = 1
-    """One that is urgent counts as so many: mostly its call begins to be written, or ends."""
+    most_urgent: int
 
 
 # Where calls are accepted on the same loop.
-BESIDE_CALLS = TurnLimits(16)
+BESIDE_CALLS = TurnLimits(16, 16)
 
 
 class Sleeper(Protocol):
@@ -37,7 +36,9 @@ class Waker(Generic[_Sleeper]):
     A turn takes as long as all the messages that are written in it. A call that comes goes through five or
     six turns inside grpc.aio before the next can be accepted, one after the other: with a hundred messages
     to a turn that were 10 ms for each call. Whatever else there is to hear of waits for the end of the turn
-    too: the tokens of the next step, and calls that come by way of acceptors.
+    too: the tokens of the next step, and calls that come by way of acceptors. An urgent one takes many times
+    as long as another, since mostly its call ends; where they may fill a turn, hundreds of ends let nobody
+    else write for a tenth of a second.
     """
 
     def __init__(self, limits: TurnLimits = BESIDE_CALLS) -> None:
@@ -62,11 +63,14 @@ class Waker(Generic[_Sleeper]):
             self._wake_some()
 
     def _wake_some(self) -> None:
-        left, urgent_counts = self._limits
-        while left > 0 and (waiting := self._urgent or self._others):
-            left -= urgent_counts if waiting is self._urgent else 1
-            _, sleeper = waiting.popitem(last=False)
-            sleeper.wake()
+        left, most_urgent = self._limits
+        for waiting, most in ((self._urgent, most_urgent), (self._others, left)):
+            for _ in range(min(most, left, len(waiting))):
+                if not waiting:
+                    break  # some that are woken have others forgotten
+                left -= 1
+                _, sleeper = waiting.popitem(last=False)
+                sleeper.wake()
         self._is_scheduled = bool(self._urgent or self._others)
         if self._is_scheduled:
             asyncio.get_running_loop().call_soon(self._wake_some)

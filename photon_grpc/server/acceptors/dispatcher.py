@@ -25,9 +25,9 @@ _log = structlog.get_logger(__name__)
 # Responses of a call that an acceptor may have before the next one waits. One that does not wait saves the
 # event loop a turn of the call's task; a client that does not read is noticed all the same.
 _MOST_ON_THE_WAY = 2
-# Calls that begin in a turn of the loop, a millisecond of it. Hundreds may come at once, and what is to be
+# Calls that begin in a turn of the loop, about 2 ms of it. Hundreds may come at once, and what is to be
 # written to others waits for the end of the turn.
-_BEGIN_PER_TURN = 4
+_BEGIN_PER_TURN = 8
 
 Post = Callable[[Any], None]
 """Sends a message to the acceptor of a call; harmless when it has gone."""
@@ -183,7 +183,7 @@ class Dispatcher:
 
     def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
         self._interceptors = tuple(interceptors)
-        self.beginning: Waker[Beginning] = Waker(TurnLimits(_BEGIN_PER_TURN))
+        self.beginning: Waker[Beginning] = Waker(TurnLimits(_BEGIN_PER_TURN, 0))
         """Calls that have come, of all acceptors."""
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
         self._intercepted: list[grpc.RpcMethodHandler] = []
