@@ -73,17 +73,12 @@ class CudaOps(Ops):
     weights work too, with a slow attention: they are for comparisons.
     """
 
-    def __init__(self, max_decodes: int, *, attention_finishes_heads: bool = False) -> None:
+    def __init__(self, max_decodes: int) -> None:
         """For steps of up to `max_decodes` decode rows.
-
-        `attention_finishes_heads` has decode attention norm, rotate and store q, k and v itself where that
-        pays (`can_finish`). Off until its tests have run on a GPU as it is now: they have with one tile of
-        keys under way, where there are two.
 
         Raises BackendUnavailableError where the machine lacks something.
         """
         require_cuda()
-        self._attention_finishes_heads = attention_finishes_heads
         self._max_decodes = max_decodes
         self._workspaces: dict[tuple[int, int, int], DecodeWorkspace] = {}
 
@@ -143,8 +138,7 @@ class CudaOps(Ops):
         tokens = residual.shape[0]
         # The norm of a head needs all of it, and a CTA of the product has a part. Attention has it whole, and
         # where there are decode rows alone nobody else in the layer reads what it writes.
-        finishes = self._attention_finishes_heads and weights.qk_norm is not None
-        if not finishes or not _finishes_heads(weights.num_heads, layer_cache, metadata, tokens):
+        if weights.qk_norm is None or not _finishes_heads(weights.num_heads, layer_cache, metadata, tokens):
             return super().norm_qkv_attention(update, residual, weights, rotary, layer_cache, metadata)
         heads = self._heads(update, residual, weights)
         out = heads.new_empty(tokens, weights.num_heads, weights.head_dim)

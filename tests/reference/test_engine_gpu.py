@@ -36,6 +36,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama3", {"head_dim": 32}),
     "qwen2": ("qwen2", {"num_attention_heads": 4}),
     "qwen3": ("qwen3", {"head_dim": 128}),
+    # Groups of five and eight.
+    "qwen3-14b": ("qwen3", {"hidden_size": 320, "num_attention_heads": 10, "head_dim": 128}),
+    "qwen3-32b": ("qwen3", {"num_attention_heads": 16, "head_dim": 128}),
 }
 VOCAB_SIZE = 1024
 NUM_TOKENS = 16

@@ -199,7 +199,7 @@ def test_a_decode_step_is_what_its_parts_are(rows: int, is_normed: bool, context
     ends = step.metadata.context_lens - 1
     blocks = step.metadata.block_tables.gather(1, (ends // 16)[:, None])[:, 0]
     step.metadata.slot_mapping = blocks * 16 + ends % 16
-    ops = CudaOps(max_decodes=rows, attention_finishes_heads=True)
+    ops = CudaOps(max_decodes=rows)
 
     def run(kind: type[Ops], context_is_old: bool) -> tuple[Tensor, Tensor]:
         cache = step.cache.clone()
