@@ -57,8 +57,8 @@ _LEAVE_S = 20.0
 _GUARD_INTERVAL_S = 1.0
 # Where the number of acceptors is left to us.
 _MIN_CORES, _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS = 8, 4, 4
-# Where calls are accepted elsewhere: a turn of 2 to 4 ms, of which those that end take up to a half.
-_TURN_BESIDE_ACCEPTORS = TurnLimits(wakes=128, most_urgent=8)
+# Where calls are accepted elsewhere: of a turn those that end take up to 4 ms, the others 2.
+_TURN_BESIDE_ACCEPTORS = TurnLimits(wakes=128, most_urgent=16)
 
 
 @dataclass(frozen=True, slots=True)
