@@ -175,6 +175,8 @@ class RequestStream:
         if self._closed:
             return
         self._closed = True
+        # It leads back here: the whole call would wait for the garbage collector.
+        self._take = None
         self._engine.forget(self._key, self)
         if self._num_open:
             self._engine.post(Abort(self._key))

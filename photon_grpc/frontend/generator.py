@@ -387,6 +387,8 @@ class TextStream:
         traceback: TracebackType | None,
     ) -> None:
         self._close()
+        # It leads back here, as what the stream offers to does.
+        self._sink = None
         if not self._done:
             self._note(self._summary())
 

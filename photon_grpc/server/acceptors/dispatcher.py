@@ -163,6 +163,8 @@ class CallContext:
     def end(self, code: grpc.StatusCode, details: str = "", response: bytes | None = None) -> None:
         """Send the call's status, with the trailing metadata that was set."""
         self._code, self._details = code, details
+        # It leads back here: the whole call would wait for the garbage collector.
+        self._on_room = None
         self._post(End(self._opened.call, code.value[0], details, self._trailing_metadata, response))
 
 

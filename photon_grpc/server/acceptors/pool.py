@@ -148,7 +148,11 @@ class AcceptorProcess:
         call.task.add_done_callback(partial(self._forget, opened.call))
 
     def _forget(self, number: int, task: asyncio.Task[None]) -> None:
-        del self._calls[number]
+        # One whose client left before it began is kept by the error that its task ended by, which keeps the
+        # call in turn. Thousands of them would wait for the garbage collector.
+        call = self._calls.pop(number)
+        assert call is not None, "it has begun"
+        del call.task
 
     def _on_end(self, error: Exception | None) -> None:
         if error is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -630,6 +632,34 @@ async def test_a_sink_and_the_reader_have_together_what_the_reader_has_alone(
             assert merged(events, index) == merged(alone, index)
         assert (sink.num_given > 2) == is_offered
         await it.idle()
+
+
+@pytest.mark.parametrize("num_events", [2, None])
+async def test_a_stream_that_is_over_leaves_nothing_to_the_garbage_collector(
+    tokenizer: Tokenizer, num_events: int | None
+) -> None:
+    """With a sink that leads back to it, whether it is read to its end or left."""
+    async with house(tokenizer, step_s=0.002) as it:
+        it.say(TEXT)
+
+        async def read() -> list[weakref.ref[Any]]:
+            with await it.generator.open(asking()) as stream:
+                stream.offer(Sink(stream, [], 2))
+                num_read = 0
+                async for _ in stream:
+                    num_read += 1
+                    if num_read == num_events:
+                        break
+                return [weakref.ref(stream), weakref.ref(stream._stream)]
+
+        gc.collect()
+        gc.disable()
+        try:
+            found = await asyncio.create_task(read())
+            await it.idle()
+            await until(lambda: not any(one() for one in found))
+        finally:
+            gc.enable()
 
 
 async def test_a_text_that_cannot_be_made_for_a_sink_is_the_reader_s_error(

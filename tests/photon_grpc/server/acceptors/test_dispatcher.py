@@ -364,6 +364,21 @@ async def test_there_is_room_for_three_responses_and_who_asked_hears_when_there_
     ]
 
 
+async def test_who_waits_for_room_is_forgotten_with_the_call() -> None:
+    asked: list[str] = []
+
+    async def behavior(request: bytes, context: CallContext) -> None:
+        while context.has_room(lambda: asked.append("room")):
+            context.write_now("one")
+        raise asyncio.CancelledError
+
+    call = await streaming(behavior).open()
+    await call.task
+    for _ in range(3):
+        call.context.written()
+    assert asked == []
+
+
 async def test_several_that_are_taken_in_one_turn_wake_the_writer_once() -> None:
     async def behavior(request: bytes, context: CallContext) -> None:
         for _ in range(3):

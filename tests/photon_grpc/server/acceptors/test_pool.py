@@ -104,6 +104,25 @@ def live_dispatched() -> int:
     return sum(type(item) is DispatchedCall for item in gc.get_objects())
 
 
+async def test_a_call_that_is_over_before_it_began_leaves_nothing_to_the_garbage_collector() -> None:
+    async def answer(request: bytes, context: Any) -> bytes:
+        return request
+
+    dispatcher = Dispatcher(())
+    handler = grpc.unary_unary_rpc_method_handler(answer)
+    dispatcher.add_registered_method_handlers("test.Service", {"Answer": handler})
+    await dispatcher.start()
+    acceptor = pool.AcceptorProcess(dispatcher, None, lambda ended: None)
+    before = live_dispatched()
+    gc.disable()
+    try:
+        acceptor._receive([Opened(1, 0, (), "", {}, None, b"hi"), Left(1)])
+        await until(lambda: not acceptor._calls)
+        assert sum(type(item) is DispatchedCall for item in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
 # --- listening ------------------------------------------------------------------------------------
 
 
