@@ -525,13 +525,9 @@ class AsyncEngine:
     # --- from the engine ------------------------------------------------------------------------
 
     def _deliver_from_host(self, message: LoopMessage) -> None:
-        loop = self._loop
-        assert loop is not None
-        if asyncio._get_running_loop() is loop:
-            # Not a turn later, which is a long one when many calls begin or end.
-            self._deliver(message)
-        elif not loop.is_closed():
-            loop.call_soon_threadsafe(self._deliver, message)
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, message)
 
     def _deliver(self, message: LoopMessage) -> None:
         if self._dead:

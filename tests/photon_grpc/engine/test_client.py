@@ -619,19 +619,6 @@ async def test_random_submits_and_cancels_leave_no_block_behind(in_flight: int) 
         assert running._num_live == 0
 
 
-async def test_a_host_on_the_loop_is_heard_in_the_same_turn_and_a_thread_in_the_next() -> None:
-    async with engine(start=False) as (running, watch):
-        running._loop = asyncio.get_running_loop()
-        running._deliver_from_host(StepOutputs((), EngineStats(steps=1), 0.01))
-        assert [stats.steps for stats in watch.snapshots] == [1]
-        message = StepOutputs((), EngineStats(steps=2), 0.02)
-        thread = threading.Thread(target=running._deliver_from_host, args=(message,))
-        thread.start()
-        thread.join()
-        assert [stats.steps for stats in watch.snapshots] == [1]
-        await until(lambda: [stats.steps for stats in watch.snapshots] == [1, 2])
-
-
 # --- the pace of writing --------------------------------------------------------------------------
 
 
