@@ -38,13 +38,16 @@
 // A warp takes 16 cached tokens at a time, as the M operand; the query heads of one kv head are N = 8, so the
 // whole group shares one read of K and V. Both go from memory to registers 16 bytes a lane, straight into mma
 // operands: for K by giving the contraction over head_dim an order of its own (lane t of four holds 8
-// neighbouring dims, and q is read alike), for V by interleaving two tokens' words. Nothing is staged in
-// shared memory. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM, of
-// which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
+// neighbouring dims, and q is read alike), for V by interleaving two tokens' words. Neither is staged in
+// shared memory; the query heads are, since a read of them from the L2 in every step is one more latency in each,
+// behind keys and values. A warp requests two tiles at once, so that kCtasPerSm CTAs have 128 KB in flight per SM,
+// of which 26 KB cover the latency; the first tiles of the next item are requested before the current one is
 // combined. The raw heads of the next item are not, for want of registers.
 //
 // float32: scores, softmax, sums, accumulators. Probabilities are rounded to the storage type for the second
-// product. Bound by: reading K and V once; by latency below about 100 items.
+// product. Bound by: reading K and V once; by latency below about 100 items; and by what follows an item of more
+// than one split, a fence, an arrival and in the end the fold: 10 to 40 % of the time ("Decode attention at long
+// contexts" in tools/bench/results/gpu.md).
 #include "photon/attention_mma.cuh"
 #include "photon/decode_heads.cuh"
 #include "photon/decode_items.cuh"
@@ -150,15 +153,20 @@ __device__ __forceinline__ u32 word(const uint4& value, int index) {
     return index == 0 ? value.x : index == 1 ? value.y : index == 2 ? value.z : value.w;
 }
 
-__device__ __forceinline__ void load_queries(uint4 (&queries)[kSpans], const Storage* __restrict__ q,
-                                             i64 q_row_stride, const Item& item) {
-    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-    const Storage* source = q + item.row * q_row_stride + (item.kv_head() * kGroup + g) * kHeadDim + 8 * t;
+// The item's query heads, into the room that the warp's partial results will have; take_queries gets them from there.
+__device__ __forceinline__ void copy_queries(Shared& shared, const Storage* __restrict__ q, i64 q_row_stride,
+                                             const Item& item) {
+    const int thread = thread_anew(), g = (thread & 31) >> 2, t = thread & 3;
+    if (g < kGroup) {
+        const Storage* const source = q + item.row * q_row_stride + (item.kv_head() * kGroup + g) * kHeadDim + 8 * t;
+        const u32 target = static_cast<u32>(__cvta_generic_to_shared(query_row(shared, thread >> 5, g) + t));
 #pragma unroll
-    for (int span = 0; span < kSpans; ++span) {
-        const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
-        queries[span] = load_streaming(source + 32 * span, g, is_dim ? kGroup : 0);
+        for (int span = 0; span < kSpans; ++span) {
+            const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
+            if (is_dim) copy_async(target + 64 * span, source + 32 * span, true);
+        }
     }
+    commit_copies();
 }
 
 // Scores of 16 tokens: (token g, heads 2t, 2t+1), then token g+8.
@@ -306,6 +314,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
     }
 
     while (true) {
+        if (!kIsRaw) copy_queries(shared, q, q_row_stride, item);
         const bool has_next = item.index + static_cast<int>(gridDim.x) * kTeams < num_items();
         int next_block_ids = 0;
         if (has_next) {
@@ -315,6 +324,7 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         }
         // Kept here because registers are short in the loop. Every lane stores the same.
         shared.current[warp] = item;
+        if (!kIsRaw) wait_for_copies();
         __syncwarp();
         if (kIsRaw && tile_start(item, 0) < item.stop) {
             finish_heads(shared, finish, place, kv_cache, q, q_row_stride, item);
@@ -325,10 +335,10 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
         float acc[kPasses][4][4] = {};
         for (int step = 0; tile_start(item, step * kStepTiles) < item.stop; ++step) {
             const bool has_step = tile_start(item, (step + 1) * kStepTiles) < item.stop;
-            // Every step anew, while its keys are on their way: registers are short behind the scores.
+            // Every step anew: registers are short behind the scores.
             uint4 queries[kSpans];
+            take_queries(queries, shared);
             if (kIsRaw) {
-                take_queries(queries, shared);
 #pragma unroll
                 for (int i = 0; i < kStepTiles; ++i) {
                     const int newest = newest_in_tile(shared, item, step * kStepTiles + i);
@@ -336,8 +346,6 @@ extern "C" __global__ void __launch_bounds__(photon::kThreads, photon::kCtasPerS
                     take_newest(keys[i], shared, newest);
                     take_newest(values[i], shared, newest);
                 }
-            } else {
-                load_queries(queries, q, q_row_stride, shared.current[warp]);
             }
             float scores[kStepTiles][4];
 #pragma unroll

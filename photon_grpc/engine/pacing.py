@@ -18,8 +18,7 @@ from photon_grpc.engine.messages import PlainTokens
 _MESSAGE_S = 60e-6
 # What it costs that a call begins, or ends, in messages.
 _CALL_MESSAGES = 8
-_MIN_STEP_S, _MAX_STEP_S = 1e-4, 1.0
-_MAX_PAUSE_S = 0.1
+_MAX_TURN_S = 0.1
 _SMOOTHING = 0.1
 _GOLDEN_RATIO = 0.6180339887498949
 
@@ -34,22 +33,26 @@ _Reader = TypeVar("_Reader", bound=Reader)
 
 
 class Pace:
-    """How many steps a stream's reader sleeps through, so that the loop keeps up with the engine.
+    """How long a stream's reader sleeps, so that the loop keeps up with the engine.
 
     A message costs the event loop much more than the tokens in it. With few streams, or slow steps,
     every token is a message of its own; when one message per stream and step would take more than
-    `share` of the time between steps, readers are woken in turns, each every `interval` steps, which need
-    not be a whole number: a clock goes round once in so many steps, and each reader has its place on it,
-    spread so that any stretch of it has its share of them (multiples of the golden ratio). What a
-    message costs is measured: processor time of the loop's thread over messages, so it holds all that
+    `share` of the time between steps, readers are woken in turns, each every `turn_s` seconds: a clock
+    goes round once in that time, and each reader has its place on it, spread so that any stretch of it has
+    its share of them (multiples of the golden ratio). A step wakes those whose places the clock has passed
+    since the step before, which are all of them where that took a turn or more: it goes by time and
+    not by steps, since one with prompts is as long as several without.
+
+    What a message costs is measured: processor time of the loop's thread over messages, so it holds all that
     the loop does for them on the machine it is on. Calls that begin or end count as so many messages:
     a burst of them says nothing of what a message costs, and its first streams would sleep to its end.
     """
 
     def __init__(self, share: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
-        self.interval = 1.0
-        # Of the clock: rounds, from a step to the next.
-        self._from = self._to = 0.0
+        self.turn_s = 0.0
+        """Between two wakes of a reader, at least."""
+        # Of the clock: turns, from a step to the next.
+        self._from, self._to = 0.0, 1.0
         self.num_messages = 0
         """Counted by the readers, and taken back to zero by each step."""
         self.num_calls = 0
@@ -58,35 +61,28 @@ class Pace:
         self._cpu_clock = cpu_clock
         self._last_time: float | None = None
         self._last_cpu = 0.0
-        self._step_s: float | None = None
         # Both per step and smoothed; their quotient is the cost of a message.
         self._cpu_s = _MESSAGE_S
         self._messages = 1.0
 
     def step(self, time: float, num_streams: int) -> None:
-        """Count a step that ended at `time` (monotonic seconds)."""
+        """Count a step that ended at `time` (monotonic seconds), where `num_streams` may have new tokens."""
         cpu = self._cpu_clock()
         if self._last_time is not None:
-            latest = min(time - self._last_time, _MAX_STEP_S)
-            before = latest if self._step_s is None else self._step_s
-            self._step_s = before + _SMOOTHING * (latest - before)
-            step_s = max(self._step_s, _MIN_STEP_S)
             self._cpu_s += _SMOOTHING * (cpu - self._last_cpu - self._cpu_s)
             num_messages = self.num_messages + _CALL_MESSAGES * self.num_calls
             self._messages += _SMOOTHING * (num_messages - self._messages)
             # An engine that was idle for long leaves next to no messages to divide by.
             message_s = self._cpu_s / max(self._messages, _SMOOTHING)
-            wanted = num_streams * message_s / (self._share * step_s)
-            self.interval = max(1.0, min(wanted, _MAX_PAUSE_S / step_s))
+            self.turn_s = min(num_streams * message_s / self._share, _MAX_TURN_S)
+            self.advance(time - self._last_time)
         self._last_time, self._last_cpu = time, cpu
         self.num_messages = self.num_calls = 0
-        self.advance()
 
-    def advance(self) -> None:
-        """Turn the clock by a step."""
-        whole = math.floor(self._to)
-        self._from = self._to - whole
-        self._to = self._from + 1.0 / self.interval
+    def advance(self, seconds: float) -> None:
+        """Turn the clock by a step that took so long."""
+        self._from = self._to - math.floor(self._to)
+        self._to = self._from + (seconds / self.turn_s if seconds < self.turn_s else 1.0)
 
     def due(self, keys: Iterable[int]) -> list[int]:
         """Those of the streams `keys` whose readers are to be woken in this step."""
@@ -95,8 +91,6 @@ class Pace:
 
     def stretches(self) -> tuple[tuple[float, float], ...]:
         """What of the clock's face, from 0 to 1, the step has passed."""
-        if self.interval <= 1.0:
-            return ((0.0, 1.0),)
         if self._to <= 1.0:
             return ((self._from, self._to),)
         return ((self._from, 1.0), (0.0, self._to - 1.0))

@@ -260,6 +260,8 @@ class Validator:
 
     def _check_ids(self, wrong: _Violations, field: str, ids: Sequence[int]) -> None:
         vocab_size = self._model.vocab_size
+        if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+            return
         for index, token_id in enumerate(ids):
             if not 0 <= token_id < vocab_size:
                 wrong.add(f"{field}[{index}]", f"must be a token id below {vocab_size}")

@@ -16,7 +16,7 @@ Receive = Callable[[list[Any]], None]
 # hundreds of calls begin or end takes tens of milliseconds, and whoever could work on the first of them would
 # wait for the last.
 MOST_POSTED = 64
-MOST_WAIT_S = 0.001
+MOST_WAIT_S = 0.002
 
 Ended = Callable[[Exception | None], None]
 """Hears once that the other end has closed, or of the frame that could not be read."""

@@ -36,8 +36,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama3", {"head_dim": 32}),
     "qwen2": ("qwen2", {"num_attention_heads": 4}),
     "qwen3": ("qwen3", {"head_dim": 128}),
-    # Groups of five and eight.
+    # Those above have two or four query heads to a kv head; these have what others have: 1, 3, 5, 6, 7, 8.
+    "llama2-7b": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128}),
+    "llama32-3b": ("llama3", {"hidden_size": 384, "num_attention_heads": 6, "head_dim": 128}),
     "qwen3-14b": ("qwen3", {"hidden_size": 320, "num_attention_heads": 10, "head_dim": 128}),
+    "qwen25-1.5b": ("qwen2", {"hidden_size": 768, "num_attention_heads": 12}),
+    "qwen25-0.5b": ("qwen2", {"hidden_size": 896, "num_attention_heads": 14}),
     "qwen3-32b": ("qwen3", {"num_attention_heads": 16, "head_dim": 128}),
 }
 VOCAB_SIZE = 1024

@@ -47,10 +47,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_attention_heads": 4}),
     "qwen3": ("qwen3", {"head_dim": 128, "num_key_value_heads": 8}),
 }
-# How other models share their kv heads: groups of five and eight.
+# How other models share their kv heads: their groups, heads and biases, and their inner sizes' remainders.
 GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen25-0.5b": ("qwen2", {"hidden_size": 896, "intermediate_size": 608, "num_attention_heads": 14}),
+    "qwen25-1.5b": ("qwen2", {"hidden_size": 1536, "intermediate_size": 560, "num_attention_heads": 12}),
+    "qwen25-14b": ("qwen2", {"hidden_size": 1280, "intermediate_size": 864, "num_attention_heads": 10}),
+    "qwen25-3b": ("qwen2", {"hidden_size": 2048, "intermediate_size": 688, "num_attention_heads": 16}),
     "qwen3-14b": ("qwen3", {"hidden_size": 320, "num_attention_heads": 10, "head_dim": 128}),
     "qwen3-32b": ("qwen3", {"num_attention_heads": 16, "head_dim": 128}),
+    "llama32-3b": ("llama3", {"hidden_size": 768, "num_attention_heads": 6, "head_dim": 128}),
+    "llama2-7b": ("llama", {"hidden_size": 1024, "num_key_value_heads": 8, "head_dim": 128}),
+    "smollm2-135m": (
+        "llama",
+        {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+    ),
 }
 CASES = [*((name, depth) for name in MODELS for depth in DEPTHS), *((name, 2) for name in GROUPS)]
 # The error of transformers in the same type, times these: of all tokens together, and of the worst one. The

@@ -64,9 +64,9 @@ __device__ __forceinline__ void load_piece(uint4& words, const uint4* source, bo
         : "memory");
 }
 
-// A finished query head of the warp's item, in the room of the partial result that it will have.
-__device__ __forceinline__ uint4* query_row(Shared& shared, int head) {
-    return reinterpret_cast<uint4*>(&shared.acc[threadIdx.x >> 5][head][0]);
+// A finished query head of a warp's item, in the room of the partial result that it will have.
+__device__ __forceinline__ uint4* query_row(Shared& shared, int warp, int head) {
+    return reinterpret_cast<uint4*>(&shared.acc[warp][head][0]);
 }
 
 // Norms and rotates the item's query heads for this warp, and the newest token for all: its k and v go to the
@@ -99,7 +99,7 @@ __device__ __forceinline__ void finish_heads(Shared& shared, const Finish& finis
         const int value = head - kGroup;  // 0 for K, 1 for V
         if (value == 1) done = halves[i];
         if (start < kHalfDim && head < kGroup + (takes_newest ? 2 : 0)) {
-            uint4* const target = value < 0 ? query_row(shared, head) : shared.newest[my_team()][value];
+            uint4* const target = value < 0 ? query_row(shared, threadIdx.x >> 5, head) : shared.newest[my_team()][value];
             store_piece(target + start / kVec, done.low);
             store_piece(target + (start + kHalfDim) / kVec, done.high);
             if (value >= 0 && place.slot >= 0) {
@@ -111,13 +111,23 @@ __device__ __forceinline__ void finish_heads(Shared& shared, const Finish& finis
     __syncwarp();
 }
 
+// threadIdx.x, for addresses that are cheaper to find anew than to keep.
+__device__ __forceinline__ int thread_anew() {
+    int thread = static_cast<int>(threadIdx.x);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
+#endif
+    return thread;
+}
+
 __device__ __forceinline__ void take_queries(uint4 (&queries)[kSpans], Shared& shared) {
-    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const int thread = thread_anew(), g = (thread & 31) >> 2, t = thread & 3;
+    const uint4* const source = query_row(shared, thread >> 5, g < kGroup ? g : 0) + t;
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
         const bool is_dim = 32 * (span + 1) <= kHeadDim || 32 * span + 8 * t < kHeadDim;
         queries[span] = make_uint4(0, 0, 0, 0);
-        load_piece(queries[span], query_row(shared, g < kGroup ? g : 0) + t + 4 * span, is_dim && g < kGroup);
+        load_piece(queries[span], source + 4 * span, is_dim && g < kGroup);
     }
 }
 

@@ -54,8 +54,7 @@ _STATUS_S = 2.0
 _LAST_WORDS_S = 0.1
 # How much later than a write that the transport gave back grpc may cancel a call.
 _CLOSE_S = 2.0
-# How long what was written may wait for more of it to be told of together. Nobody waits for it but a call
-# that writes faster than that.
+# How long what was written may wait for what is being written, to be told of together.
 _TOLD_AFTER_S = 0.001
 _OK = grpc.StatusCode.OK.value[0]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -191,7 +190,11 @@ class Acceptor:
         self._channel = LoopChannel(channel, self.receive, self._on_end)
         self._calls: dict[int, _Call] = {}
         self._last_call = 0
+        # Responses that the transport has not taken yet, and the calls of those that it has and nobody was
+        # told of.
+        self._num_writing = 0
         self._written: list[int] = []
+        self._tell_timer: asyncio.TimerHandle | None = None
         # Whoever has something to write waits for a turn, so that calls are accepted meanwhile.
         self._waker: Waker[_Call] = Waker()
         self._server: grpc.aio.Server = grpc.aio.server(options=setup.channel_options)
@@ -275,7 +278,11 @@ class Acceptor:
             while True:
                 match await call.take():
                     case (_, bytes(response)):
-                        await call.write(context, response)
+                        self._num_writing += 1
+                        try:
+                            await call.write(context, response)
+                        finally:
+                            self._num_writing -= 1
                         self._count_written(number)
                     case Headers(_, metadata):
                         await call.send_headers(context, metadata)
@@ -292,13 +299,19 @@ class Acceptor:
                 self._channel.post(Left(number))
 
     def _count_written(self, number: int) -> None:
-        if not self._written:
-            self._loop.call_later(_TOLD_AFTER_S, self._tell_written)
         self._written.append(number)
+        if not self._num_writing:
+            self._tell_written()
+        elif self._tell_timer is None:
+            self._tell_timer = self._loop.call_later(_TOLD_AFTER_S, self._tell_written)
 
     def _tell_written(self) -> None:
-        written, self._written = self._written, []
-        self._channel.post(Written(written))
+        if self._tell_timer is not None:
+            self._tell_timer.cancel()
+            self._tell_timer = None
+        if self._written:
+            written, self._written = self._written, []
+            self._channel.post(Written(written))
 
     # --- the channel ----------------------------------------------------------------------------
 

@@ -645,10 +645,10 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in
             finish = Finish(FinishReason.MAX_TOKENS) if step == 29 else None
             if in_columns and 0 < step < 29:
                 tokens = PlainTokens(tuple(keys), (0,) * 300, (step,) * 300)
-                running._deliver(StepOutputs((), EngineStats(), step * 0.010, tokens))
+                running._deliver(StepOutputs((), EngineStats(running=300), step * 0.010, tokens))
             else:
                 outputs = tuple(SequenceOutput(key, 0, (step,), finish=finish) for key in keys)
-                running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+                running._deliver(StepOutputs(outputs, EngineStats(running=300), step * 0.010))
             for _ in range(2 + 300 // 16):
                 await asyncio.sleep(0)
             if step == 0:
@@ -657,6 +657,20 @@ async def test_with_many_streams_tokens_merge_and_first_and_last_come_at_once(in
         for lengths in reads.values():
             assert sum(lengths) == 30
             assert len(lengths) < 20, "tokens did not merge"
+
+
+async def test_streams_that_wait_for_a_place_do_not_slow_those_that_run() -> None:
+    """A turn is as long as the messages of all who may have new tokens, and no longer."""
+    async with engine(max_num_seqs=300, max_queued=300, start=False) as (running, _):
+        running._info = EngineReady(model_info(), 1024, 16)
+        for number in range(300):
+            running.submit(f"r{number}", engine_request(PROMPT, 50))
+        running._pace = Pace(0.5, lambda: 60e-6 * step)
+        for num_running, turn_s in ((300, 0.036), (10, 0.0012)):
+            for step in range(200):
+                running._pace.num_messages, running._pace.num_calls = 1, 0
+                running._deliver(StepOutputs((), EngineStats(running=num_running), step * 0.010))
+            assert running._pace.turn_s == pytest.approx(turn_s)
 
 
 async def test_a_stream_that_pauses_is_not_forgotten() -> None:
@@ -672,20 +686,20 @@ async def test_a_stream_that_pauses_is_not_forgotten() -> None:
             nonlocal step
             step += 1
             outputs = tuple(SequenceOutput(key, 0, (step,)) for key in keys)
-            running._deliver(StepOutputs(outputs, EngineStats(), step * 0.010))
+            running._deliver(StepOutputs(outputs, EngineStats(running=300), step * 0.010))
 
         for _ in range(50):
             deliver(range(1, 301))
         await paused.read()
         pending = asyncio.ensure_future(paused.read())
         await asyncio.sleep(0)
-        assert running._pace.interval > 2
+        assert running._pace.turn_s > 2 * 0.010
         # Right behind its turn, so that the next is far off.
         while not running._pace.due((8,)):
             deliver(range(9, 301))
         deliver(range(8, 9))
         assert not running._pace.due((8,))
-        for _ in range(math.ceil(running._pace.interval)):
+        for _ in range(math.ceil(running._pace.turn_s / 0.010)):
             deliver(range(9, 301))
         assert [output.token_ids for output in await asyncio.wait_for(pending, 5)]
 
@@ -749,8 +763,8 @@ async def test_a_reader_that_has_written_waits_for_its_turn() -> None:
         def deliver(token_id: int) -> None:
             nonlocal now
             now += 0.01
-            running._pace.interval = 4.0
-            running._pace.step = lambda time, num_streams: running._pace.advance()  # type: ignore[method-assign]
+            running._pace.turn_s = 0.04
+            running._pace.step = lambda time, num_streams: running._pace.advance(0.01)  # type: ignore[method-assign]
             running._deliver(StepOutputs((), EngineStats(), now, PlainTokens((1,), (0,), (token_id,))))
 
         deliver(0)

@@ -79,7 +79,7 @@ async def test_in_a_long_turn_what_waits_goes_with_the_next_message(heard: Heard
     heard.theirs.setblocking(False)
     for message in "abc":
         heard.channel.post(message)
-        heard.now += 0.0004
+        heard.now += 0.0008
     with pytest.raises(BlockingIOError):
         heard.theirs.recv(1)
     heard.channel.post("d")
