@@ -41,7 +41,7 @@ from photon_grpc.telemetry.call_record import CallRecord
 from photon_grpc.telemetry.logging import flush_logs, num_dropped_records
 from photon_grpc.telemetry.loop_lag import LoopLag
 from photon_grpc.telemetry.metrics import Metrics, MetricsServer
-from photon_grpc.turns import BESIDE_CALLS, TurnLimits
+from photon_grpc.turns import WAKES_PER_TURN
 
 if TYPE_CHECKING:
     from photon_grpc.telemetry.otlp import OtlpExport
@@ -57,8 +57,8 @@ _LEAVE_S = 20.0
 _GUARD_INTERVAL_S = 1.0
 # Where the number of acceptors is left to us.
 _MIN_CORES, _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS = 8, 4, 4
-# Where calls are accepted elsewhere: of a turn those that end take up to 4 ms, the others 2.
-_TURN_BESIDE_ACCEPTORS = TurnLimits(wakes=128, most_urgent=16)
+# Readers that are woken in a turn of the loop where calls are accepted elsewhere.
+_WAKES_BESIDE_ACCEPTORS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ def num_acceptors(options: Options) -> int:
     return min(cores // _CORES_PER_ACCEPTOR, _MOST_ACCEPTORS, server.max_connections)
 
 
-def turn_limits(options: Options) -> TurnLimits:
+def wakes_per_turn(options: Options) -> int:
     """How many readers of streams are woken in one turn of the event loop."""
-    return _TURN_BESIDE_ACCEPTORS if num_acceptors(options) else BESIDE_CALLS
+    return _WAKES_BESIDE_ACCEPTORS if num_acceptors(options) else WAKES_PER_TURN
 
 
 class InferenceStack:
@@ -130,7 +130,7 @@ class InferenceStack:
                 if self.has_own_process
                 else partial(EngineThread, step_timeout_s=options.engine.step_timeout_s)
             ),
-            turn_limits=turn_limits(options),
+            wakes_per_turn=wakes_per_turn(options),
         )
         metrics.watch_engine(self.engine.heartbeat_age, self.engine.num_unread_tokens)
         if self.has_own_process:

@@ -53,7 +53,7 @@ from photon_grpc.errors import (
     RequestNotFoundError,
 )
 from photon_grpc.options import KVCacheOptions, LimitOptions, SchedulerOptions
-from photon_grpc.turns import BESIDE_CALLS, TurnLimits, Waker
+from photon_grpc.turns import WAKES_PER_TURN, Waker
 
 _log = structlog.get_logger(__name__)
 
@@ -268,7 +268,7 @@ class AsyncEngine:
 
     `on_step` hears each snapshot, `on_iteration` the tokens and seconds of each step that computed,
     `on_stopped` the end of the engine, `on_progress` how loading goes on; all on the loop. Of the readers of
-    its streams so many as `turn_limits` says are woken in a turn of the loop.
+    its streams `wakes_per_turn` are woken in a turn of the loop.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class AsyncEngine:
         on_iteration: Callable[[int, float], None] | None = None,
         on_progress: Progress | None = None,
         make_host: HostFactory = EngineThread,
-        turn_limits: TurnLimits = BESIDE_CALLS,
+        wakes_per_turn: int = WAKES_PER_TURN,
     ) -> None:
         self._max_num_seqs = scheduler_options.max_num_seqs
         self._max_queued = limits.max_queued_requests
@@ -305,7 +305,7 @@ class AsyncEngine:
         # Streams whose readers may have to be woken: those of the latest columns, and others.
         self._rows: Rows[RequestStream] | None = None
         self._unwoken: dict[int, RequestStream] = {}
-        self._waker: Waker[RequestStream] = Waker(turn_limits)
+        self._waker: Waker[RequestStream] = Waker(wakes_per_turn)
         self._stats = EngineStats()
         self._throughput = Throughput(time.monotonic())
         self._idle_waiters: list[asyncio.Future[None]] = []

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from photon_grpc import engine_place
-from photon_grpc.app import RunningService, num_acceptors, serve, turn_limits
+from photon_grpc.app import RunningService, num_acceptors, serve, wakes_per_turn
 from photon_grpc.errors import BackendUnavailableError, ConfigError, ListenError, ModelLoadError
 from photon_grpc.options import (
     EngineOptions,
@@ -33,7 +33,7 @@ from photon_grpc.processes import spawn as spawning
 from photon_grpc.runner.base import Runner
 from photon_grpc.runner.scripted import ScriptedRunner
 from photon_grpc.scheduler.output import ModelOutput
-from photon_grpc.turns import BESIDE_CALLS
+from photon_grpc.turns import WAKES_PER_TURN
 from photon_grpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.aftermath import nothing_left_running
 from tests.support.builders import model_info
@@ -203,7 +203,7 @@ def test_how_many_acceptors_there_are(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     options = replace(quick_options(settings), engine=EngineOptions(process=process))
     assert num_acceptors(options) == expected
-    assert (turn_limits(options) != BESIDE_CALLS) == (expected > 0)
+    assert (wakes_per_turn(options) > WAKES_PER_TURN) == (expected > 0)
 
 
 async def test_serve_with_acceptors_tells_of_their_time_and_their_deaths(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from photon_grpc.turns import BESIDE_CALLS, TurnLimits, Waker
+from photon_grpc.turns import WAKES_PER_TURN, Waker
 
 
 class Sleeper:
@@ -26,7 +26,7 @@ def fill(waker: Waker[Sleeper], numbers: range, woken: list[int], *, is_urgent: 
 
 async def test_only_so_many_are_woken_in_a_turn_and_in_the_order_in_which_they_came() -> None:
     woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(3, 3))
+    waker: Waker[Sleeper] = Waker(3)
     fill(waker, range(8), woken)
     assert woken == []
     waker.start()
@@ -40,12 +40,12 @@ async def test_by_default_a_turn_has_room_for_calls_that_come() -> None:
     waker: Waker[Sleeper] = Waker()
     fill(waker, range(1000), woken)
     waker.start()
-    assert len(woken) == BESIDE_CALLS.wakes < 1000
+    assert len(woken) == WAKES_PER_TURN < 1000
 
 
 async def test_who_is_urgent_goes_first_also_when_it_comes_later() -> None:
     woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(2, 2))
+    waker: Waker[Sleeper] = Waker(2)
     fill(waker, range(4), woken)
     waker.start()
     fill(waker, range(10, 13), woken, is_urgent=True)
@@ -54,39 +54,9 @@ async def test_who_is_urgent_goes_first_also_when_it_comes_later() -> None:
     assert woken == [0, 1, 10, 11, 12, 2, 3]
 
 
-async def test_urgent_ones_leave_room_for_others_in_every_turn() -> None:
-    woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(wakes=5, most_urgent=2))
-    fill(waker, range(7), woken)
-    fill(waker, range(100, 105), woken, is_urgent=True)
-    waker.start()
-    assert woken == [100, 101, 0, 1, 2]
-    await asyncio.sleep(0)
-    assert woken[5:] == [102, 103, 3, 4, 5]
-    await asyncio.sleep(0)
-    assert woken[10:] == [104, 6]
-
-
-async def test_one_that_is_woken_may_have_others_forgotten() -> None:
-    woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(BESIDE_CALLS)
-
-    class Forgets(Sleeper):
-        def wake(self) -> None:
-            super().wake()
-            waker.forget(1)
-            waker.forget(2)
-
-    waker.add(0, Forgets(0, woken))
-    fill(waker, range(1, 3), woken)
-    waker.start()
-    await asyncio.sleep(0)
-    assert woken == [0]
-
-
 async def test_a_start_while_it_is_under_way_wakes_nobody_more() -> None:
     woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(2, 2))
+    waker: Waker[Sleeper] = Waker(2)
     fill(waker, range(6), woken)
     for _ in range(5):
         waker.start()
@@ -97,7 +67,7 @@ async def test_a_start_while_it_is_under_way_wakes_nobody_more() -> None:
 
 async def test_one_that_waits_already_waits_once_and_keeps_its_place() -> None:
     woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(10, 10))
+    waker: Waker[Sleeper] = Waker(10)
     fill(waker, range(3), woken)
     fill(waker, range(1), woken)
     waker.start()
@@ -106,7 +76,7 @@ async def test_one_that_waits_already_waits_once_and_keeps_its_place() -> None:
 
 async def test_one_that_is_forgotten_is_not_woken() -> None:
     woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(1, 1))
+    waker: Waker[Sleeper] = Waker(1)
     fill(waker, range(4), woken)
     fill(waker, range(10, 12), woken, is_urgent=True)
     waker.start()
@@ -119,7 +89,7 @@ async def test_one_that_is_forgotten_is_not_woken() -> None:
 
 async def test_it_begins_again_when_all_had_been_woken() -> None:
     woken: list[int] = []
-    waker: Waker[Sleeper] = Waker(TurnLimits(2, 2))
+    waker: Waker[Sleeper] = Waker(2)
     waker.start()
     for start in (0, 10):
         fill(waker, range(start, start + 3), woken)

@@ -179,7 +179,7 @@ async def _serve_scripted(spec: ServerSpec) -> int:
             on_step=metrics.observe_step,
             on_stopped=lambda error: leave.set(),
             make_host=EngineProcess if has_own_process(options) else EngineThread,
-            turn_limits=app.turn_limits(options),
+            wakes_per_turn=app.wakes_per_turn(options),
         )
         generator = Generator(engine, options.limits, text_pool, metrics=metrics, tenants=options.tenants)
         server = Server(generator, options, num_acceptors=app.num_acceptors(options))

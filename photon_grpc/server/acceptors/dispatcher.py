@@ -18,16 +18,12 @@ import structlog
 
 from photon_grpc.server.acceptors.messages import End, Headers, Metadata, Method, Next, Opened
 from photon_grpc.server.status import RpcStatus
-from photon_grpc.turns import TurnLimits, Waker
 
 _log = structlog.get_logger(__name__)
 
 # Responses of a call that an acceptor may have before the next one waits. One that does not wait saves the
 # event loop a turn of the call's task; a client that does not read is noticed all the same.
 _MOST_ON_THE_WAY = 2
-# Calls that begin in a turn of the loop, about 2 ms of it. Hundreds may come at once, and what is to be
-# written to others waits for the end of the turn.
-_BEGIN_PER_TURN = 8
 
 Post = Callable[[Any], None]
 """Sends a message to the acceptor of a call; harmless when it has gone."""
@@ -185,8 +181,6 @@ class Dispatcher:
 
     def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
         self._interceptors = tuple(interceptors)
-        self.beginning: Waker[Beginning] = Waker(TurnLimits(_BEGIN_PER_TURN, 0))
-        """Calls that have come, of all acceptors."""
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
         self._intercepted: list[grpc.RpcMethodHandler] = []
 
@@ -224,21 +218,6 @@ class Dispatcher:
     def open(self, opened: Opened, post: Post) -> DispatchedCall:
         """Begin to handle a call, whose acceptor is reached by `post`."""
         return DispatchedCall(self._intercepted[opened.method], opened, post)
-
-
-class Beginning:
-    """A call that has come; `begin` is called when it is its turn. A `turns.Sleeper`."""
-
-    __slots__ = ("_begin", "_opened")
-
-    is_urgent = False
-
-    def __init__(self, opened: Opened, begin: Callable[[Opened], None]) -> None:
-        self._opened = opened
-        self._begin = begin
-
-    def wake(self) -> None:
-        self._begin(self._opened)
 
 
 class DispatchedCall:

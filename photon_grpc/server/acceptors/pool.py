@@ -19,7 +19,7 @@ import structlog
 from photon_grpc.errors import ListenError
 from photon_grpc.options import TelemetryOptions, TlsOptions
 from photon_grpc.processes.parent import ChildProcess
-from photon_grpc.server.acceptors.dispatcher import Beginning, DispatchedCall, Dispatcher
+from photon_grpc.server.acceptors.dispatcher import DispatchedCall, Dispatcher
 from photon_grpc.server.acceptors.messages import (
     BindFailed,
     Bound,
@@ -63,8 +63,7 @@ class AcceptorProcess:
         self._certificate_observer = certificate_observer
         self._ended = ended
         self._child = ChildProcess("acceptor", _CHILD, self._receive, self._on_end)
-        # None for one that waits for its turn to begin.
-        self._calls: dict[int, DispatchedCall | None] = {}
+        self._calls: dict[int, DispatchedCall] = {}
         loop = asyncio.get_running_loop()
         self._port: asyncio.Future[int] = loop.create_future()
         self._gone = asyncio.Event()
@@ -111,15 +110,16 @@ class AcceptorProcess:
                         call = self._calls.get(number)
                         if call is not None:
                             call.context.written()
-                case Opened(number):
-                    self._calls[number] = None
-                    self._dispatcher.beginning.add((self, number), Beginning(message, self._open))
+                case Opened():
+                    self._open(message)
                 case Request(number, request):
                     call = self._calls.get(number)
                     if call is not None:
                         call.context.took(request)
                 case Left(number):
-                    self._leave(number)
+                    call = self._calls.get(number)
+                    if call is not None:
+                        call.task.cancel()
                 case Bound(port):
                     if not self._port.done():  # or whoever waited for it has been cancelled
                         self._port.set_result(port)
@@ -132,16 +132,6 @@ class AcceptorProcess:
                 case CertificateRefused():
                     if self._certificate_observer is not None:
                         self._certificate_observer.observe_certificate_refused()
-        self._dispatcher.beginning.start()
-
-    def _leave(self, number: int) -> None:
-        """The client of a call has gone, if the call has not ended."""
-        call = self._calls.get(number)
-        if call is not None:
-            call.task.cancel()
-        elif number in self._calls:
-            self._dispatcher.beginning.forget((self, number))
-            del self._calls[number]
 
     def _open(self, opened: Opened) -> None:
         call = self._calls[opened.call] = self._dispatcher.open(opened, self._child.post)
@@ -150,16 +140,14 @@ class AcceptorProcess:
     def _forget(self, number: int, task: asyncio.Task[None]) -> None:
         # One whose client left before it began is kept by the error that its task ended by, which keeps the
         # call in turn. Thousands of them would wait for the garbage collector.
-        call = self._calls.pop(number)
-        assert call is not None, "it has begun"
-        del call.task
+        del self._calls.pop(number).task
 
     def _on_end(self, error: Exception | None) -> None:
         if error is not None:
             _log.error("acceptor_process_not_understood", exc_info=error)
             self._child.kill()
-        for number in tuple(self._calls):
-            self._leave(number)
+        for call in self._calls.values():
+            call.task.cancel()
         self._gone.set()
         if not self._port.done():
             self._port.set_exception(OSError("the acceptor died before it listened"))

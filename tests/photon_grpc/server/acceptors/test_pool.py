@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from photon_grpc.errors import ListenError
 from photon_grpc.server import server as server_module
 from photon_grpc.server.acceptors import pool
-from photon_grpc.server.acceptors.dispatcher import CallContext, DispatchedCall, Dispatcher
+from photon_grpc.server.acceptors.dispatcher import DispatchedCall, Dispatcher
 from photon_grpc.server.acceptors.messages import Left, Opened
 from photon_grpc.server.server import Server
 from photon_grpc.v1 import inference_pb2 as pb
@@ -259,9 +259,6 @@ async def test_each_death_is_told_and_no_other_end_is(monkeypatch: pytest.Monkey
     try:
         for count in (1, 2):
             await until(listeners)
-            # It listens before it says so. Who has had an answer by way of it has heard of that too.
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.public}") as opened:
-                await connect(opened)
             os.kill(listeners()[0], signal.SIGKILL)
             await until(lambda: len(deaths) == count)  # noqa: B023
         await until(listeners)
@@ -414,73 +411,3 @@ async def test_one_that_dies_while_the_certificate_is_bad_is_replaced_once_it_is
             (new,) = set(harness.server.acceptor_process_ids) - {spared}
             assert sockets_of(new, port, psutil.CONN_LISTEN) >= 1
             await check(channel(port))
-
-
-# --- calls that come together ---------------------------------------------------------------------
-
-
-class Begun:
-    """Two acceptors without processes over one dispatcher, and the calls that have begun, in order."""
-
-    def __init__(self) -> None:
-        self.peers: list[str] = []
-        self._dispatcher = Dispatcher(())
-
-        async def behavior(request: bytes, context: CallContext) -> None:
-            self.peers.append(context.peer())
-            await asyncio.get_running_loop().create_future()
-
-        handler = grpc.unary_unary_rpc_method_handler(behavior)
-        self._dispatcher.add_registered_method_handlers("s", {"M": handler})
-        self.acceptors = [pool.AcceptorProcess(self._dispatcher, None, lambda acceptor: None) for _ in "ab"]
-
-    async def start(self) -> None:
-        await self._dispatcher.start()
-
-    def come(self, acceptor: int, numbers: range) -> None:
-        """In one frame."""
-        opened = [Opened(number, 0, (), f"{acceptor}:{number}", {}, None, b"") for number in numbers]
-        self.acceptors[acceptor]._receive(opened)
-
-    def leave(self, acceptor: int, number: int) -> None:
-        self.acceptors[acceptor]._receive([Left(number)])
-
-    async def end(self) -> None:
-        for acceptor in self.acceptors:
-            acceptor._on_end(None)
-        for _ in range(10):
-            await asyncio.sleep(0)
-
-
-async def test_of_calls_that_come_together_a_few_begin_in_each_turn_whichever_acceptor_has_them() -> None:
-    begun = Begun()
-    await begun.start()
-    begun.come(0, range(20))
-    begun.come(1, range(20))
-    counts = []
-    while len(begun.peers) < 40:
-        before = len(begun.peers)
-        await asyncio.sleep(0)
-        counts.append(len(begun.peers) - before)
-    assert max(counts) == 8
-    assert len(counts) <= 7
-    assert begun.peers == [f"{acceptor}:{number}" for acceptor in (0, 1) for number in range(20)]
-    await begun.end()
-
-
-async def test_a_call_whose_client_or_acceptor_leaves_before_its_turn_does_not_begin() -> None:
-    begun = Begun()
-    await begun.start()
-    begun.come(0, range(10))
-    begun.come(1, range(6))
-    begun.leave(0, 9)
-    begun.leave(0, 0)
-    begun.acceptors[1]._on_end(None)
-    for _ in range(20):
-        await asyncio.sleep(0)
-    # Its task had been made, and is cancelled before it runs.
-    assert begun.peers == [f"0:{number}" for number in range(1, 9)]
-    assert list(begun.acceptors[0]._calls) == list(range(1, 9))
-    assert not begun.acceptors[1]._calls
-    await begun.end()
-    assert not begun.acceptors[0]._calls
