@@ -1,10 +1,12 @@
 """How log records look and where they go: structlog over the standard library, on standard error.
 
-Records of other libraries pass through the same formatter, so that a JSON log is JSON to its last
-line. Prompts, completions and token text never go into a record; that is the rule of the callers. A record
-is put into words on the thread that makes it and written by one of its own (`log_sink.py`): logging never
-blocks. Configured once by the command line, before any other thread starts; a program that uses the
-package as a library keeps its own logging.
+Records of other libraries pass through the same processors, so that a JSON log is JSON to its last
+line. Ours, of which every call has one, go to the writer as soon as they are in words: as records of the
+standard library they would be looked up, copied and put into words twice as slowly. Prompts, completions
+and token text never go into a record; that is the rule of the callers. A record is put into words on the
+thread that makes it and written by one of its own (`log_sink.py`): logging never blocks. Configured once by
+the command line, before any other thread starts; a program that uses the package as a library keeps its own
+logging.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
-from typing import TextIO
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, TextIO
 
 import structlog
 import structlog.tracebacks
@@ -66,12 +69,13 @@ def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
     )
+    handler = _SinkHandler(target, formatter)
     root = logging.getLogger()
     for old in root.handlers[:]:
         if isinstance(old, _SinkHandler):
             root.removeHandler(old)
             old.close()
-    root.addHandler(_SinkHandler(target, formatter))
+    root.addHandler(handler)
     root.setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
@@ -82,9 +86,9 @@ def configure_logging(options: TelemetryOptions, stream: TextIO | None = None) -
             structlog.stdlib.filter_by_level,
             *shared,
             structlog.stdlib.PositionalArgumentsFormatter(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            _Rendering(rendering, handler.sink),
         ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=_SinkLoggerFactory(handler.sink),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
@@ -102,6 +106,45 @@ def num_dropped_records() -> int:
 
 def _sink_handlers() -> list[_SinkHandler]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, _SinkHandler)]
+
+
+class _Rendering:
+    """The last processor: puts an event into words, or counts it as lost; its caller must not fail for it."""
+
+    def __init__(self, processors: Sequence[Processor], sink: LogSink) -> None:
+        self._processors = tuple(processors)
+        self._sink = sink
+
+    def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+        result: Any = event
+        try:
+            for processor in self._processors:
+                result = processor(logger, method, result)
+        except Exception as error:  # what is being put into words may raise anything
+            self._sink.count_dropped()
+            raise structlog.DropEvent from error
+        return f"{result}\n"
+
+
+class _SinkLogger:
+    """What structlog's loggers write to. Its name and level are those of the standard library's logger."""
+
+    def __init__(self, logger: logging.Logger, put: Callable[[str], None]) -> None:
+        self.name = logger.name
+        self.disabled = logger.disabled
+        self.getEffectiveLevel = logger.getEffectiveLevel
+        self.debug = self.info = self.warning = self.warn = put
+        self.error = self.exception = self.critical = self.fatal = put
+
+
+class _SinkLoggerFactory:
+    def __init__(self, sink: LogSink) -> None:
+        self._put = sink.put
+        # One without a name gets that of the module which asks, not of this one.
+        self._loggers = structlog.stdlib.LoggerFactory(ignore_frame_names=[__name__])
+
+    def __call__(self, *names: Any) -> _SinkLogger:
+        return _SinkLogger(self._loggers(*names), self._put)
 
 
 class _SinkHandler(logging.Handler):

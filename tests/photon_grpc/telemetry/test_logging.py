@@ -234,6 +234,40 @@ def test_a_record_that_cannot_be_put_into_words_is_counted(capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
+class _Unspeakable:
+    def __repr__(self) -> str:
+        raise OSError("no words for it")
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_an_event_that_cannot_be_put_into_words_is_counted_and_hurts_nobody(log_format: str) -> None:
+    stream = configure(log_format=log_format)
+    structlog.get_logger("ours").warning("lost", what=_Unspeakable())
+    structlog.get_logger("ours").warning("fine")
+    assert flush_logs(20)
+    assert "fine" in stream.getvalue()
+    assert "lost" not in stream.getvalue()
+    assert num_dropped_records() == 1
+
+
+def test_a_logger_without_a_name_has_that_of_its_module() -> None:
+    stream = configure(log_format="json")
+    structlog.get_logger().info("said")
+    (record,) = records(stream)
+    assert record["logger"] == __name__
+    assert record["level"] == "info"
+
+
+def test_the_level_of_a_logger_s_own_holds_for_events() -> None:
+    stream = configure(log_format="json")
+    logging.getLogger("ours.quiet").setLevel(logging.ERROR)
+    for name in ("ours.quiet", "ours.loud"):
+        structlog.get_logger(name).warning("said")
+        structlog.get_logger(name).error("said")
+    told = [(record["logger"], record["level"]) for record in records(stream)]
+    assert told == [("ours.quiet", "error"), ("ours.loud", "warning"), ("ours.loud", "error")]
+
+
 _BLOCKED_AT_EXIT = """
 import structlog
 from photon_grpc.options import TelemetryOptions
