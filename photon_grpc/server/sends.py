@@ -19,6 +19,8 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+_NO_REQUEST = "the method takes one request, and the call has ended without one"
+
 _Result = TypeVar("_Result")
 _Callback = Callable[[Any], object]
 
@@ -43,14 +45,16 @@ def send_by(context: Any, work: Coroutine[Any, None, _Result]) -> Awaitable[_Res
 async def read_request(context: Any) -> bytes:
     """The only request of a call, not parsed, for a handler that grpc takes for one of many requests.
 
-    Raises CancelledError where the client leaves, or ends its side, before it has sent one.
+    Raises CancelledError where the client leaves before it has sent one. One that ends its side without is
+    told so, as gRPC has it (doc/statuscodes.md, "request cardinality violation"): AbortError of grpc.aio.
+    With a handler for a single request grpc would leave it without an answer.
     """
     try:
         request: bytes = await send(context.read())
+        if request is grpc.aio.EOF:
+            await send(context.abort(grpc.StatusCode.UNIMPLEMENTED, _NO_REQUEST))
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
-    if request is grpc.aio.EOF:
-        raise asyncio.CancelledError
     return request
 
 

@@ -216,6 +216,20 @@ def test_fault_37_huge_headers(each_plain: Aftermath, headers: list[tuple[str, s
     assert request.request_id not in {call["request_id"] for call in each_plain.finished_calls()}
 
 
+@pytest.mark.parametrize("name", ["Generate", "StreamGenerate", "Tokenize"])
+def test_a_call_that_ends_without_its_request_is_told_so(each_plain: Aftermath, name: str) -> None:
+    """A request cardinality violation; with grpc's own handlers for one request nobody would hear of it."""
+    method = f"/photon.v1.InferenceService/{name}"
+    address = each_plain.server.address
+    with decent_client(open_channel(address)), open_channel(address) as channel:
+        none: Iterator[bytes] = iter(())
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(method)(none, timeout=60))
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "without" in caught.value.details()
+    each_plain.check()
+
+
 def test_fault_37_headers_without_an_end(plain: Aftermath) -> None:
     """Hundreds of CONTINUATION frames of one header block: 8 MB that are nobody's."""
     more = frame(Kind.CONTINUATION, header_block([("x-huge", HUGE[:16000])]), stream=1)

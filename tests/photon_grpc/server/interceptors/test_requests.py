@@ -22,6 +22,9 @@ class Context:
             raise self._read
         return self._read
 
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise grpc.aio.AbortError(code, details)
+
 
 async def answer(request: bytes, context: Any) -> bytes:
     return b"to " + request
@@ -48,11 +51,14 @@ async def test_a_single_request_reaches_its_handler(streams: bool) -> None:
     assert await behavior(None, Context(b"")) == b"to "
 
 
-@pytest.mark.parametrize("read", [grpc.aio.EOF, grpc.aio.InternalError("Failed execute_batch")])
-async def test_without_a_request_the_call_is_over(read: Any) -> None:
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [(grpc.aio.EOF, grpc.aio.AbortError), (grpc.aio.InternalError("execute_batch"), asyncio.CancelledError)],
+)
+async def test_without_a_request_the_call_is_over(read: Any, error: type[BaseException]) -> None:
     found = await intercepted(grpc.unary_unary_rpc_method_handler(answer))
     assert found is not None
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(error):
         await found.stream_unary(None, Context(read))
 
 
