@@ -3,13 +3,13 @@
 A step is enqueued before the tokens of the one before it are known to the host: the device hands them on
 to itself. Small steps, prefill or not, are captured graphs padded to a few shapes. Those that score a prompt
 run kernel by kernel, in the same shapes: cuBLAS keeps something of every shape that it meets for good, and
-prompts have any length. Larger steps run kernel by kernel on their own rows. The only wait is for the copy
-of a step's tokens. Blocks that a sequence gives back may be another's in the next step: steps run in the
-order of their launch, so whatever an older one still writes comes first.
+prompts have any length. Larger steps run kernel by kernel on their own rows. The only wait is for a step's
+tokens. Blocks that a sequence gives back may be another's in the next step: steps run in the order of their
+launch, so whatever an older one still writes comes first.
 
 The kernel that samples writes the tokens of a decode step to pinned memory of the host: a copy behind it and
-the next graph behind that would each cost some microseconds of every step. So such a step is captured once
-for each turn.
+the next graph behind that would each cost some microseconds of every step. The memory is that of the step's
+turn among those that may be under way, and a graph has its address, so such a step is captured for each turn.
 
 Built and used on the engine thread.
 """
