@@ -56,7 +56,7 @@ def test_threads_share_one_heap_where_they_are_told_to() -> None:
 # Prints how many bytes malloc still counts as in use of seven blocks that were freed.
 _FREES = """
 import ctypes
-from tests.support.cut_writes import heap_bytes
+from tests.support.heap_bytes import heap_bytes
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

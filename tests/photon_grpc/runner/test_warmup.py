@@ -12,7 +12,7 @@ from photon_grpc.errors import BackendUnavailableError
 from photon_grpc.runner.warmup import warm_up
 from photon_grpc.scheduler.output import ModelOutput, RowFault
 from tests.support.builders import RecordingRunner, engine_core, engine_request, model_info, run_to_end
-from tests.support.cut_writes import heap_bytes
+from tests.support.heap_bytes import heap_bytes
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(2, 1), (1, 2), (8, 16)])
@@ -80,7 +80,7 @@ _ARRAYS = """
 import gc, sys
 import numpy as np
 from photon_grpc.runner.warmup import fill_array_cache
-from tests.support.cut_writes import heap_bytes
+from tests.support.heap_bytes import heap_bytes
 
 if sys.argv[1] == "filled":
     fill_array_cache()

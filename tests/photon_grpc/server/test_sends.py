@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from photon_grpc.server.sends import send, send_by
 from tests.support import cut_writes, lost_requests
+from tests.support.heap_bytes import heap_bytes
 
 
 class Batches:
@@ -330,7 +331,7 @@ def test_a_batch_of_uvloop_can_be_sent() -> None:
     assert uvloop.run(run()) == "sent"
 
 
-@pytest.mark.skipif(cut_writes.heap_bytes() is None, reason="malloc does not tell what is in use")
+@pytest.mark.skipif(heap_bytes() is None, reason="malloc does not tell what is in use")
 def test_grpc_keeps_nothing_of_writes_that_are_cut_short() -> None:
     plain = cut_writes.measure(60, apart=False)
     apart = cut_writes.measure(60, apart=True)
@@ -340,7 +341,7 @@ def test_grpc_keeps_nothing_of_writes_that_are_cut_short() -> None:
     assert apart.bytes_per_write < 100
 
 
-@pytest.mark.skipif(cut_writes.heap_bytes() is None, reason="malloc does not tell what is in use")
+@pytest.mark.skipif(heap_bytes() is None, reason="malloc does not tell what is in use")
 def test_grpc_keeps_nothing_of_a_request_that_is_read_apart_and_given_up() -> None:
     # How many of the calls leave while their request is read is a matter of chance: up to 96 bytes for each.
     plain = max(lost_requests.measure(apart=False) for _ in range(3))
