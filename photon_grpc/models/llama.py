@@ -73,7 +73,7 @@ class DecoderModel:
         for layer, layer_cache in zip(layers[:-1], caches[:-1], strict=True):
             update = layer(update, residual, rotary, layer_cache, metadata)
         last, last_cache = layers[-1], caches[-1]
-        attended = last.attend(update, residual, rotary, last_cache, metadata)
+        attended = last.attention(update, residual, rotary, last_cache, metadata)
         if wanted is not None:
             attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
         update = last.finish(attended, residual)
@@ -113,7 +113,7 @@ class _DecoderLayer:
         self._ops = ops
         self._eps = config.rms_norm_eps
         self._input_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self._attention = _Attention(config, ops, self._input_norm, dtype, device)
+        self.attention = _Attention(config, ops, self._input_norm, dtype, device)
         self._post_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self._gate_up = Linear(
             ops,
@@ -144,34 +144,24 @@ class _DecoderLayer:
 
         Either may be None: some Ops add at once, others leave the addition to the norm that reads the sum.
         """
-        return self.finish(self.attend(update, residual, rotary, layer_cache, metadata), residual)
-
-    def attend(
-        self,
-        update: Tensor | None,
-        residual: Tensor,
-        rotary: Rotary,
-        layer_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """What attention gives for each token; all that it needs the other tokens for."""
-        return self._attention(update, residual, rotary, layer_cache, metadata)
+        attended = self.attention(update, residual, rotary, layer_cache, metadata)
+        return self.finish(attended, residual)
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor | None:
-        """The rest of the layer, token by token; its update as the call has it."""
+        """What the layer does behind its attention, token by token; its update as the call has it."""
         ops = self._ops
-        update = ops.linear_update(attended, residual, self._attention.output)
+        update = ops.linear_update(attended, residual, self.attention.output)
         inner = ops.norm_gate_up_silu(update, residual, self._post_norm, self._eps, self._gate_up.projection)
         return ops.linear_update(inner, residual, self._down.projection)
 
     def pack(self) -> None:
-        self._attention.pack()
+        self.attention.pack()
         self._gate_up.pack()
         self._down.pack()
 
     def checkpoint_tensors(self, prefix: str) -> CheckpointTensors:
         yield f"{prefix}.input_layernorm.weight", self._input_norm
-        yield from self._attention.checkpoint_tensors(f"{prefix}.self_attn")
+        yield from self.attention.checkpoint_tensors(f"{prefix}.self_attn")
         yield f"{prefix}.post_attention_layernorm.weight", self._post_norm
         yield from self._gate_up.checkpoint_tensors(f"{prefix}.mlp")
         yield from self._down.checkpoint_tensors(f"{prefix}.mlp")
@@ -220,6 +210,7 @@ class _Attention:
         layer_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
+        """What it gives for each token, before the output projection."""
         return self._ops.norm_qkv_attention(update, residual, self._weights, rotary, layer_cache, metadata)
 
     @property

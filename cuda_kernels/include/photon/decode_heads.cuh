@@ -99,7 +99,8 @@ __device__ __forceinline__ void finish_heads(Shared& shared, const Finish& finis
         const int value = head - kGroup;  // 0 for K, 1 for V
         if (value == 1) done = halves[i];
         if (start < kHalfDim && head < kGroup + (takes_newest ? 2 : 0)) {
-            uint4* const target = value < 0 ? query_row(shared, threadIdx.x >> 5, head) : shared.newest[my_team()][value];
+            uint4* const target =
+                value < 0 ? query_row(shared, threadIdx.x >> 5, head) : shared.newest[my_team()][value];
             store_piece(target + start / kVec, done.low);
             store_piece(target + (start + kHalfDim) / kVec, done.high);
             if (value >= 0 && place.slot >= 0) {
